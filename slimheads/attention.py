@@ -164,12 +164,33 @@ def family_of(config: PretrainedConfig) -> tuple[str, Family]:
     return name, family
 
 
+def family_rows() -> list[dict[str, Any]]:
+    """What `slimheads families` lists: one row a family file, as JSON data."""
+    return [
+        {
+            "family": name,
+            "title": family.title,
+            "model_types": list(family.model_types),
+            "unit": "head" if family.heads is None else "kv_group (head where every head has its own keys and values)",
+            "layout": "fused"
+            if any(" | " in p.layout for site in family.sites for p in site.projections)
+            else "separate",
+            "reload": {
+                None: "slimheads",
+                "pruned_heads": "stock transformers 4, slimheads",
+                "head_counts": "stock with equal counts, slimheads",
+            }[family.reload],
+        }
+        for name, family in families().items()
+    ]
+
+
 def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
     """Every attention block of a model, dense or slim, in the model's own order.
 
     Raises:
-        ModelRefusedError: the family is not covered, a tensor of its file is missing or has another size, a tensor of an
-            attention block is claimed by no line of the file, or the number of blocks is not the configured one.
+        ModelRefusedError: the family is not covered, a tensor of its file is missing or has another size, a tensor
+            of an attention block is claimed by no line of the file, or the number of blocks is not the configured one.
     """
     _, family = family_of(model.config)
     check_head_counts(model.config, family)

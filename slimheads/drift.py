@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
 from pydantic import BaseModel, ConfigDict
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimheads.errors import ModelRefusedError, UsageError
+
+Pooling = Literal["mean", "cls"]
+
+# Where pruning is entered and left: a fresh context manager a call, within which the dense model is a pruned one.
+Pruned = Callable[[], AbstractContextManager[object]]
+
+LOGITS_BUDGET = 256 * 2**20  # bytes of one model's float32 logits for one batch; large vocabularies get fewer rows
 
 
 class Figures(BaseModel):
@@ -39,3 +60,305 @@ class Drift(BaseModel):
     random_control: RandomControl | None
     beats_random: bool | None  # on the headline figure, against the control's mean; null where nothing was removed
     reason: str | None = None  # why there are no figures
+
+
+def measure_drift(
+    dense: PreTrainedModel,
+    slim: PreTrainedModel,
+    controls: Sequence[tuple[int, Pruned]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str],
+    *,
+    task: str,
+    sample_name: str,
+    pooling: Pooling = "mean",
+    max_length: int = 128,
+    batch_size: int = 16,
+) -> Drift:
+    """Hold `slim`, and the dense model under each random control, against `dense` on the same texts.
+
+    Encoders: the cosine of L2-normalised text embeddings (`pooling` of the base model's last hidden state).
+    Decoders (`task` is "text-generation"): perplexity, KL divergence and top-1 agreement over every token but a text's
+    first. A decoder's perplexity is exp of the mean negative log-likelihood a token, in nats.
+
+    Args:
+        dense, slim: models in eval mode on one device.
+        controls: a seed, and what makes `dense` a randomly pruned model for the length of a `with`; it is entered
+            once a batch, so that no further copy of the weights is needed.
+        tokenizer: None where the source folder has none: then there are no figures, only the reason.
+        texts: at least one.
+        sample_name: what the report calls the texts.
+        max_length: tokens a text is cut to; lower where the model has fewer positions.
+        batch_size: texts a batch, at most.
+
+    Returns:
+        The figures; one that is not finite is null, and `reason` names it.
+    """
+    if tokenizer is None:
+        return _no_figures(sample_name, "the model folder has no tokenizer, so no text could be put through it")
+    decoder = task == "text-generation"
+    outputs = _logits if decoder else _embedder(pooling)
+    if decoder:
+        vocabulary = dense.get_output_embeddings().weight.shape[0]
+        batch_size = max(1, min(batch_size, LOGITS_BUDGET // (4 * vocabulary * max_length)))
+    slim_tally: _Tally = _DecoderTally() if decoder else _EncoderTally()
+    control_tallies: list[_Tally] = [_DecoderTally() if decoder else _EncoderTally() for _ in controls]
+    tokens = 0
+    with torch.no_grad():
+        for batch in _batches(dense, tokenizer, texts, max_length, batch_size):
+            tokens += sum(batch.lengths) - (len(batch.lengths) if decoder else 0)
+            reference = outputs(dense, batch)
+            slim_tally.add(reference, outputs(slim, batch), batch)
+            for tally, (_, pruned) in zip(control_tallies, controls, strict=True):
+                with pruned():
+                    tally.add(reference, outputs(dense, batch), batch)
+    if not tokens:
+        return _no_figures(sample_name, "no text has a token to score")
+    return _summary(slim_tally, [seed for seed, _ in controls], control_tallies, sample_name, len(texts), tokens)
+
+
+def read_texts(path: Path | None) -> tuple[str, ...]:
+    """The sample to measure on: one text a line, blank lines skipped; `path` None is the built-in sample.
+
+    Raises:
+        UsageError: the file is missing, unreadable, not UTF-8, or has no text.
+    """
+    if path is None:
+        data, where = (files("slimheads") / "samples" / "text.txt").read_bytes(), "samples/text.txt"
+    else:
+        where = str(path)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            hint = "name a UTF-8 text file with one text a line"
+            raise UsageError(f"the texts cannot be read ({error.strerror})", where=where, hint=hint) from error
+    try:
+        lines = data.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError("the texts are not UTF-8", where=f"{where}:{line}", hint="save the file as UTF-8") from error
+    texts = tuple(text for line in lines if (text := line.strip()))
+    if not texts:
+        raise UsageError("the file has no text", where=where, hint="write one text a line")
+    return texts
+
+
+def pooling_of(folder: Path) -> Pooling:
+    """How a sentence-transformers folder pools token states into an embedding; "mean" where it does not say, or says
+    something else than the mean or the first token.
+
+    Raises:
+        ModelRefusedError: modules.json or the pooling config is damaged, or points out of the folder.
+    """
+    modules = _json_file(folder / "modules.json", list)
+    for module in modules or []:
+        if not isinstance(module, dict) or not str(module.get("type", "")).endswith(".Pooling"):
+            continue
+        inside = PurePosixPath(str(module.get("path", "")))
+        if inside.is_absolute() or ".." in inside.parts:
+            hint = "use a folder as sentence-transformers wrote it"
+            raise ModelRefusedError(f"the path {inside} leaves the folder", where=f"{folder}/modules.json", hint=hint)
+        config = _json_file(folder / inside / "config.json", dict) or {}
+        first_token = config.get("pooling_mode_cls_token") is True or config.get("pooling_mode") in ("cls", ["cls"])
+        return "cls" if first_token else "mean"
+    return "mean"
+
+
+def _json_file(path: Path, kind: type) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelRefusedError("not valid JSON", where=str(path), hint="fetch the model folder again") from error
+    if not isinstance(data, kind):
+        raise ModelRefusedError(f"not a JSON {kind.__name__}", where=str(path), hint="fetch the model folder again")
+    return data
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Right-padded texts: `input_ids` and `attention_mask` [texts, longest], `lengths` without the padding."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    lengths: list[int]
+
+
+def _batches(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, size: int
+) -> Iterator[_Batch]:
+    """Texts of like length together. Padded here and not by the tokenizer, which may have no pad token, or pad left."""
+    limit = min(max_length, tokenizer.model_max_length, _positions(model))
+    encoded: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+    rows = sorted((row for row in encoded if row), key=len)
+    candidates = (tokenizer.pad_token_id, getattr(model.config, "pad_token_id", None), tokenizer.eos_token_id)
+    known = range(model.get_input_embeddings().weight.shape[0])
+    pad = next((token for token in candidates if token in known), 0)
+    for start in range(0, len(rows), size):
+        chosen = rows[start : start + size]
+        lengths = [len(row) for row in chosen]
+        width = max(lengths)
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in chosen], device=model.device)
+        mask = torch.tensor([[1] * length + [0] * (width - length) for length in lengths], device=model.device)
+        yield _Batch(ids, mask, lengths)
+
+
+def _positions(model: PreTrainedModel) -> int:
+    """The longest text the position table holds; RoBERTa's kind starts counting after the padding index."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.num_embeddings - module.padding_idx - 1)
+    return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
+
+
+def _logits(model: PreTrainedModel, batch: _Batch) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return logits
+
+
+def _embedder(pooling: Pooling) -> Callable[[PreTrainedModel, _Batch], torch.Tensor]:
+    def embed(model: PreTrainedModel, batch: _Batch) -> torch.Tensor:
+        states = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        states = states.float()
+        mask = batch.attention_mask[:, :, None].float()
+        pooled = states[:, 0] if pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
+        return F.normalize(pooled, dim=-1)
+
+    return embed
+
+
+class _Tally(Protocol):
+    """What is kept of one pruned model, batch after batch."""
+
+    headline: ClassVar[str]  # the Figures field that the verdict rests on
+
+    def add(self, dense: torch.Tensor, pruned: torch.Tensor, batch: _Batch) -> None: ...
+    def figures(self) -> Figures: ...
+    def dense_perplexity(self) -> float | None: ...
+
+
+@dataclass
+class _EncoderTally:
+    headline: ClassVar[str] = "cosine"
+    cosines: list[float] = field(default_factory=list)
+
+    def add(self, dense: torch.Tensor, pruned: torch.Tensor, batch: _Batch) -> None:
+        """From unit embeddings [texts, width]."""
+        self.cosines += (dense.double() * pruned.double()).sum(-1).tolist()
+
+    def figures(self) -> Figures:
+        # A NaN anywhere must show in both figures: min() alone would keep or lose it by its position.
+        mean = sum(self.cosines) / len(self.cosines)
+        return Figures(cosine=mean, cosine_min=min(self.cosines) if math.isfinite(mean) else mean)
+
+    def dense_perplexity(self) -> None:
+        return None
+
+
+@dataclass
+class _DecoderTally:
+    headline: ClassVar[str] = "perplexity_ratio"
+    tokens: int = 0
+    dense_nats: float = 0.0
+    pruned_nats: float = 0.0
+    divergence: float = 0.0
+    agreed: int = 0
+
+    def add(self, dense: torch.Tensor, pruned: torch.Tensor, batch: _Batch) -> None:
+        """From logits [texts, longest, vocabulary]; a text at a time, so that the log-softmaxes stay small."""
+        for row, length in enumerate(batch.lengths):
+            targets = batch.input_ids[row, 1:length, None]
+            reference = dense[row, : length - 1].float().log_softmax(-1)
+            found = pruned[row, : length - 1].float().log_softmax(-1)
+            self.tokens += length - 1
+            self.dense_nats -= reference.gather(-1, targets).double().sum().item()
+            self.pruned_nats -= found.gather(-1, targets).double().sum().item()
+            # A token the dense model rules out (-inf) adds nothing, whatever the pruned model says.
+            terms = torch.where(reference.isneginf(), 0.0, reference.exp() * (reference - found))
+            self.divergence += terms.sum(-1).double().sum().item()
+            self.agreed += int((reference.argmax(-1) == found.argmax(-1)).sum())
+
+    def figures(self) -> Figures:
+        divergence = self.divergence / self.tokens
+        return Figures(
+            perplexity=_exp(self.pruned_nats / self.tokens),
+            perplexity_ratio=_exp((self.pruned_nats - self.dense_nats) / self.tokens),
+            kl_divergence=max(0.0, divergence) if math.isfinite(divergence) else divergence,  # rounding dips below 0
+            top1_agreement=math.nan
+            if math.isnan(divergence)
+            else self.agreed / self.tokens,  # argmax of NaN is no token
+        )
+
+    def dense_perplexity(self) -> float:
+        return _exp(self.dense_nats / self.tokens)
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
+
+
+def _summary(
+    slim: _Tally, seeds: Sequence[int], controls: Sequence[_Tally], sample_name: str, texts: int, tokens: int
+) -> Drift:
+    problems: list[str] = []
+    figures = _finite(slim.figures(), "slim", problems)
+    control = _control(seeds, [tally.figures() for tally in controls], problems)
+    dense_perplexity = slim.dense_perplexity()
+    if dense_perplexity is not None and not math.isfinite(dense_perplexity):
+        dense_perplexity = None
+        problems.append("dense perplexity")
+    return Drift(
+        sample=sample_name,
+        texts=texts,
+        tokens=tokens,
+        slim=figures,
+        perplexity_dense=dense_perplexity,
+        headline=slim.headline,
+        random_control=control,
+        beats_random=_beats(figures, control, slim.headline),
+        reason=f"not finite: {', '.join(problems)}" if problems else None,
+    )
+
+
+def _finite(figures: Figures, whose: str, problems: list[str]) -> Figures:
+    """The figures with null for those that are not finite, which are added to `problems`."""
+    bad = [name for name, value in figures if value is not None and not math.isfinite(value)]
+    problems += [f"{whose} {name}" for name in bad]
+    return figures.model_copy(update=dict.fromkeys(bad))
+
+
+def _control(seeds: Sequence[int], found: Sequence[Figures], problems: list[str]) -> RandomControl | None:
+    if not seeds:
+        return None
+    figures = tuple(_finite(each, f"random seed {seed}", problems) for seed, each in zip(seeds, found, strict=True))
+    means: dict[str, float | None] = {}
+    for name in Figures.model_fields:
+        values = [getattr(each, name) for each in figures]
+        means[name] = None if None in values else sum(values) / len(values)
+    return RandomControl(seeds=tuple(seeds), figures=figures, mean=Figures(**means))
+
+
+def _beats(slim: Figures, control: RandomControl | None, headline: str) -> bool | None:
+    """Whether the headline figure is better than the control's mean: a higher cosine, a lower perplexity ratio."""
+    ours = getattr(slim, headline)
+    random = getattr(control.mean, headline) if control else None
+    if ours is None or random is None:
+        return None
+    return bool(ours > random if headline == "cosine" else ours < random)
+
+
+def _no_figures(sample_name: str, reason: str) -> Drift:
+    return Drift(
+        sample=sample_name,
+        texts=0,
+        tokens=0,
+        slim=None,
+        headline=None,
+        random_control=None,
+        beats_random=None,
+        reason=reason,
+    )

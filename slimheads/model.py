@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from slimheads.attention import PLAN_KEY, Site, check_head_counts, family_of, find_sites
+from slimheads.attention import PLAN_KEY, Site, check_head_counts, dense_value, family_of, find_sites
 from slimheads.errors import EnvironmentLackError, ModelRefusedError, UsageError
 from slimheads.selection import Plan
 from slimheads.surgery import record_plan, shrink
@@ -57,6 +57,7 @@ class Source:
     model_type: str
     family: str
     architecture: str  # the transformers class that is built
+    from_hub: bool = False
 
 
 def find(source: str, task: str = "auto") -> Source:
@@ -78,7 +79,21 @@ def find(source: str, task: str = "auto") -> Source:
     if task not in TASKS:
         raise UsageError(f"unknown task '{task}'", hint=f"use auto or one of {', '.join(TASKS)}")
     architecture = _architecture(config, task)
-    return Source(source, folder, task, str(config.model_type), family, architecture.__name__)
+    from_hub = not source.startswith("pkg://") and folder != Path(source).expanduser()
+    return Source(source, folder, task, str(config.model_type), family, architecture.__name__, from_hub)
+
+
+def describe(source: Source) -> list[str]:
+    """What is known of a checkpoint from its config alone, a line each."""
+    config = read_config(source.folder)
+    _, family = family_of(config)
+    heads, units = (dense_value(config, key) for key in (family.heads or family.units, family.units))
+    shared = f", {units} KV heads: {heads // units} query heads go together" if heads != units else ""
+    layers = sum(int(getattr(config, row.count)) for row in family.sites)
+    return [
+        f"{source.architecture} of the {family.title} family, used for {source.task}",
+        f"{layers} attention blocks of {heads} heads{shared}",
+    ]
 
 
 def load(source: str | Path, task: str = "auto", *, attn_implementation: str | None = None) -> PreTrainedModel:
@@ -90,7 +105,7 @@ def load(source: str | Path, task: str = "auto", *, attn_implementation: str | N
         attn_implementation: "sdpa", "eager", or None for transformers' own choice.
 
     Raises:
-        As `find`, and ModelRefusedError for damaged, missing, non-finite or pickled weights (the tensor or file is named).
+        As `find`, and ModelRefusedError for damaged, missing, non-finite or pickled weights (named).
     """
     found = find(str(source), task)
     config = read_config(found.folder)
@@ -124,7 +139,9 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, safe_serialization=True)
     for weights in weight_files(folder):
-        weights.chmod((folder / "config.json").stat().st_mode)  # safetensors writes 0600; a shipped file is as readable as its config
+        weights.chmod(
+            (folder / "config.json").stat().st_mode
+        )  # safetensors writes 0600; a shipped file is as readable as its config
     source = Path(model.name_or_path)
     if source.is_dir():
         for relative in side_files(source):
@@ -164,7 +181,9 @@ def read_config(folder: Path) -> PretrainedConfig:
             "there is no config.json", where=str(folder), hint="name a transformers checkpoint folder"
         ) from error
     except (OSError, ValueError) as error:
-        raise ModelRefusedError(f"not readable as JSON ({error})", where=str(path), hint="fetch the model again") from error
+        raise ModelRefusedError(
+            f"not readable as JSON ({error})", where=str(path), hint="fetch the model again"
+        ) from error
     if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
         raise ModelRefusedError("no model_type", where=str(path), hint="name a transformers checkpoint folder")
     model_type = data["model_type"]
@@ -177,13 +196,10 @@ def read_config(folder: Path) -> PretrainedConfig:
         _, family = family_of(config)
         check_head_counts(config, family)
     except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise ModelRefusedError(f"damaged configuration ({error})", where=str(path), hint="fetch the model again") from error
+        raise ModelRefusedError(
+            f"damaged configuration ({error})", where=str(path), hint="fetch the model again"
+        ) from error
     return cast(PretrainedConfig, config)
-
-
-def weights_bytes(model: torch.nn.Module) -> int:
-    """Bytes of a model's parameters, tied ones counted once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -225,13 +241,17 @@ def _folder(source: str) -> Path:
             )
         folder = Path(spec.submodule_search_locations[0], inside)
         if not folder.is_dir():
-            raise UsageError(f"the package has no folder '{inside}'", where=source, hint="check the path after the package")
+            raise UsageError(
+                f"the package has no folder '{inside}'", where=source, hint="check the path after the package"
+            )
         return folder
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists() or folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise UsageError("no such folder", where=source, hint="name a checkpoint folder, pkg://package/folder or a hub id")
+        raise UsageError(
+            "no such folder", where=source, hint="name a checkpoint folder, pkg://package/folder or a hub id"
+        )
     return _from_hub(source)
 
 
@@ -308,7 +328,9 @@ def _from_pretrained(
             model, info = build(add_pooling_layer=False)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         raise ModelRefusedError(
-            f"transformers cannot load it ({str(error).splitlines()[0]})", where=str(folder), hint="fetch the model again"
+            f"transformers cannot load it ({str(error).splitlines()[0]})",
+            where=str(folder),
+            hint="fetch the model again",
         ) from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
@@ -329,7 +351,9 @@ def _check_headers(files: tuple[Path, ...]) -> None:
             with safe_open(path, framework="pt") as tensors:
                 tensors.keys()
         except (SafetensorError, OSError) as error:
-            raise ModelRefusedError(f"damaged weights ({error})", where=str(path), hint="fetch the model again") from error
+            raise ModelRefusedError(
+                f"damaged weights ({error})", where=str(path), hint="fetch the model again"
+            ) from error
 
 
 def _load_slim(
@@ -361,9 +385,11 @@ def _load_slim(
 
 
 def _for_class(plan: Plan, sites: tuple[Site, ...]) -> Plan:
-    """Renames a plan's sites for a class with another head: `h.0.attn` of one is `transformer.h.0.attn` of the other."""
+    """Renames a plan's sites for a class with another head: `h.0.attn` here is `transformer.h.0.attn` there."""
 
     def name(planned: str) -> str:
-        return next((s.name for s in sites if f".{s.name}".endswith(f".{planned}") or planned.endswith(f".{s.name}")), planned)
+        return next(
+            (s.name for s in sites if f".{s.name}".endswith(f".{planned}") or planned.endswith(f".{s.name}")), planned
+        )
 
     return Plan(tuple(replace(site, site=name(site.site)) for site in plan.sites))

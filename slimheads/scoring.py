@@ -6,7 +6,7 @@ For a KV group: the norms of its one K and one V slice, and those of all its que
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -40,6 +40,16 @@ class Scores:
         """The contents of scores.json."""
         sites = [{"site": s.site, "scores": list(s.scores)} for s in self.sites]
         return {"format": 1, "method": self.method, "sites": sites}
+
+    def to_record(self) -> dict[str, Any]:
+        """Everything, for a later run; scores.json leaves the units out."""
+        return {"method": self.method, "sites": [asdict(site) for site in self.sites]}
+
+    @classmethod
+    def from_record(cls, data: dict[str, Any]) -> Scores:
+        """Reads what `to_record` wrote."""
+        sites = (SiteScores(s["site"], s["unit"], tuple(s["scores"])) for s in data["sites"])
+        return cls(data["method"], tuple(sites))
 
 
 def score(model: PreTrainedModel, method: str = "magnitude") -> Scores:
@@ -80,4 +90,5 @@ def _squared_norms(module: torch.nn.Module, projection: Projection) -> np.ndarra
             where=f"{projection.module}.weight",
             hint="the checkpoint is damaged: fetch or train it again",
         )
-    return norms.square().cpu().numpy()
+    squares: np.ndarray = norms.square().cpu().numpy()
+    return squares

@@ -15,10 +15,12 @@ So plans are nested: a larger ratio removes all that a smaller one removes.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal
+from itertools import accumulate, count, pairwise
+from typing import Any, Literal, get_args
 
 from slimheads.attention import Unit
 from slimheads.errors import UsageError
@@ -27,6 +29,8 @@ from slimheads.scoring import Scores, SiteScores
 Scope = Literal["global", "layer"]
 Normalize = Literal["none", "layer"]
 Counts = Literal["any", "equal"]
+
+_LET_GO = "lower keep_at_least or multiple_of, which let nothing go at any ratio, or use 0 to change nothing"
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,12 @@ class Plan:
 
     sites: tuple[SitePlan, ...]
 
+    def __post_init__(self) -> None:
+        names = [site.site for site in self.sites]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UsageError("the site is planned twice", where=twice, hint="a plan names every site once")
+
     @property
     def total(self) -> int:
         """Units before."""
@@ -86,10 +96,7 @@ class Plan:
         try:
             if data["format"] != 1:
                 raise ValueError(f"format {data['format']!r}")
-            sites = tuple(
-                SitePlan(str(s["site"]), s["unit"], int(s["total"]), tuple(int(k) for k in s["kept"]))
-                for s in data["sites"]
-            )
+            sites = tuple(_site_from_json(site) for site in data["sites"])
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"not a plan: {error!r}", hint="make one with `slimheads.select` or a run") from error
         return cls(sites)
@@ -100,6 +107,23 @@ class _Chunk:
     cost: float
     site: int
     units: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """Chunks that compete with each other, in the order in which they go, out of `total` units."""
+
+    where: str | None
+    total: int
+    chunks: tuple[_Chunk, ...]
+
+    @property
+    def possible(self) -> int:
+        return sum(len(chunk.units) for chunk in self.chunks)
+
+    def wanted(self, ratio: float | Fraction) -> int:
+        # The ratio as the decimal that was written: 0.29 of 100 is 29, where floating point says 28.999...
+        return math.floor(Fraction(str(ratio)) * self.total)
 
 
 def select(
@@ -133,20 +157,18 @@ def select(
     totals = [len(site.scores) for site in scores.sites]
     if counts == "equal" and len(set(totals)) > 1:
         raise UsageError("counts: equal needs the same number of units in every site", hint="use counts: any")
-    removed: set[tuple[int, int]] = set()
     if scope == "layer" or counts == "equal":
-        for total, own in zip(totals, chunks, strict=True):
-            removed |= _take(own, total, ratio)
+        named = zip(scores.sites, totals, chunks, strict=True)
+        rankings = [_Ranking(site.site, total, tuple(own)) for site, total, own in named]
     else:
         ranked = sorted((chunk for own in chunks for chunk in own), key=lambda c: (c.cost, c.site))
-        removed = _take(ranked, sum(totals), ratio)
+        rankings = [_Ranking(None, sum(totals), tuple(ranked))]
+    removed = {unit for ranking in rankings for unit in _take(ranking, ratio, rankings)}
     if ratio > 0 and not removed:
-        smallest = min(len(c.units) for own in chunks for c in own) / (
-            max(totals) if scope == "layer" or counts == "equal" else sum(totals)
-        )
+        works = _working_ratios(rankings)
         raise UsageError(
             f"ratio {ratio} removes nothing here",
-            hint=f"the smallest ratio that removes a unit is {_ceil4(smallest)}; use 0 to change nothing",
+            hint=f"the smallest ratio that removes a unit is {works[0]}; use 0 to change nothing" if works else _LET_GO,
         )
     return Plan(
         tuple(
@@ -156,6 +178,19 @@ def select(
     )
 
 
+def random_plan(scores: Scores, seed: int, ratio: float, **rules: Any) -> Plan:
+    """A plan of the same size under the same rules, from random scores: the control that a score must beat.
+
+    Args:
+        scores: whose sites and units to choose from; the numbers are not used.
+        seed: of the random numbers.
+        ratio, rules: as for `select`.
+    """
+    rng = random.Random(seed)
+    drawn = (replace(site, scores=tuple(rng.random() for _ in site.scores)) for site in scores.sites)
+    return select(Scores("random", tuple(drawn)), ratio, **rules)
+
+
 def _chunks(index: int, site: SiteScores, normalize: Normalize, keep_at_least: int, multiple_of: int) -> list[_Chunk]:
     total = len(site.scores)
     mean = math.fsum(site.scores) / total
@@ -163,29 +198,56 @@ def _chunks(index: int, site: SiteScores, normalize: Normalize, keep_at_least: i
     weakest_first = sorted(range(total), key=lambda unit: (site.scores[unit], unit))
     floor = math.ceil(keep_at_least / multiple_of) * multiple_of
     stops = [total, *(kept for kept in range(total - 1, 0, -1) if kept % multiple_of == 0 and kept >= floor)]
-    chunks = []
-    for before, after in zip(stops, stops[1:], strict=False):
+    chunks: list[_Chunk] = []
+    for before, after in pairwise(stops):
         units = weakest_first[total - before : total - after]
-        chunks.append(_Chunk(math.fsum(site.scores[u] for u in units) / len(units) / scale, index, tuple(units)))
+        mean_score = math.fsum(site.scores[u] for u in units) / len(units) / scale
+        # Never below the chunk before: the mean of equal scores can round to less than the score.
+        cost = max(mean_score, chunks[-1].cost) if chunks else mean_score
+        chunks.append(_Chunk(cost, index, tuple(units)))
     return chunks
 
 
-def _take(ranked: Sequence[_Chunk], total: int, ratio: float) -> set[tuple[int, int]]:
-    # The ratio as the decimal that was written: 0.29 of 100 is 29, where floating point says 28.999...
-    wanted = math.floor(Fraction(str(ratio)) * total)
-    possible = sum(len(chunk.units) for chunk in ranked)
-    if wanted > possible:
+def _take(ranking: _Ranking, ratio: float, rankings: Sequence[_Ranking]) -> set[tuple[int, int]]:
+    wanted = ranking.wanted(ratio)
+    if wanted > ranking.possible:
+        works = _working_ratios(rankings)
         raise UsageError(
-            f"ratio {ratio} means {wanted} of {total} units, but the floors let only {possible} go",
-            hint=f"use a ratio of at most {math.floor(possible / total * 10_000) / 10_000}, or lower the floors",
+            f"ratio {ratio} means {wanted} of {ranking.total} units, but the floors let only {ranking.possible} go",
+            where=ranking.where,
+            hint=f"use a ratio of at most {works[-1]}, or lower the floors" if works else _LET_GO,
         )
     taken: set[tuple[int, int]] = set()
-    for chunk in ranked:
+    for chunk in ranking.chunks:
         if len(taken) + len(chunk.units) > wanted:
             break
         taken |= {(chunk.site, unit) for unit in chunk.units}
     return taken
 
 
-def _ceil4(value: float) -> float:
-    return math.ceil(value * 10_000) / 10_000
+def _working_ratios(rankings: Sequence[_Ranking]) -> list[float]:
+    """The ratios at which one more chunk goes and every floor still holds, ascending."""
+    steps = {
+        _decimal(gone, ranking.total)
+        for ranking in rankings
+        for gone in accumulate(len(chunk.units) for chunk in ranking.chunks)
+    }
+    return sorted(step for step in steps if all(r.wanted(step) <= r.possible for r in rankings))
+
+
+def _decimal(units: int, total: int) -> float:
+    """The shortest decimal ratio, of four digits or more, that means `units` of `total`."""
+    for digits in count(4):
+        ratio = Fraction(math.ceil(Fraction(units, total) * 10**digits), 10**digits)
+        if math.floor(ratio * total) == units:
+            return float(ratio)
+    raise AssertionError("unreachable: enough digits always do")
+
+
+def _site_from_json(data: dict[str, Any]) -> SitePlan:
+    site, unit, total, kept = data["site"], data["unit"], data["total"], data["kept"]
+    if not isinstance(site, str) or unit not in get_args(Unit) or not isinstance(kept, list):
+        raise ValueError(f"site {site!r}, unit {unit!r}, kept {kept!r}")
+    if any(type(number) is not int for number in (total, *kept)):
+        raise ValueError(f"{site} counts in something other than whole numbers")
+    return SitePlan(site, unit, total, tuple(kept))

@@ -45,7 +45,9 @@ def match_plan(sites: Sequence[Site], plan: Plan) -> list[tuple[Site, tuple[int,
     unknown = planned.keys() ^ {site.name for site in sites}
     if unknown:
         raise UsageError(
-            "the plan and the model do not have the same sites", where=min(unknown), hint="make the plan from this model"
+            "the plan and the model do not have the same sites",
+            where=min(unknown),
+            hint="make the plan from this model",
         )
     for site in sites:
         if planned[site.name].total != site.total:
@@ -69,7 +71,7 @@ def shrink(model: torch.nn.Module, sites: Sequence[Site], plan: Plan) -> None:
 
 
 def record_plan(config: PretrainedConfig, family: Family, sites: Sequence[Site], plan: Plan) -> None:
-    """Writes the plan, relative to the dense model, into the configuration, and what lets the stock library reload it."""
+    """Writes into the configuration the plan, relative to the dense model, and what lets the stock library reload."""
     before = {s["site"]: s for s in (getattr(config, PLAN_KEY, None) or {}).get("sites", [])}
     records = []
     for site, kept in match_plan(sites, plan):
@@ -86,9 +88,7 @@ def record_plan(config: PretrainedConfig, family: Family, sites: Sequence[Site],
             setattr(config, key, value)
 
 
-def _equal_head_counts(
-    family: Family, sites: Sequence[Site], records: Sequence[Mapping[str, Any]]
-) -> dict[str, int]:
+def _equal_head_counts(family: Family, sites: Sequence[Site], records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Equal counts and an explicit head_dim let plain `from_pretrained` build the slim shapes by itself."""
     counts = {len(r["kept"]) for r in records}
     if len(counts) > 1 or counts == {records[0]["total"]}:

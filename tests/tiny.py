@@ -23,8 +23,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bert": _SIZES,
     "roberta": _SIZES | {"pad_token_id": 1},
     "electra": _SIZES | {"embedding_size": 16},
-    "distilbert": {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48, "vocab_size": 120, "max_position_embeddings": 160},
-    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 120, "n_positions": 160, "bos_token_id": 0, "eos_token_id": 0},
+    "distilbert": {
+        "dim": 32,
+        "n_layers": 3,
+        "n_heads": 4,
+        "hidden_dim": 48,
+        "vocab_size": 120,
+        "max_position_embeddings": 160,
+    },
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "vocab_size": 120,
+        "n_positions": 160,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
     "llama": _GROUPED,
     "mistral": _GROUPED | {"sliding_window": None},
     "qwen2": _GROUPED,
@@ -32,7 +47,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 DECODERS = {"gpt2", "llama", "mistral", "qwen2"}
 
 
-def tiny_model(model_type: str, *, task: str | None = None, seed: int = 0, attn_implementation: str | None = None, **changes: Any) -> PreTrainedModel:
+def tiny_model(
+    model_type: str, *, task: str | None = None, seed: int = 0, attn_implementation: str | None = None, **changes: Any
+) -> PreTrainedModel:
     """A random float32 model in eval mode whose biases and norms are random too, so that none of them can hide."""
     import transformers
 

@@ -44,7 +44,7 @@ def export(
         folder: made if missing; files in it are replaced.
         task: what the graph computes, a key of `slimheads.model.TASKS`.
         precisions: "fp32" is always made: the others start from it.
-        kv_axes: whether the cache's head axes are free ("symbolic", for optimum) or fixed ("static", for onnxruntime-genai).
+        kv_axes: whether the cache's head axes are free ("symbolic", for optimum) or fixed ("static", for genai).
 
     Raises:
         ModelRefusedError: optimum has no export for this model type and task.

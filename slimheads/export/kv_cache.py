@@ -16,9 +16,10 @@ import onnx
 import torch
 from transformers import PreTrainedModel
 
+from slimheads.sessions import KV_SHAPES_KEY
+
 KvAxes = Literal["symbolic", "static"]
 KvShape = tuple[int, int, int]  # KV heads, head_dim of keys, head_dim of values
-METADATA_KEY = "slimheads.kv_shapes"
 
 
 def kv_shapes(model: PreTrainedModel) -> tuple[KvShape, ...]:
@@ -48,10 +49,10 @@ def true_cache_config(config_class: type[Any], shapes: Sequence[KvShape]) -> typ
 
 
 def label_cache(path: Path, shapes: Sequence[KvShape], axes: KvAxes) -> None:
-    """Records the true cache shapes in the file's metadata and, for "symbolic", frees axes 1 and 3 of the past inputs."""
+    """Records the true cache shapes in the metadata and, for "symbolic", frees axes 1 and 3 of the past inputs."""
     proto = onnx.load(str(path), load_external_data=False)
     onnx.helper.set_model_props(
-        proto, {p.key: p.value for p in proto.metadata_props} | {METADATA_KEY: json.dumps(shapes)}
+        proto, {p.key: p.value for p in proto.metadata_props} | {KV_SHAPES_KEY: json.dumps(shapes)}
     )
     if axes == "symbolic":
         for value in proto.graph.input:

@@ -1,0 +1,5 @@
+"""`python -m slimheads`."""
+
+from slimheads.cli import main
+
+main()

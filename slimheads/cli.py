@@ -1,0 +1,291 @@
+"""The command line: arguments -> library -> exit code; no logic. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from slimheads import __version__
+from slimheads.errors import EnvironmentLackError, SlimheadsError, UsageError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Delete attention heads from a Hugging Face transformer, export it to ONNX, and prove what was shipped.",
+    epilog="Exit codes: 0 all held, 1 a bug of ours, 2 recipe or usage, 3 model refused, 4 certificate failed, "
+    "5 environment lacks something, 6 output folder busy, 7 a gate was not met, 130/143 interrupted.",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, e.g. select.ratio=0.5.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Task = Annotated[str, typer.Option(help="What the model is used for; auto reads it from the model.")]
+
+
+class Interrupted(BaseException):
+    """A signal asked us to end; not an Exception, so that only `main` takes it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    out: Annotated[Path | None, typer.Option(help="The output folder; runs/RECIPE by default.")] = None,
+    overrides: Overrides = None,
+    from_stage: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Run again from here on.")] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe: prune, export, prove, measure, report."""
+    from slimheads import pipeline, report, terminal
+    from slimheads.preview import preview
+    from slimheads.recipe import Recipe
+
+    chosen = Recipe.read(recipe, overrides or ())
+    out = out or Path("runs", recipe.stem)
+    if dry_run:
+        stages, found = pipeline.dry_run(chosen, out, from_stage=from_stage, until=until), preview(chosen)
+        if as_json:
+            _print_json({"stages": stages, **found.model_dump(mode="json")})
+        else:
+            terminal.print_stages(stages)
+            terminal.print_preview(found)
+        return
+    with _display() as display:
+        made = pipeline.run(
+            chosen, out, from_stage=from_stage, until=until, progress=display, command=_command(recipe, out, overrides)
+        )
+    if made is None:
+        print(f"stopped after {until}; what there is so far is in {out}", file=sys.stderr)
+        return
+    if as_json:
+        print(made.to_json(), end="")
+    else:
+        report.print_summary(made, terminal.stdout(), out)
+    for reason in made.verdict.reasons:
+        _complain(reason)
+    raise typer.Exit(made.verdict.exit_code)
+
+
+@app.command()
+def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show what a recipe would delete: heads, parameters, FLOPs, bytes. Writes nothing."""
+    from slimheads import terminal
+    from slimheads.preview import preview
+    from slimheads.recipe import Recipe
+
+    found = preview(Recipe.read(recipe, overrides or ()))
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        terminal.print_preview(found)
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, pkg://package/folder or a hub id.")],
+    task: Task = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Score every head of a model by weight magnitude."""
+    from slimheads import terminal
+    from slimheads.model import load
+    from slimheads.scoring import score as score_model
+
+    scores = score_model(load(model, task))
+    if as_json:
+        _print_json(scores.to_json())
+    else:
+        terminal.print_scores(scores)
+
+
+@app.command()
+def bench(
+    first: Annotated[Path, typer.Argument(metavar="A.onnx", help="The file to compare against.")],
+    second: Annotated[Path, typer.Argument(metavar="B.onnx", help="The file in question.")],
+    shapes: Annotated[
+        list[str] | None, typer.Option("--shape", metavar="BxL", help="Batch x length, e.g. 1x128.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads within an operator.")] = 2,
+    provider: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    min_seconds: Annotated[float, typer.Option(help="Seconds to measure each shape for.")] = 3.0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how much faster one ONNX file runs than another, with an interval and a control."""
+    from slimheads import terminal
+    from slimheads.bench import bench as measure
+
+    wanted = [_shape(text) for text in shapes or ["1x16", "1x128"]]
+    with _display() as display:
+        display.start("bench")
+        rows = measure(
+            first, second, shapes=wanted, threads=threads, provider=provider, min_seconds=min_seconds,
+            on_progress=display.note,
+        )  # fmt: skip
+    if as_json:
+        _print_json([row.model_dump(mode="json") for row in rows])
+    else:
+        terminal.print_latency(rows)
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, pkg://package/folder or a hub id.")],
+    out: Annotated[Path | None, typer.Option(help="Write to this new file instead of stdout.")] = None,
+) -> None:
+    """Write a commented recipe for a model."""
+    from slimheads.model import describe, find
+    from slimheads.recipe import commented_recipe
+
+    source = find(model)
+    text = commented_recipe(model, source.task, source.task == "text-generation", describe(source))
+    if out is None:
+        print(text, end="")
+        return
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        hint = "name a new file in a folder that exists"
+        raise UsageError(f"cannot write the recipe ({error.strerror})", where=str(out), hint=hint) from error
+
+
+@app.command()
+def families(as_json: AsJson = False) -> None:
+    """List the model families that are covered."""
+    from slimheads import terminal
+    from slimheads.attention import family_rows
+
+    rows = family_rows()
+    if as_json:
+        _print_json(rows)
+    else:
+        terminal.print_families(rows)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from slimheads.recipe import recipe_schema
+
+    _print_json(recipe_schema())
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check that this machine has what a run needs."""
+    from slimheads import terminal
+    from slimheads.environment import doctor as examine
+
+    checks = examine()
+    if as_json:
+        _print_json([check.model_dump(mode="json") for check in checks])
+    else:
+        terminal.print_checks(checks)
+    lacking = [check for check in checks if not check.ok]
+    if lacking:
+        names, hint = ", ".join(check.name for check in lacking), lacking[0].hint or "see the list above"
+        raise EnvironmentLackError(f"this environment lacks: {names}", hint=hint)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The `slimheads` command. Ends the process with the contract's exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    # --debug may stand anywhere; typer knows it before the command only.
+    arguments = ["--debug"] * debug + [argument for argument in arguments if argument != "--debug"]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    code = _guarded(arguments, debug)
+    with suppress(OSError):
+        sys.stdout.flush()
+    sys.exit(code)
+
+
+def _guarded(arguments: list[str], debug: bool) -> int:
+    try:
+        app(arguments, prog_name="slimheads")
+    except SystemExit as end:
+        return int(end.code or 0)
+    except Interrupted as end:
+        _complain("interrupted; nothing half-made was left, and finished stages will be reused")
+        return 128 + end.number
+    except BrokenPipeError:
+        # Whoever read our stdout has gone; python must not complain about it once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SlimheadsError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        return error.exit_code
+    except MemoryError:
+        _complain("out of memory; use a machine with more, or smaller bench.shapes")
+        return EnvironmentLackError.exit_code
+    except Exception as error:  # the last resort: a bug of ours is told as one, in one line
+        if debug:
+            raise
+        said = " ".join(str(error).split())[:300]
+        _complain(f"a bug in slimheads: {type(error).__name__}: {said}; run again with --debug and report it")
+        return 1
+    return 0
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    # A second signal ends the process at once, whatever the first is still cleaning up.
+    signal.signal(number, signal.SIG_DFL)
+    raise Interrupted(number)
+
+
+def _display() -> Any:
+    from rich.console import Console
+
+    from slimheads.progress import Display
+
+    return Display(Console(stderr=True))
+
+
+def _command(recipe: Path, out: Path, overrides: Sequence[str] | None) -> str:
+    sets = [part for override in overrides or () for part in ("--set", override)]
+    return shlex.join(["slimheads", "run", str(recipe), "--out", str(out), *sets])
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = text.lower().split("x")
+    if len(sizes) not in (2, 3) or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise UsageError(f"'{text}' is no shape", where="--shape", hint="write batch x length, like 1x128")
+    return tuple(int(size) for size in sizes)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, allow_nan=False))
+
+
+def _complain(line: str) -> None:
+    print(f"slimheads: {line}", file=sys.stderr)

@@ -1,0 +1,108 @@
+"""Writing so that a crash, a full disk or a forbidden folder leaves nothing that looks whole and is not."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slimheads.errors import EnvironmentLackError, UsageError
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every regular file below a folder, sorted; anything that is neither file nor folder raises ValueError."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path.relative_to(folder)} is not a regular file")
+        if path.is_file():
+            found.append(path)
+    return found
+
+
+def is_there(path: Path) -> bool:
+    """Whether the name is taken, be it by a link that leads nowhere."""
+    return path.is_symlink() or path.exists()
+
+
+def new_folder(inside: Path) -> Path:
+    """A fresh `tmp-…` folder. Not mkdtemp: its folders are closed to other users, and stay so once renamed."""
+    path = inside / f"tmp-{uuid.uuid4().hex}"
+    path.mkdir(parents=True)
+    return path
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder if it is there; what cannot be deleted of a folder is left for the next run to try."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file and have it on the disk."""
+    path.write_bytes(content)
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk before a rename makes them count."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folders(folder: Path) -> None:
+    """`sync` a folder and every folder below it."""
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            sync(path)
+
+
+def move_all(moves: list[tuple[Path, Path]]) -> None:
+    """Make every rename, or none: if one fails or is interrupted, those before it are undone."""
+    try:
+        for source, target in moves:
+            source.rename(target)
+    except BaseException:
+        for source, target in reversed(moves):
+            if is_there(target) and not is_there(source):
+                target.rename(source)
+        raise
+
+
+@contextmanager
+def disk_full_named(folder: Path) -> Iterator[None]:
+    """Turn a full disk into EnvironmentLackError; other failures pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        hint = "free some space, or choose another folder with --out"
+        raise EnvironmentLackError("the disk is full", where=str(folder), hint=hint) from error
+
+
+@contextmanager
+def unwritable_named(folder: Path) -> Iterator[None]:
+    """Turn a folder that cannot be made or written into UsageError, a full disk into EnvironmentLackError."""
+    try:
+        with disk_full_named(folder):
+            yield
+    except OSError as error:
+        what = f"cannot write in the output folder: {error.strerror or error}"
+        raise UsageError(what, where=str(folder), hint="choose a folder that can be written with --out") from error

@@ -1,0 +1,314 @@
+"""Where a run happened (the environment record), and whether this machine can do one (`slimheads doctor`)."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from slimheads import __version__
+
+PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime")
+GIB = 1024**3
+MIN_PYTHON = ">=3.11"
+MIN_CORES = 2  # bench.threads unless the recipe says otherwise
+MIN_MEMORY = 2.5 * GIB  # what the MiniLM recipe may take at most
+MIN_DISK = 2 * GIB  # both exports and the stage records of a BERT-base-sized model
+CGROUPS = Path("/sys/fs/cgroup")
+CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+
+
+class Environment(BaseModel):
+    """Software and hardware of one run. Holds no host name, user name or path, so that it can be shown to anyone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    slimheads: str
+    python: str
+    packages: dict[str, str | None]  # null: not installed
+    platform: str  # "Linux 6.1 x86_64"
+    cpu: str
+    cores_physical: int | None  # null: the system does not tell
+    cores_logical: int | None
+    cores_usable: float  # what affinity and the control group leave to this process; may be a fraction
+    memory_bytes: int  # the smaller of the machine's and the control group's
+    memory_available_bytes: int
+    load_average: tuple[float, float, float] | None  # at the start, over 1, 5 and 15 minutes; null on Windows
+    cpu_governor: str | None  # null: not readable
+    cpu_frequency_mhz: float | None  # at the start; null: not readable
+    providers: tuple[str, ...]  # what this onnxruntime was built with
+    session_options: dict[str, JsonValue]
+
+
+class Check(BaseModel):
+    """One line of `slimheads doctor`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    ok: bool
+    found: str
+    expected: str
+    hint: str | None  # what to do; null where nothing is to be done
+
+
+def environment(session_options: Mapping[str, Any] | None = None) -> Environment:
+    """The environment as it is now; call it when a run starts.
+
+    Args:
+        session_options: JSON data: the ONNX Runtime options of the run, as recorded by whoever opens the sessions.
+    """
+    memory = psutil.virtual_memory()
+    limit = _cgroup_memory(CGROUPS)
+    return Environment(
+        slimheads=__version__,
+        python=platform.python_version(),
+        packages={name: _version(name) for name in PACKAGES},
+        platform=_platform(),
+        cpu=_cpu_model(),
+        cores_physical=psutil.cpu_count(logical=False),
+        cores_logical=psutil.cpu_count(logical=True),
+        cores_usable=usable_cores(),
+        memory_bytes=min(memory.total, limit) if limit else memory.total,
+        memory_available_bytes=min(memory.available, limit) if limit else memory.available,
+        load_average=_load_average(),
+        cpu_governor=_read(CPUFREQ / "scaling_governor"),
+        cpu_frequency_mhz=_frequency_mhz(),
+        providers=_providers(),
+        session_options=dict(session_options or {}),
+    )
+
+
+def usable_cores() -> float:
+    """The cores that affinity and the control group leave to this process; a quota of half a core gives 0.5."""
+    try:
+        cores = float(len(os.sched_getaffinity(0)))
+    except AttributeError:  # macOS and Windows have no affinity call
+        cores = float(os.cpu_count() or 1)
+    quota = _cgroup_cores(CGROUPS)
+    return min(cores, quota) if quota else cores
+
+
+def doctor(folder: Path | None = None) -> list[Check]:
+    """Whether this machine can run slimheads, one check a requirement.
+
+    Args:
+        folder: where the output would go (its disk is measured); the working directory by default.
+    """
+    available, limit = psutil.virtual_memory().available, _cgroup_memory(CGROUPS)
+    memory = min(available, limit) if limit else available
+    free = shutil.disk_usage(folder or Path.cwd()).free
+    cores = usable_cores()
+    return [
+        _check_python(),
+        *_check_packages(),
+        _check_absent("kernels"),
+        _check_providers(),
+        Check(
+            name="cores",
+            ok=cores >= MIN_CORES,
+            found=f"{cores:g} usable",
+            expected=f"at least {MIN_CORES}",
+            hint=None if cores >= MIN_CORES else "set bench.threads to 1 in the recipe, or give the process more cores",
+        ),
+        _check_room("memory", memory, MIN_MEMORY, "close other programs, or raise the container's memory limit"),
+        _check_room("disk", free, MIN_DISK, "free some space, or choose another folder with --out"),
+        _check_temp(),
+        _check_plots(),
+    ]
+
+
+# The machine
+
+
+def _platform() -> str:
+    """System, kernel version without the builder's own suffix, and architecture."""
+    release = ".".join(platform.release().split("-")[0].split(".")[:2])
+    return " ".join(part for part in (platform.system(), release, platform.machine()) if part)
+
+
+def _cpu_model() -> str:
+    if (info := _read(Path("/proc/cpuinfo"))) is not None:
+        for line in info.splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    if platform.system() == "Darwin" and (sysctl := shutil.which("sysctl")):
+        answer = subprocess.run([sysctl, "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+        if answer.stdout.strip():
+            return answer.stdout.strip()
+    return platform.processor() or platform.machine()
+
+
+def _load_average() -> tuple[float, float, float] | None:
+    return os.getloadavg() if hasattr(os, "getloadavg") else None
+
+
+def _frequency_mhz() -> float | None:
+    khz = _read(CPUFREQ / "scaling_cur_freq")
+    if khz is not None and khz.isdigit():
+        return int(khz) / 1000
+    return None
+
+
+def _read(path: Path) -> str | None:
+    """The file's text, or None where the system does not offer it."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+
+
+def _cgroup_folders(root: Path, own: str | None) -> list[Path]:
+    """The control groups this process is in, innermost first: every one of them can set a limit."""
+    inside = next((line[3:].strip("/") for line in (own or "").splitlines() if line.startswith("0::")), "")
+    parts = [part for part in inside.split("/") if part]
+    return [root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
+
+
+def _cgroup_cores(root: Path) -> float | None:
+    """The tightest CPU quota in cores, from cgroup v2 (`cpu.max`: "150000 100000") or v1; None without one."""
+    found: list[float] = []
+    for folder in _cgroup_folders(root, _read(Path("/proc/self/cgroup"))):
+        quota, _, period = (_read(folder / "cpu.max") or "max").partition(" ")
+        if quota != "max":
+            found.append(int(quota) / int(period or 100_000))
+    quota_v1, period_v1 = _read(root / "cpu/cpu.cfs_quota_us"), _read(root / "cpu/cpu.cfs_period_us")
+    if quota_v1 and period_v1 and int(quota_v1) > 0:
+        found.append(int(quota_v1) / int(period_v1))
+    return min(found, default=None)
+
+
+def _cgroup_memory(root: Path) -> int | None:
+    """The tightest memory limit in bytes, from cgroup v2 or v1; None without one."""
+    folders = _cgroup_folders(root, _read(Path("/proc/self/cgroup")))
+    texts = [_read(folder / "memory.max") for folder in folders] + [_read(root / "memory/memory.limit_in_bytes")]
+    # cgroup v1 writes "no limit" as a number near 2**63.
+    limits = [int(text) for text in texts if text and text.isdigit() and int(text) < 2**60]
+    return min(limits, default=None)
+
+
+# The installation
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _providers() -> tuple[str, ...]:
+    try:
+        import onnxruntime
+    except ImportError:
+        return ()
+    return tuple(onnxruntime.get_available_providers())
+
+
+def requirements() -> list[Requirement]:
+    """What slimheads itself requires, from its own package metadata; names without ranges in a bare checkout."""
+    try:
+        lines = metadata.requires("slimheads") or []
+    except metadata.PackageNotFoundError:
+        return [Requirement(name) for name in PACKAGES]
+    wanted = [Requirement(line) for line in lines]
+    return [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+
+
+def _check_python() -> Check:
+    found = platform.python_version()
+    try:
+        wanted = str(metadata.metadata("slimheads").json.get("requires_python", MIN_PYTHON))
+    except metadata.PackageNotFoundError:  # a bare checkout
+        wanted = MIN_PYTHON
+    ok = SpecifierSet(wanted).contains(found, prereleases=True)
+    hint = None if ok else f"make a virtual environment with Python {wanted}"
+    return Check(name="python", ok=ok, found=found, expected=wanted, hint=hint)
+
+
+def _check_packages() -> list[Check]:
+    checks = []
+    for wanted in requirements():
+        found = _version(wanted.name)
+        ok = found is not None and wanted.specifier.contains(found, prereleases=True)
+        checks.append(
+            Check(
+                name=wanted.name,
+                ok=ok,
+                found=found or "not installed",
+                expected=str(wanted.specifier) or "any version",
+                hint=None if ok else f"pip install '{wanted.name}{wanted.specifier}'",
+            )
+        )
+    return checks
+
+
+def _check_absent(package: str) -> Check:
+    """transformers runs code from the hub that a config.json names when `kernels` is installed (CVE-2026-4372)."""
+    found = _version(package)
+    hint = None if found is None else f"pip uninstall {package}: with it a config.json can make transformers run code"
+    return Check(
+        name=f"no {package}", ok=found is None, found=found or "not installed", expected="not installed", hint=hint
+    )
+
+
+def _check_providers() -> Check:
+    found = _providers()
+    ok = "CPUExecutionProvider" in found
+    hint = None if ok else "reinstall onnxruntime; for a GPU onnxruntime-gpu, and never both together"
+    return Check(
+        name="providers", ok=ok, found=", ".join(found) or "none", expected="CPUExecutionProvider among them", hint=hint
+    )
+
+
+def _check_room(name: str, found: float, wanted: float, hint: str) -> Check:
+    ok = found >= wanted
+    return Check(
+        name=name,
+        ok=ok,
+        found=f"{math.floor(found / GIB * 10) / 10:.1f} GiB free",
+        expected=f"at least {wanted / GIB:.1f} GiB",
+        hint=None if ok else hint,
+    )
+
+
+def _check_temp() -> Check:
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.write(b"slimheads")
+    except OSError as error:
+        found = error.strerror or type(error).__name__
+        return Check(
+            name="temporary folder", ok=False, found=found, expected="writable", hint="set TMPDIR to a writable folder"
+        )
+    return Check(name="temporary folder", ok=True, found="writable", expected="writable", hint=None)
+
+
+def _check_plots(draw: Callable[[], None] | None = None) -> Check:
+    try:
+        (draw or _draw_once)()
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        found = " ".join(f"{type(error).__name__}: {error}".split())
+        hint = "reinstall matplotlib, and set MPLCONFIGDIR to a writable folder"
+        return Check(name="plots", ok=False, found=found, expected="matplotlib draws without a display", hint=hint)
+    return Check(name="plots", ok=True, found="drawn to SVG", expected="matplotlib draws without a display", hint=None)
+
+
+def _draw_once() -> None:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1, 1))
+    figure.add_subplot().plot([0, 1])
+    FigureCanvasSVG(figure).print_svg(io.StringIO())

@@ -1,0 +1,36 @@
+"""Counts a model's size and the arithmetic of one run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import PreTrainedModel
+
+
+def parameters(model: PreTrainedModel) -> int:
+    """Number of parameters, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the parameters in their own dtype, tied ones counted once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def flops(model: PreTrainedModel, batch: int, length: int) -> int:
+    """Floating-point operations of one forward on [batch, length] tokens: 2 a multiply-add, matrix products only.
+
+    Counted by torch's own FlopCounterMode while the model runs, so nothing is assumed about the architecture.
+    """
+    ids = torch.zeros((batch, length), dtype=torch.long)
+    # torch counts the attention of GPUs but not its CPU kernel.
+    cpu_attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return int(counter.get_total_flops())
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]

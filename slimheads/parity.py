@@ -1,0 +1,205 @@
+"""Parity: the same inputs through two forms of a model, compared at every position that is not padding.
+
+Cases are batch {1, 4} x length {1, 8, 128}; batches of four have rows of different lengths, padded left and right;
+decoders also continue a cache of seven positions. Each form builds its own cache by running the first seven positions
+itself, so the cache inputs and outputs of an ONNX file are part of what is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from slimheads.sessions import ORT_ERRORS
+
+Padding = Literal["no", "left", "right"]
+BATCHES, LENGTHS, PAST = (1, 4), (1, 8, 128), 7
+REFUSALS: tuple[type[Exception], ...] = (*ORT_ERRORS, ValueError, IndexError)
+Outputs = dict[str, np.ndarray]
+Form = Callable[["Case"], Outputs]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input: ids and mask are int64 [batch, past + length]; the first `past` positions go through the cache."""
+
+    batch: int
+    length: int
+    padding: Padding
+    past: int
+    ids: np.ndarray
+    mask: np.ndarray
+
+    def __str__(self) -> str:
+        past = f", past {self.past}" if self.past else ""
+        return f"batch {self.batch}, length {self.length}, {self.padding} padding{past}"
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Position ids counted over unpadded positions, as `generate` counts them; int64 [batch, past + length]."""
+        counted: np.ndarray = np.maximum(self.mask.cumsum(axis=1) - 1, 0)
+        return counted
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcome of one case."""
+
+    case: str
+    max_abs: float
+    max_rel: float  # max_abs over the reference's largest magnitude
+    passed: bool
+    reason: str | None
+
+
+def cases(config: PretrainedConfig, task: str, seed: int = 0) -> tuple[Case, ...]:
+    """The contract's cases for a model, shortened where its position table is."""
+    rng = np.random.default_rng(seed)
+    limit = (getattr(config, "max_position_embeddings", None) or 10_000) - 2  # RoBERTa's table starts at 2
+    pasts = (0, PAST) if task == "text-generation" else (0,)
+    return tuple(
+        _case(rng, config, batch, min(length, limit - past), padding, past)
+        for past in pasts
+        for batch in BATCHES
+        for length in LENGTHS
+        for padding in _paddings(batch, length, past)
+    )
+
+
+def torch_form(model: PreTrainedModel) -> Form:
+    """A torch model as a function from a case to its float outputs by name."""
+
+    def run(case: Case) -> Outputs:
+        ids, mask, positions = (torch.from_numpy(a) for a in (case.ids, case.mask, case.positions))
+        cache: dict[str, Any] = {}
+        with torch.no_grad():
+            if case.past:
+                p = case.past
+                first = model(
+                    input_ids=ids[:, :p], attention_mask=mask[:, :p], position_ids=positions[:, :p], use_cache=True
+                )
+                cache = {"past_key_values": first.past_key_values, "position_ids": positions[:, p:]}
+            elif model.can_generate():
+                cache = {"position_ids": positions}
+            made = model(input_ids=ids[:, case.past :], attention_mask=mask, **cache)
+        return {k: v.numpy() for k, v in made.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+
+    return run
+
+
+def onnx_form(session: onnxruntime.InferenceSession, kv_shapes: tuple[tuple[int, int, int], ...]) -> Form:
+    """An ONNX Runtime session as the same function; `kv_shapes` are (heads, key head_dim, value head_dim) a layer."""
+    wanted = {i.name for i in session.get_inputs()}
+    names = [o.name for o in session.get_outputs()]
+
+    def step(case: Case, start: int, stop: int, cache: Outputs) -> Outputs:
+        ids = case.ids[:, start:stop]
+        feed = {
+            "input_ids": ids,
+            "attention_mask": case.mask[:, :stop],
+            "position_ids": case.positions[:, start:stop],
+            "token_type_ids": np.zeros_like(ids),
+        }
+        fed = {k: v for k, v in feed.items() if k in wanted} | cache
+        return dict(zip(names, session.run(None, fed), strict=True))
+
+    def run(case: Case) -> Outputs:
+        cache: Outputs = {}
+        for layer, (heads, key_dim, value_dim) in enumerate(kv_shapes):
+            cache[f"past_key_values.{layer}.key"] = np.zeros((case.batch, heads, 0, key_dim), np.float32)
+            cache[f"past_key_values.{layer}.value"] = np.zeros((case.batch, heads, 0, value_dim), np.float32)
+        if case.past:
+            first = step(case, 0, case.past, cache)
+            cache = {name: first[name.replace("past_key_values", "present")] for name in cache}
+        return step(case, case.past, case.ids.shape[1], cache)
+
+    return run
+
+
+def compare(reference: Outputs, other: Outputs, case: Case, atol: float | None, rtol: float) -> Comparison:
+    """Holds two outputs together at every unpadded position of every output that both have; finite values only.
+
+    The reference a and the other b agree where |a - b| <= atol + rtol |a| everywhere; with `atol` None, where the largest
+    difference is at most rtol times the largest |a| (for precisions whose error goes with the size of the tensor).
+    """
+    shared = [name for name in reference if name in other]
+    if not shared:
+        return Comparison(str(case), np.inf, np.inf, False, "the two have no output in common")
+    worst = Comparison(str(case), 0.0, 0.0, True, None)
+    for name in shared:
+        found = _compare_one(name, reference[name], other[name], case, atol, rtol)
+        if not found.passed or (worst.passed and found.max_abs > worst.max_abs):
+            worst = found
+        if not worst.passed:
+            break
+    return worst
+
+
+def compare_all(
+    reference: Form, other: Form, over: Iterable[Case], atol: float | None, rtol: float
+) -> tuple[Comparison, ...]:
+    """`compare` over every case; a form that cannot run a case at all fails it, with the runtime's own words."""
+    outcomes = []
+    for case in over:
+        expected = reference(case)
+        try:
+            found = other(case)
+        except REFUSALS as error:
+            outcomes.append(
+                Comparison(str(case), np.inf, np.inf, False, f"it does not run: {str(error).splitlines()[0]}")
+            )
+            continue
+        outcomes.append(compare(expected, found, case, atol, rtol))
+    return tuple(outcomes)
+
+
+def _compare_one(name: str, a: np.ndarray, b: np.ndarray, case: Case, atol: float | None, rtol: float) -> Comparison:
+    def failed(reason: str, max_abs: float = np.inf, max_rel: float = np.inf) -> Comparison:
+        return Comparison(str(case), max_abs, max_rel, False, f"{name}: {reason}")
+
+    if a.shape != b.shape:
+        return failed(f"shapes {list(a.shape)} and {list(b.shape)} differ")
+    if a.ndim == 3 or name in ("start_logits", "end_logits"):  # the others have no axis of positions
+        real = case.mask[:, case.past :].astype(bool)
+        a, b = a[real], b[real]
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return failed("a value is NaN or infinite")
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    off = np.abs(a - b)
+    max_abs = float(off.max(initial=0.0))
+    max_rel = max_abs / max(float(np.abs(a).max(initial=0.0)), float(np.finfo(np.float32).tiny))
+    if (max_rel > rtol) if atol is None else (off > atol + rtol * np.abs(a)).any():
+        return failed(f"differs by {max_abs:.3g}", max_abs, max_rel)
+    return Comparison(str(case), max_abs, max_rel, True, None)
+
+
+def _paddings(batch: int, length: int, past: int) -> tuple[Padding, ...]:
+    if batch == 1:
+        return ("no",)
+    if past:  # right padding before new tokens is no use anybody has
+        return ("left",)
+    return ("no",) if length == 1 else ("left", "right")
+
+
+def _case(
+    rng: np.random.Generator, config: PretrainedConfig, batch: int, length: int, padding: Padding, past: int
+) -> Case:
+    pad = getattr(config, "pad_token_id", None)
+    whole = past + length
+    ids = rng.integers(0, config.vocab_size, (batch, whole))
+    if pad is not None:
+        ids[ids == pad] = (pad + 1) % config.vocab_size  # RoBERTa derives positions from which ids are padding
+    mask = np.ones((batch, whole), np.int64)
+    room = past or length
+    for row in range(1, batch if padding != "no" else 1):
+        gone = min(room - 1, 1 + row * room // (batch + 1))
+        where = np.s_[:gone] if padding == "left" else np.s_[whole - gone :]
+        mask[row, where] = 0
+        ids[row, where] = 0 if pad is None else pad
+    return Case(batch, length, padding, past, ids.astype(np.int64), mask)

@@ -1,0 +1,181 @@
+"""The ordered stages of a run. Read this first.
+
+    recipe -> load -> score -> select -> prune -> recover -> export -> verify -> bench -> report
+
+`run` takes them in order. A stage whose inputs, section of the recipe and library versions are those of an earlier run
+in the same folder is reused. Nothing appears in the output folder before the run ends: then the report is made and all
+of it is published at once, without slim/ where the certificate failed.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from slimheads.environment import Environment, environment
+from slimheads.errors import UsageError
+from slimheads.memory import PeakMemory
+from slimheads.model import find
+from slimheads.progress import Progress, Silent
+from slimheads.recipe import Recipe
+from slimheads.report import Report, StageRecord, append_step_summary
+from slimheads.reporting import assemble, contents
+from slimheads.sessions import session_options_record
+from slimheads.stages import STAGES, Job, Stage, certificate_of, require_providers, versions
+from slimheads.store import Record, Store, lock, publish, stage_key
+
+STAGE_NAMES = (*(stage.name for stage in STAGES), "report")
+
+
+def run(
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    from_stage: str | None = None,
+    until: str | None = None,
+    progress: Progress | None = None,
+    command: str | None = None,
+) -> Report | None:
+    """Runs a recipe and publishes what it made in `out`.
+
+    Args:
+        recipe: a recipe or the path of one.
+        out: the output folder, made if missing.
+        overrides: `key=value` strings that replace values of a recipe file.
+        from_stage: run this stage and all later ones even where an earlier run's results could be used.
+        until: stop after this stage; only recipe.yaml, scores.json and plan.json are published then.
+        progress: told about each stage.
+        command: what to call to run this again, for the report.
+
+    Returns:
+        The report, whose verdict says whether all held (a failed certificate or gate is in it, not raised); None when
+        `until` stopped the run before the report.
+
+    Raises:
+        SlimheadsError: of the class that says what failed.
+    """
+    started, memory = time.perf_counter(), PeakMemory()
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe, overrides)
+    out, progress = Path(out), progress or Silent()
+    check_stage_names(from_stage, until)
+    require_providers(recipe)
+    with lock(out):
+        surroundings = environment(session_options_record(threads=recipe.bench.threads))
+        job = Job(recipe, find(recipe.model, recipe.task), progress.note)
+        timings: list[StageRecord] = []
+        for stage in stages_until(until):
+            timings.append(_do(stage, job, Store(out), from_stage, progress))
+            if stage.name == "verify" and not certificate_of(job.result("verify")).passed:
+                break  # nothing after a broken proof is worth measuring
+        if until not in (None, "report"):
+            _publish_part(job, out)
+            return None
+        return _report(job, out, timings, surroundings, command, started, memory)
+
+
+def stages_until(until: str | None) -> Iterator[Stage]:
+    """The stages up to and including `until` (all for None), without the report."""
+    for stage in STAGES:
+        yield stage
+        if stage.name == until:
+            return
+
+
+def check_stage_names(from_stage: str | None, until: str | None) -> None:
+    """Refuses names that are no stage, and an order that runs nothing.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    for option, name in (("--from", from_stage), ("--until", until)):
+        if name is not None and name not in STAGE_NAMES:
+            raise UsageError(f"there is no stage '{name}'", where=option, hint=f"use one of {', '.join(STAGE_NAMES)}")
+    if from_stage and until and STAGE_NAMES.index(from_stage) > STAGE_NAMES.index(until):
+        raise UsageError(f"{from_stage} comes after {until}", where="--from", hint="give them in the stages' order")
+
+
+def dry_run(
+    recipe: Recipe, out: str | Path, *, from_stage: str | None = None, until: str | None = None
+) -> dict[str, str]:
+    """What `run` would do, stage by stage: "run" or "reuse". Reads the model's files, writes nothing.
+
+    Raises:
+        SlimheadsError: what `run` would raise before its first stage.
+    """
+    check_stage_names(from_stage, until)
+    require_providers(recipe)
+    job = Job(recipe, find(recipe.model, recipe.task), lambda _: None)
+    keys: dict[str, str] = {}
+    found = {}
+    for stage in stages_until(until):
+        keys[stage.name] = _key(stage, job, keys)
+        stored = _reusable(stage, Store(Path(out)), keys[stage.name], from_stage)
+        found[stage.name] = "reuse" if stored else "run"
+    return found if until not in (None, "report") else found | {"report": "run"}
+
+
+def _key(stage: Stage, job: Job, keys: Mapping[str, str]) -> str:
+    """What this stage's result depends on, given the keys of the stages it reads."""
+    return stage_key(stage.name, stage.section(job), [keys[name] for name in stage.reads], versions())
+
+
+def _reusable(stage: Stage, store: Store, key: str, from_stage: str | None) -> Record | None:
+    forced = from_stage is not None and STAGE_NAMES.index(stage.name) >= STAGE_NAMES.index(from_stage)
+    return None if forced else store.find(stage.name, key)
+
+
+def _do(stage: Stage, job: Job, store: Store, from_stage: str | None, progress: Progress) -> StageRecord:
+    key = _key(stage, job, {name: record.key for name, record in job.records.items()})
+    record = _reusable(stage, store, key, from_stage)
+    reused = record is not None
+    if record is None:
+        progress.start(stage.name)
+        record = _work(stage, job, store, key)
+    job.records[stage.name] = record
+    progress.finish(stage.name, record.seconds, reused)
+    return StageRecord(stage=stage.name, seconds=record.seconds, peak_rss_mb=record.peak_rss_mb or 0.0, reused=reused)
+
+
+def _work(stage: Stage, job: Job, store: Store, key: str) -> Record:
+    started, memory = time.perf_counter(), PeakMemory()
+    with store.begin(stage.name, key) as work:
+        result, keep = stage.work(job, work.path)
+        seconds, peak = time.perf_counter() - started, memory.megabytes()
+        if keep:
+            return work.publish(result, seconds, peak)
+    return Record(path=store.out, stage=stage.name, key=key, seconds=seconds, peak_rss_mb=peak, result=result, files={})
+
+
+def _publish_part(job: Job, out: Path) -> None:
+    """After `--until`: the plan so far. A slim model of another recipe may not stand beside it."""
+    wanted = contents(job)
+    old = out / "recipe.yaml"
+    same = old.is_file() and old.read_bytes() == wanted["recipe.yaml"]
+    stale = () if same else ("slim", "dense", "scores.json", "plan.json", "report.json", "report.md", "report.html")
+    publish(out, wanted, stale)
+
+
+def _report(
+    job: Job,
+    out: Path,
+    timings: Sequence[StageRecord],
+    surroundings: Environment,
+    command: str | None,
+    started: float,
+    memory: PeakMemory,
+) -> Report:
+    report = assemble(
+        job,
+        stages=tuple(timings),
+        surroundings=surroundings,
+        command=command or shlex.join(["slimheads", "run", "recipe.yaml"]),
+        seconds=time.perf_counter() - started,
+        peak_rss_mb=max([memory.megabytes(), *(t.peak_rss_mb for t in timings if not t.reused)]),
+    )
+    wanted = contents(job, report)
+    publish(out, wanted, {"slim", "dense"} - wanted.keys())
+    append_step_summary(report)
+    return report

@@ -1,0 +1,319 @@
+"""The recipe: its sections, how it is read and written, and its JSON Schema."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, PrivateAttr, Strict
+
+from slimheads.errors import UsageError
+from slimheads.recipe_yaml import KeyPath, Place, Positions, dotted, parse_value, read_yaml, scalar, validate
+
+Task = Literal[
+    "auto",
+    "feature-extraction",
+    "text-generation",
+    "fill-mask",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+]
+Precision = Literal["fp32", "fp16", "int8"]
+Provider = Literal["cpu", "cuda"]
+Item = TypeVar("Item")
+
+
+def _distinct(items: tuple[Item, ...]) -> tuple[Item, ...]:
+    if len(set(items)) < len(items):
+        raise ValueError("should not name the same thing twice")
+    return items
+
+
+def _with_fp32(items: tuple[str, ...]) -> tuple[str, ...]:
+    if "fp32" not in items:
+        raise ValueError("should hold fp32, which the others are made from")
+    return items
+
+
+# A tuple may be given as a list (as YAML and callers do); what is inside stays strict.
+PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+Precisions = Annotated[
+    tuple[Precision, ...],
+    Strict(False),
+    AfterValidator(_distinct),
+    AfterValidator(_with_fp32),
+    Field(json_schema_extra={"uniqueItems": True, "contains": {"const": "fp32"}}),
+]
+Providers = Annotated[
+    tuple[Provider, ...],
+    Strict(False),
+    Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+    AfterValidator(_distinct),
+]
+Shape = Annotated[tuple[PositiveInt, PositiveInt], Strict(False)]
+Shapes = Annotated[
+    tuple[Shape, ...],
+    Strict(False),
+    Field(min_length=1, json_schema_extra={"uniqueItems": True}),
+    AfterValidator(_distinct),
+]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Score(_Section):
+    """How a head's importance is estimated."""
+
+    method: Literal["magnitude"] = Field("magnitude", description="magnitude: Frobenius norms of the head's weights")
+
+
+class Select(_Section):
+    """Which heads are deleted."""
+
+    ratio: float = Field(
+        0.25,
+        ge=0,
+        lt=1,
+        description="share of heads to delete, 0 to below 1: at least one head stays in every site",
+    )
+    scope: Literal["global", "layer"] = Field(
+        "global", description="global: rank all heads together; layer: the same share in each layer"
+    )
+    normalize: Literal["none", "layer"] = Field(
+        "none", description="layer: divide scores by their layer's mean before ranking"
+    )
+    keep_at_least: PositiveInt = Field(1, description="heads that stay in each layer, at least 1")
+    multiple_of: PositiveInt = Field(1, description="kept heads of each layer are a multiple of this, at least 1")
+    counts: Literal["any", "equal"] = Field("any", description="equal: every layer keeps the same number of heads")
+
+
+class Recover(_Section):
+    """How quality is won back after deletion."""
+
+    method: Literal["none"] = Field("none", description="none: the kept weights stay as they are")
+
+
+class Export(_Section):
+    """Which ONNX graphs are written."""
+
+    precisions: Precisions = Field(("fp32",), description="graphs to write: fp32 (always), fp16, int8")
+    kv_axes: Literal["symbolic", "static"] = Field(
+        "symbolic", description="decoders: symbolic for optimum and transformers.js, static for onnxruntime-genai"
+    )
+
+
+class Verify(_Section):
+    """How close slim torch and slim ONNX must be, and on which text drift is measured."""
+
+    atol: PositiveFloat = Field(1e-4, description="absolute tolerance of torch against ONNX, above 0")
+    rtol: PositiveFloat = Field(1e-4, description="relative tolerance of torch against ONNX, above 0")
+    text: PathText | None = Field(
+        None, description="UTF-8 file, one text a line: drift is measured on it besides the built-in sample"
+    )
+
+
+class Bench(_Section):
+    """How latency is measured, dense against slim."""
+
+    providers: Providers = Field(("cpu",), description="ONNX Runtime providers to measure on: cpu, cuda")
+    threads: PositiveInt = Field(2, description="threads inside an operator, at least 1")
+    shapes: Shapes = Field(((1, 16), (1, 128)), description="inputs to measure, each [batch, length]")
+    min_seconds: PositiveFloat = Field(3.0, description="seconds to measure each shape for, above 0")
+    on_missing: Literal["fail", "skip"] = Field(
+        "fail", description="a provider that is not there: fail ends with code 5, skip reports not measured"
+    )
+
+
+class Gates(_Section):
+    """What the slim model must reach for the run to end with code 0; null is no gate."""
+
+    latency_ratio: PositiveFloat | None = Field(None, description="slim / dense latency, at most this in every shape")
+    size_ratio: PositiveFloat | None = Field(None, description="slim / dense size of the fp32 graph, at most this")
+    min_cosine: Share | None = Field(
+        None, description="encoders: mean cosine to the dense embeddings, at least this, up to 1"
+    )
+    max_perplexity_ratio: PositiveFloat | None = Field(
+        None, description="decoders: slim / dense perplexity, at most this"
+    )
+    min_top1_agreement: Share | None = Field(
+        None, description="decoders: share of tokens predicted the same, at least this, up to 1"
+    )
+
+
+class Recipe(_Section):
+    """One run: which model, and what each stage does with it. Immutable; compares by its values alone."""
+
+    model: PathText = Field(description="a folder, pkg://package/folder for one in an installed package, or a hub id")
+    task: Task = Field("auto", description="what the model is used for; auto reads it from the model")
+    score: Score = Field(Score(), description=Score.__doc__)
+    select: Select = Field(Select(), description=Select.__doc__)
+    recover: Recover = Field(Recover(), description=Recover.__doc__)
+    export: Export = Field(Export(), description=Export.__doc__)
+    verify: Verify = Field(Verify(), description=Verify.__doc__)
+    bench: Bench = Field(Bench(), description=Bench.__doc__)
+    gates: Gates = Field(Gates(), description=Gates.__doc__)
+
+    _positions: Positions | None = PrivateAttr(None)
+
+    @classmethod
+    def read(cls, path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
+        """Read a recipe file.
+
+        Args:
+            path: a YAML 1.2 file.
+            overrides: `key=value` strings, the key dotted (`select.ratio=0.5`), the value YAML; a later one wins.
+
+        A relative `verify.text` is taken from the recipe's folder, or from the working directory when an override
+        gives it; `model` stays as written.
+
+        Raises:
+            UsageError: the first thing wrong, located `path:line:column` or `--set key=value`.
+        """
+        data, positions = read_yaml(path)
+        for number, override in enumerate(overrides):
+            if isinstance(data, dict):
+                _override(data, positions, override, number)
+        recipe = validate(cls, data, positions)
+        given = recipe.verify.text
+        if given is not None and not Path(given).is_absolute():
+            overridden = positions.values["verify", "text"].text.startswith("--set ")
+            text = str((Path() if overridden else Path(path).parent).absolute() / given)
+            recipe = recipe.model_copy(update={"verify": recipe.verify.model_copy(update={"text": text})})
+        recipe._positions = positions
+        return recipe
+
+    def where(self, key: str) -> str:
+        """Where a dotted key was given: `minilm.yaml:4:10`, or `--set select.ratio=0.5`.
+
+        For a key left to its default: its section's place, else the file. For a recipe made in Python: the key.
+        """
+        if self._positions is None:
+            return key
+        place = self._positions.nearest(tuple(key.split(".")))
+        return place.text if place else self._positions.source
+
+    def resolved_yaml(self) -> str:
+        """Every key with its value, as YAML that `Recipe.read` reads back equal."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    def __hash__(self) -> int:
+        return hash(self.resolved_yaml())
+
+
+def _override(data: dict[str, Any], positions: Positions, override: str, number: int) -> None:
+    """Apply one `key=value` to `data`, in place."""
+    source = f"--set {override}"
+    key, equals, text = override.partition("=")
+    path: KeyPath = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise UsageError("expected key=value", where=source, hint="write it as --set select.ratio=0.5")
+    value = parse_value(text, source)
+    place = Place((1, number, 0), source)
+    section = data
+    for end in range(1, len(path)):
+        if path[end - 1] not in section:
+            positions.put(path[:end], place)
+        section = section.setdefault(str(path[end - 1]), {})
+        if not isinstance(section, dict):
+            name = dotted(path[:end])
+            raise UsageError(f"{name} holds no keys of its own", where=source, hint=f"give {name} as a whole")
+    section[str(path[-1])] = value
+    positions.put(path, place)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The recipe as JSON Schema, draft 2020-12, for editors and other tools.
+
+    It accepts what `Recipe.read` accepts, but for one thing: to JSON Schema 2.0 is a whole number, to the reader not.
+    """
+    schema = Recipe.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": "urn:slimheads:recipe:1",
+        **schema,
+        "title": "slimheads recipe",
+    }
+
+
+_DECODERS_ONLY = frozenset({"export.kv_axes", "gates.max_perplexity_ratio", "gates.min_top1_agreement"})
+_ENCODERS_ONLY = frozenset({"gates.min_cosine"})
+
+
+def commented_recipe(model: str, task: str = "auto", is_decoder: bool = False, facts: Sequence[str] = ()) -> str:
+    """A recipe to start from: every section and key with its default and what it is for.
+
+    Args:
+        model: where the model is, as `Recipe.model` takes it.
+        task: a task of the recipe.
+        is_decoder: whether the model generates text; keys that do not concern the model are left out.
+        facts: what is known of the model, a line each, for the comment at the top.
+
+    Returns:
+        YAML text that `Recipe.read` reads as `Recipe(model=model, task=task)`.
+    """
+    left_out = _ENCODERS_ONLY if is_decoder else _DECODERS_ONLY
+    lines = ["# A recipe for slimheads; run it with: slimheads run THIS-FILE"]
+    lines += [f"# {_one_line(fact)}" for fact in facts]
+    for name, info in Recipe.model_fields.items():
+        about = info.description or ""
+        lines += ["", f"# {about[:1].upper()}{about[1:]}"]
+        if name in ("model", "task"):
+            lines.append(f"{name}: {dump_value(model if name == 'model' else task)}")
+            continue
+        lines.append(f"{name}:")
+        for key, field in type(info.default).model_fields.items():
+            if f"{name}.{key}" not in left_out:
+                given = f"  {key}: {dump_value(field.default)}"
+                lines.append(f"{given:<30}  # {field.description}")
+    return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+_PLAIN = re.compile(r"[A-Za-z./][\w./@+-]*(://[\w./@+-]+)?", re.ASCII)
+_OTHER_YAML = frozenset({"y", "n", "yes", "no", "on", "off"})  # YAML 1.1 reads these as booleans
+
+
+def dump_yaml(data: dict[str, Any], indent: str = "") -> str:
+    """Write plain data as YAML that this module reads back equal: mappings as blocks, lists on one line."""
+    lines = []
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            lines.append(f"{indent}{dump_value(key)}:\n{dump_yaml(value, indent + '  ')}")
+        else:
+            lines.append(f"{indent}{dump_value(key)}: {dump_value(value)}\n")
+    return "".join(lines)
+
+
+def dump_value(value: Any) -> str:
+    """One value on one line. Text is left plain only where no YAML reader could take it for anything else."""
+    if isinstance(value, str):
+        ambiguous = value.lower() in _OTHER_YAML or not isinstance(scalar(value), str)
+        return value if _PLAIN.fullmatch(value) and not ambiguous else _quoted(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(dump_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{dump_value(key)}: {dump_value(item)}" for key, item in value.items()) + "}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _quoted(text: str) -> str:
+    """Double-quoted YAML; json.dumps will not do, because it writes an emoji as two surrogates."""
+    return '"' + "".join(_escaped(c) for c in text) + '"'
+
+
+def _escaped(c: str) -> str:
+    if " " <= c <= "~":
+        return "\\" + c if c in '"\\' else c
+    return f"\\U{ord(c):08x}" if ord(c) > 0xFFFF else f"\\u{ord(c):04x}"

@@ -1,0 +1,59 @@
+"""Which library can reload a slim folder: found out by doing it, not looked up."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from slimheads.attention import find_sites
+from slimheads.model import TASKS
+
+Tier = Literal["stock", "slimheads"]
+
+
+def reload_tier(folder: Path, model: PreTrainedModel, task: str) -> tuple[Tier, str]:
+    """Tries plain transformers on a saved folder and compares every tensor with the model that was saved.
+
+    Returns:
+        The tier, and one sentence that says why.
+    """
+    auto = TASKS[task][1]
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        stock = getattr(transformers, auto).from_pretrained(
+            folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return (
+            "slimheads",
+            f"plain transformers does not rebuild these head counts ({first[:120]}): use slimheads.load.",
+        )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    if same_weights(stock, model) and same_attributes(stock, model):
+        return "stock", f"plain transformers ({transformers.__version__}) reloads it with {auto}.from_pretrained."
+    return "slimheads", "plain transformers loads it with other weights or head counts: use slimheads.load."
+
+
+def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    """True if both have the same tensors, bit for bit."""
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same_attributes(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    """True if the counting attributes of every attention block agree: right weights with a stale count are wrong."""
+    with contextlib.suppress(AttributeError):
+        return all(
+            getattr(one.get_submodule(module), name) == getattr(other.get_submodule(module), name)
+            for site in find_sites(other)
+            for module, name, _ in site.attributes
+        )
+    return False

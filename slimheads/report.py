@@ -1,0 +1,311 @@
+"""The report of a run: its figures as data (`report.json`, format 1), and the pages made from them.
+
+The pipeline fills a `Report`; everything a person reads (report.md, report.html, the model card, the terminal's
+summary) is rendered from that one object and from nothing else, so no page can say what the data does not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+import jinja2
+from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
+
+from slimheads import drawing, plots, tables, wording
+from slimheads.bench import Latency
+from slimheads.certificate import Link, SkippedLink
+from slimheads.drift import Drift
+from slimheads.environment import Environment
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Reload = Literal["stock", "slimheads", "onnx only"]
+
+
+class _Part(BaseModel):
+    """Frozen, refuses unknown keys, and refuses NaN and infinity, which JSON cannot carry."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Verdict(_Part):
+    """What a CI acts on. `reasons` says why in words: never empty when `ok` is false."""
+
+    ok: bool
+    exit_code: int
+    reasons: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if self.ok != (self.exit_code == 0):
+            raise ValueError(f"ok is {self.ok} but the exit code is {self.exit_code}")
+        if not self.ok and not self.reasons:
+            raise ValueError("a failed verdict needs a reason")
+        return self
+
+
+class Size(_Part):
+    """One model: `bytes` are those of its float32 graph, `flops` those of one run at `ModelFacts.flops_shape`."""
+
+    parameters: int | None
+    bytes: int | None
+    flops: int | None
+    reason: str | None = None  # why a figure is null
+
+    @model_validator(mode="after")
+    def _nulls_have_reasons(self) -> Self:
+        _need_reason(self, ("parameters", "bytes", "flops"))
+        return self
+
+
+class Heads(_Part):
+    """Units over all sites: heads, or KV groups."""
+
+    total: int
+    kept: int
+    removed: int
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if self.kept + self.removed != self.total:
+            raise ValueError(f"{self.kept} kept and {self.removed} removed are not {self.total}")
+        return self
+
+
+class ModelFacts(_Part):
+    """What went in and what came out."""
+
+    source: str  # as the recipe names it
+    hub_id: str | None = None  # where the source is a Hub repository: becomes base_model of the card
+    type: str  # config.model_type
+    family: str
+    task: str
+    unit: Literal["head", "kv_group"]
+    dense: Size
+    slim: Size
+    flops_shape: tuple[int, ...] | None  # [batch, length] or [batch, length, past]; null with dense.reason
+    heads: Heads
+    reload: Reload
+    reload_note: str  # one sentence: why it is that
+    sentence_transformers: bool = False  # slim/ holds modules.json
+
+
+class SiteScores(_Part):
+    """Scores of one site's units, in order."""
+
+    site: str
+    scores: tuple[float, ...]
+
+
+class ScoreTable(_Part):
+    """As in scores.json."""
+
+    format: Literal[1] = 1
+    method: str
+    sites: tuple[SiteScores, ...]
+
+
+class SitePlan(_Part):
+    """What stays of one site."""
+
+    site: str
+    unit: Literal["head", "kv_group"]
+    total: int
+    kept: tuple[int, ...]
+
+
+class PlanTable(_Part):
+    """As in plan.json."""
+
+    format: Literal[1] = 1
+    sites: tuple[SitePlan, ...]
+
+
+class GateResult(_Part):
+    """One gate of the recipe. Not met where it could not be measured."""
+
+    gate: str
+    limit: float
+    measured: float | None
+    met: bool
+    reason: str | None = None  # why it was not measured, or which measurement decided
+
+    @model_validator(mode="after")
+    def _nulls_have_reasons(self) -> Self:
+        _need_reason(self, ("measured",))
+        return self
+
+
+class StageRecord(_Part):
+    """What one stage cost; a reused stage shows what it cost when it ran."""
+
+    stage: str
+    seconds: float
+    peak_rss_mb: float
+    reused: bool
+
+
+class Report(_Part):
+    """Everything a run found, format 1.
+
+    A section that was not measured is null (or empty) and has its reason in the `..._reason` field beside it; the
+    model refuses to be built otherwise. It refuses NaN and infinity anywhere, naming the field.
+    """
+
+    format: Literal[1] = 1
+    verdict: Verdict
+    recipe: dict[str, JsonValue]
+    model: ModelFacts
+    files: dict[str, int]  # path inside the output folder -> bytes
+    scores: ScoreTable
+    plan: PlanTable
+    certificate: tuple[Link, ...]
+    certificate_skipped: tuple[SkippedLink, ...] = ()
+    certificate_reason: str | None = None  # why there are no links
+    drift: Drift | None
+    drift_reason: str | None = None
+    drift_text: Drift | None = None
+    drift_text_reason: str | None = None
+    latency: tuple[Latency, ...]
+    latency_reason: str | None = None
+    gates: tuple[GateResult, ...] = ()
+    stages: tuple[StageRecord, ...]
+    environment: Environment
+    command: str
+    seconds: float
+    peak_rss_mb: float
+
+    @model_validator(mode="after")
+    def _nulls_have_reasons(self) -> Self:
+        for section in ("certificate", "drift", "drift_text", "latency"):
+            if not getattr(self, section) and not getattr(self, f"{section}_reason"):
+                raise ValueError(f"{section} is empty and {section}_reason does not say why")
+        for row in self.latency:
+            if row.speedup is None and not row.reason:
+                raise ValueError(f"latency at {row.shape} was not measured and has no reason")
+        for name, drift in (("drift", self.drift), ("drift_text", self.drift_text)):
+            if drift is not None and drift.slim is None and not drift.reason:
+                raise ValueError(f"{name} has no figures and no reason")
+        return self
+
+    @model_validator(mode="after")
+    def _plan_fits_scores(self) -> Self:
+        scored = [(site.site, len(site.scores)) for site in self.scores.sites]
+        planned = [(site.site, site.total) for site in self.plan.sites]
+        if scored != planned:
+            raise ValueError("scores and plan do not have the same sites and units")
+        return self
+
+    @model_validator(mode="after")
+    def _all_finite(self) -> Self:
+        for path, number in _floats(self.model_dump(), ""):
+            if not math.isfinite(number):
+                raise ValueError(f"{path} is {number}: give null and a reason")
+        return self
+
+    def to_json(self) -> str:
+        """`report.json`, indented, with a final newline; `Report.model_validate_json` reads it back equal."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def _need_reason(part: Size | GateResult, figures: tuple[str, ...]) -> None:
+    missing = [name for name in figures if getattr(part, name) is None]
+    if missing and not part.reason:
+        raise ValueError(f"{', '.join(missing)} null without a reason")
+
+
+def _floats(value: object, path: str) -> Iterator[tuple[str, float]]:
+    """Every float inside, with the dotted path to it."""
+    if isinstance(value, float):
+        yield path.lstrip("."), value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _floats(inner, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _floats(inner, f"{path}[{index}]")
+
+
+# Renderers
+
+LAYOUTS = (("wide", 960), ("narrow", 342))  # px; drawn once a layout, since shrinking a plot shrinks its letters
+
+
+def headline(report: Report) -> list[str]:
+    """The first lines of the report, in words: verdict, a lost comparison with random, latency, drift, certificate."""
+    verdict, warnings, findings = wording.headline(report)
+    return [verdict, *warnings, *findings]
+
+
+def render_html(report: Report) -> str:
+    """`report.html`: one self-contained page; no script, and nothing is fetched."""
+    drawn = {
+        "heat": {size: plots.heat_map(report.scores, report.plan, width=w, name=f"heat-{size}") for size, w in LAYOUTS},
+        "bars": {size: plots.latency(report.latency, width=w, name=f"latency-{size}") for size, w in LAYOUTS},
+        "dots": {size: plots.drift(report.drift, width=w, name=f"drift-{size}") for size, w in LAYOUTS},
+        "css": {"light": drawing.palette_css(dark=False), "dark": drawing.palette_css(dark=True)},
+    }
+    return _render("report.html.j2", report, **drawn)
+
+
+def render_markdown(report: Report) -> str:
+    """`report.md`: the same figures for a terminal, a pull request or a CI's step summary."""
+    return _render("report.md.j2", report)
+
+
+def render_model_card(report: Report) -> str:
+    """`slim/README.md`: a model card with YAML front matter, how to load the model, and the measured figures."""
+    return _render("model_card.md.j2", report, front_matter=tables.front_matter(report))
+
+
+def append_step_summary(report: Report) -> bool:
+    """Append report.md to the file that GITHUB_STEP_SUMMARY names; False where the environment offers none."""
+    if not (target := os.environ.get("GITHUB_STEP_SUMMARY")):
+        return False
+    with Path(target).open("a", encoding="utf-8") as file:
+        file.write(render_markdown(report) + "\n")
+    return True
+
+
+def print_summary(report: Report, console: Console, out: Path | None = None) -> None:
+    """The run in a few lines for the terminal: the verdict first, where the files are last.
+
+    Args:
+        out: the output folder; its slim model and report are named when given.
+    """
+    verdict, warnings, findings = wording.headline(report)
+    console.print(verdict, style="bold green" if report.verdict.ok else "bold red", markup=False, highlight=False)
+    for line in warnings:
+        console.print(line, style="bold yellow", markup=False, highlight=False)
+    for line in findings:
+        console.print(f"  {line}", markup=False, highlight=False)
+    if out is not None:
+        slim = str(out / "slim") if (out / "slim").is_dir() else "not published"
+        console.print(f"  Slim model: {slim}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  Report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _render(template: str, report: Report, **extra: object) -> str:
+    page = _templates(html=template.endswith(".html.j2")).get_template(template)
+    return page.render(report=report, headline=wording.headline(report), **tables.tables(report), **extra)
+
+
+@cache
+def _templates(*, html: bool) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("slimheads"),
+        autoescape=html,
+        finalize=None if html else tables.markdown_safe,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(tables.FILTERS)
+    return environment

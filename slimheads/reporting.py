@@ -1,0 +1,214 @@
+"""The last stage: from what the others left to a Report, its gates and verdict, and to what is published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slimheads.attention import families
+from slimheads.bench import Latency
+from slimheads.drift import Drift
+from slimheads.environment import Environment
+from slimheads.recipe import Gates
+from slimheads.report import (
+    GateResult,
+    Heads,
+    ModelFacts,
+    PlanTable,
+    Report,
+    ScoreTable,
+    Size,
+    StageRecord,
+    Verdict,
+    render_html,
+    render_markdown,
+    render_model_card,
+)
+from slimheads.stages import Job, certificate_of
+from slimheads.store import Source
+
+BROKEN_PROOF = "the certificate failed, so nothing after it was measured"
+
+
+def assemble(
+    job: Job,
+    *,
+    stages: Sequence[StageRecord],
+    surroundings: Environment,
+    command: str,
+    seconds: float,
+    peak_rss_mb: float,
+) -> Report:
+    """Puts the report together, judges the gates and gives the verdict."""
+    certificate = certificate_of(job.result("verify"))
+    latency = tuple(Latency.model_validate(r) for r in job.result("bench")["latency"]) if "bench" in job.records else ()
+    drift, drift_text = (_drift_of(job, key) for key in ("drift", "drift_text"))
+    facts = _facts(job)
+    gates = judge(job.recipe.gates, latency, [d for d in (drift, drift_text) if d], facts.dense, facts.slim)
+    error = certificate.error()
+    unmet = [f"gate {g.gate}: {g.reason}" for g in gates if not g.met]
+    text_reason = BROKEN_PROOF if job.recipe.verify.text else "the recipe names no text of its own (verify.text)"
+    return Report(
+        verdict=Verdict(
+            ok=not (error or unmet),
+            exit_code=4 if error else 7 if unmet else 0,
+            reasons=(str(error),) if error else tuple(unmet),
+        ),
+        recipe=job.recipe.model_dump(mode="json"),
+        model=facts,
+        files=dict(_file_sizes(job)),
+        scores=ScoreTable.model_validate(job.scores().to_json(), strict=False),
+        plan=PlanTable.model_validate(job.plan().to_json(), strict=False),
+        certificate=certificate.links,
+        certificate_skipped=certificate.skipped,
+        drift=drift,
+        drift_reason=None if drift else BROKEN_PROOF,
+        drift_text=drift_text,
+        drift_text_reason=None if drift_text else text_reason,
+        latency=latency,
+        latency_reason=None if latency else BROKEN_PROOF,
+        gates=gates,
+        stages=tuple(stages),
+        environment=surroundings,
+        command=command,
+        seconds=seconds,
+        peak_rss_mb=peak_rss_mb,
+    )
+
+
+def contents(job: Job, report: Report | None = None) -> dict[str, Source]:
+    """What is published: name in the output folder -> content. Without a report, the plan so far.
+
+    slim/ is left out where the certificate failed.
+    """
+    wanted: dict[str, Source] = {"recipe.yaml": job.recipe.resolved_yaml().encode()}
+    if "score" in job.records:
+        wanted["scores.json"] = _json(job.scores().to_json())
+    if "select" in job.records:
+        wanted["plan.json"] = _json(job.plan().to_json())
+    if report is None:
+        return wanted
+    exported = job.records["export"].path
+    wanted["dense"] = exported / "dense"
+    if certificate_of(job.result("verify")).passed:
+        torch_half = {f.name: f for f in job.slim_folder.iterdir() if f.name != "README.md"}
+        wanted["slim"] = torch_half | {
+            "onnx": exported / "slim" / "onnx",
+            "README.md": render_model_card(report).encode(),
+        }
+    wanted["report.json"] = report.to_json().encode()
+    wanted["report.md"] = render_markdown(report).encode()
+    wanted["report.html"] = render_html(report).encode()
+    return wanted
+
+
+def judge(
+    gates: Gates, latency: Sequence[Latency], drifts: Sequence[Drift], dense: Size, slim: Size
+) -> tuple[GateResult, ...]:
+    """Every gate the recipe sets, against the worst measurement it applies to. What was not measured is not met."""
+    found: list[GateResult] = []
+    if gates.latency_ratio is not None:
+        found.append(_latency_gate(gates.latency_ratio, latency))
+    if gates.size_ratio is not None:
+        ratio = slim.bytes / dense.bytes if slim.bytes and dense.bytes else None
+        found.append(_at_most("size_ratio", gates.size_ratio, ratio, "slim / dense bytes of onnx/model.onnx"))
+    if gates.max_perplexity_ratio is not None:
+        worst = _worst(drifts, "perplexity_ratio", max)
+        found.append(_at_most("max_perplexity_ratio", gates.max_perplexity_ratio, worst, "slim / dense perplexity"))
+    for gate, figure in (("min_cosine", "cosine"), ("min_top1_agreement", "top1_agreement")):
+        limit = getattr(gates, gate)
+        if limit is not None:
+            found.append(_at_least(gate, limit, _worst(drifts, figure, min), figure.replace("_", " ")))
+    return tuple(found)
+
+
+def _latency_gate(limit: float, latency: Sequence[Latency]) -> GateResult:
+    measured = [row for row in latency if row.speedup is not None]
+    if not measured:
+        return GateResult(gate="latency_ratio", limit=limit, measured=None, met=False, reason="no latency was measured")
+    # A ratio that could be noise does not count: the measurement must be conclusive, then the worst one decides.
+    doubtful = next((row for row in measured if row.verdict in ("inconclusive", "no difference shown")), None)
+    worst = doubtful or min(measured, key=lambda row: row.speedup.estimate if row.speedup else 0.0)
+    ratio = 1 / worst.speedup.estimate if worst.speedup else None
+    where = f"{'x'.join(map(str, worst.shape))} ({worst.provider}, {worst.precision})"
+    met = doubtful is None and ratio is not None and ratio <= limit
+    said = f"{worst.verdict} at {where}" if doubtful else f"slim / dense latency {ratio:.3f} at {where}"
+    return GateResult(
+        gate="latency_ratio",
+        limit=limit,
+        measured=ratio,
+        met=met,
+        reason=f"{said}, {'within' if met else 'not within'} {limit}",
+    )
+
+
+def _at_most(gate: str, limit: float, value: float | None, what: str) -> GateResult:
+    return _gate(gate, limit, value, value is not None and value <= limit, what, "at most")
+
+
+def _at_least(gate: str, limit: float, value: float | None, what: str) -> GateResult:
+    return _gate(gate, limit, value, value is not None and value >= limit, what, "at least")
+
+
+def _gate(gate: str, limit: float, value: float | None, met: bool, what: str, bound: str) -> GateResult:
+    reason = f"{what} was not measured in this run" if value is None else f"{what} {value:.4g}, wanted {bound} {limit}"
+    return GateResult(gate=gate, limit=limit, measured=value, met=met, reason=reason)
+
+
+def _worst(drifts: Sequence[Drift], figure: str, pick: Any) -> float | None:
+    values = [getattr(d.slim, figure) if d.slim else None for d in drifts]
+    return None if not values or None in values else float(pick(values))
+
+
+def _drift_of(job: Job, key: str) -> Drift | None:
+    found = job.result("verify")[key]
+    return Drift.model_validate(found) if found else None
+
+
+def _facts(job: Job) -> ModelFacts:
+    plan, loaded, pruned = job.plan(), job.result("load"), job.result("prune")
+    counted = job.result("bench")["flops"] if "bench" in job.records else {}
+
+    def size(side: str, parameters: int) -> Size:
+        return Size(
+            parameters=parameters,
+            bytes=_graph_bytes(job.onnx(side, "fp32")),
+            flops=counted.get(side),
+            reason=None if counted else BROKEN_PROOF,
+        )
+
+    return ModelFacts(
+        source=job.source.given,
+        hub_id=job.source.given if job.source.from_hub else None,
+        type=job.source.model_type,
+        family=families()[job.source.family].title,
+        task=job.source.task,
+        unit=loaded["unit"],
+        dense=size("dense", loaded["parameters"]),
+        slim=size("slim", pruned["parameters"]),
+        flops_shape=tuple(counted["shape"]) if counted else None,
+        heads=Heads(total=plan.total, kept=plan.total - plan.removed, removed=plan.removed),
+        reload=pruned["reload"],
+        reload_note=pruned["reload_note"],
+        sentence_transformers=pruned["sentence_transformers"],
+    )
+
+
+def _graph_bytes(path: Path) -> int:
+    """A graph's bytes on disk, external data included."""
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+
+
+def _file_sizes(job: Job) -> Iterator[tuple[str, int]]:
+    exported = job.records["export"].path
+    for side in ("dense", "slim"):
+        for file in sorted((exported / side / "onnx").iterdir()):
+            yield f"{side}/onnx/{file.name}", file.stat().st_size
+    for file in sorted(job.slim_folder.glob("*.safetensors")):
+        yield f"slim/{file.name}", file.stat().st_size
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=1, allow_nan=False) + "\n").encode()

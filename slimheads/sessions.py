@@ -1,0 +1,397 @@
+"""ONNX Runtime sessions that are what they claim to be, and the inputs to feed them.
+
+`open_session` opens a file on a named provider and checks that it really runs there. `inputs_for` makes the inputs of
+any transformer ONNX file from what the file says about itself, so that every stage feeds a graph the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnxruntime
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from slimheads.errors import EnvironmentLackError, UsageError
+
+Array = NDArray[Any]
+Provider = Literal["cpu", "cuda"]
+
+PROVIDERS = MappingProxyType({"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"})
+KV_SHAPES_KEY = "slimheads.kv_shapes"  # metadata_props: JSON [[kv_heads, head_dim_k, head_dim_v], ...], one a layer
+UNKNOWN_VOCABULARY = 100
+
+# ONNX Runtime's exceptions share no base class but Exception.
+ORT_ERRORS: tuple[type[Exception], ...] = (
+    ort_errors.EPFail,
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+    RuntimeError,
+)
+
+# Every measurement and every check keeps several sessions in one process. By default the worker threads of a session go
+# on spinning after its run and take the cores from the session that runs next: measured on 4 cores with three sessions
+# of 2 threads, a 3.5 ms model read 5.5 ms with twice the spread. Workers still spin within a run.
+_CONFIG_ENTRIES = MappingProxyType({"session.force_spinning_stop": "1"})
+_QUIET = 4  # only fatal messages: what goes wrong is raised, once
+
+
+# ---------------------------------------------------------------------------------------------------- sessions
+
+
+def open_session(
+    path: str | Path, provider: str = "cpu", threads: int = 2, *, optimize: bool = True
+) -> onnxruntime.InferenceSession:
+    """Open an ONNX file for sequential execution.
+
+    Args:
+        path: the ONNX file; its external data, if any, lies beside it.
+        provider: `cpu` or `cuda`.
+        threads: threads within an operator (at least 1); between operators there is always one.
+        optimize: all of ONNX Runtime's graph optimizations, or none.
+
+    Raises:
+        UsageError: the provider's name is unknown, or the file is missing, damaged or not a model ONNX Runtime can run.
+        EnvironmentLackError: this onnxruntime does not have the provider, or could not start it.
+    """
+    path, wanted = Path(path), _provider_name(provider)
+    if threads < 1:
+        raise UsageError(f"{threads} threads were asked for", where="threads", hint="give 1 or more")
+    require_provider(provider)
+    if not path.is_file():
+        raise UsageError("there is no such ONNX file", where=str(path), hint="check the path")
+    providers = list(dict.fromkeys([wanted, PROVIDERS["cpu"]]))  # operators that a GPU provider lacks run on the CPU
+    try:
+        session = onnxruntime.InferenceSession(str(path), _options(threads, optimize), providers=providers)
+    except ORT_ERRORS as error:
+        raise UsageError(
+            f"ONNX Runtime cannot open the file ({_one_line(error)})", where=str(path), hint="export it again"
+        ) from error
+    session.disable_fallback()
+    if (real := session.get_providers()[0]) != wanted:
+        raise EnvironmentLackError(
+            f"{wanted} could not be started: the session runs on {real}",
+            where=str(path),
+            hint="check the driver and the libraries that this provider needs",
+        )
+    return session
+
+
+def require_provider(provider: str) -> None:
+    """Refuse a provider that the installed onnxruntime lacks; onnxruntime itself would fall back to the CPU.
+
+    Raises:
+        UsageError: the provider's name is unknown.
+        EnvironmentLackError: this onnxruntime does not have it; the message lists those it has.
+    """
+    wanted, available = _provider_name(provider), onnxruntime.get_available_providers()
+    if wanted not in available:
+        raise EnvironmentLackError(
+            f"this onnxruntime ({onnxruntime.__version__}) has no {wanted}, only {', '.join(available)}",
+            where=f"provider {provider}",
+            hint="install the onnxruntime package that has it, or name another provider",
+        )
+
+
+def session_options_record(provider: str = "cpu", threads: int = 2) -> dict[str, str | int | dict[str, str]]:
+    """The options `open_session` sets, as JSON data for the environment record of a report."""
+    options = _options(threads, optimize=True)
+    return {
+        "onnxruntime": onnxruntime.__version__,
+        "provider": _provider_name(provider),
+        "intra_op_num_threads": options.intra_op_num_threads,
+        "inter_op_num_threads": options.inter_op_num_threads,
+        "execution_mode": options.execution_mode.name,
+        "graph_optimization_level": options.graph_optimization_level.name,
+        "config_entries": {key: options.get_session_config_entry(key) for key in _CONFIG_ENTRIES},
+    }
+
+
+def _options(threads: int, optimize: bool) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    options.log_severity_level = _QUIET
+    for key, value in _CONFIG_ENTRIES.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def _provider_name(provider: str) -> str:
+    if provider not in PROVIDERS:
+        raise UsageError(f"provider {provider!r} is not known", hint=f"choose one of {', '.join(PROVIDERS)}")
+    return PROVIDERS[provider]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+# ---------------------------------------------------------------------------------------------------- interface
+
+
+@dataclass(frozen=True)
+class Input:
+    """One graph input: a dimension is a number where the file fixes it and a name (or None) where it does not."""
+
+    name: str
+    dtype: np.dtype[Any]
+    dims: tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What an ONNX file says about its own inputs.
+
+    `vocabulary` is the number of rows of the table that input_ids index, where the graph shows it. `kv_shapes` holds
+    (kv_heads, head_dim of keys, head_dim of values) of every layer, where the file's metadata carries them.
+    """
+
+    where: str
+    inputs: tuple[Input, ...]
+    vocabulary: int | None = None
+    kv_shapes: tuple[tuple[int, int, int], ...] = ()
+
+
+def read_interface(source: str | Path | onnxruntime.InferenceSession) -> Interface:
+    """Read a file's (or an open session's) inputs; external data is not loaded. A session does not show its vocabulary.
+
+    Raises:
+        UsageError: the file is missing or damaged, or its metadata is not what KV_SHAPES_KEY stands for.
+    """
+    if isinstance(source, onnxruntime.InferenceSession):
+        inputs = tuple(Input(i.name, _ort_dtype(i.type), tuple(i.shape)) for i in source.get_inputs())
+        return Interface("session", inputs, None, _kv_shapes(source.get_modelmeta().custom_metadata_map, "session"))
+    try:
+        model = onnx.load(str(source), load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise UsageError(
+            f"the ONNX file cannot be read ({_one_line(error)})", where=str(source), hint="export it again"
+        ) from error
+    if not model.HasField("graph"):  # what an empty file parses as
+        raise UsageError("the ONNX file holds no graph", where=str(source), hint="export it again")
+    stored = {tensor.name for tensor in model.graph.initializer}  # old files list initializers among the inputs
+    inputs = tuple(
+        Input(value.name, _proto_dtype(value.type.tensor_type.elem_type), tuple(_dims(value)))
+        for value in model.graph.input
+        if value.name not in stored
+    )
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    return Interface(str(source), inputs, _vocabulary(model.graph), _kv_shapes(metadata, str(source)))
+
+
+def _dims(value: onnx.ValueInfoProto) -> Iterator[int | str | None]:
+    for dim in value.type.tensor_type.shape.dim:
+        yield dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
+
+
+def _proto_dtype(elem_type: int) -> np.dtype[Any]:
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(elem_type)) if elem_type else np.dtype(object)
+
+
+def _ort_dtype(name: str) -> np.dtype[Any]:
+    element = name.removeprefix("tensor(").removesuffix(")")
+    try:
+        return np.dtype({"float": "float32", "double": "float64"}.get(element, element))
+    except TypeError:  # a type numpy has no name for: refused by name if it has to be filled
+        return np.dtype(object)
+
+
+def _kv_shapes(metadata: dict[str, str], where: str) -> tuple[tuple[int, int, int], ...]:
+    try:
+        return tuple((int(h), int(k), int(v)) for h, k, v in json.loads(metadata.get(KV_SHAPES_KEY, "[]")))
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"metadata {KV_SHAPES_KEY} is not a list of [kv_heads, head_dim_k, head_dim_v]",
+            where=where,
+            hint="export it again",
+        ) from error
+
+
+# Where an operator that looks rows up takes its indices and its table.
+_LOOKUPS = MappingProxyType({"Gather": (1, 0), "GatherBlockQuantized": (1, 0), "EmbedLayerNormalization": (0, 2)})
+
+
+def _vocabulary(graph: onnx.GraphProto) -> int | None:
+    """Rows of the table that input_ids are looked up in, or None where the graph does not show it."""
+    tables = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims) == 2}
+    origin = {output: node for node in graph.node for output in node.output}
+    ids = {"input_ids", "decoder_input_ids"}
+    rows = []
+    for node in graph.node:  # in topological order, by the ONNX standard
+        if node.op_type in {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"} and node.input[0] in ids:
+            ids.update(node.output)
+        indices, data = _LOOKUPS.get(node.op_type, (0, 0))
+        if indices != data and node.input[indices] in ids:
+            table = node.input[data]
+            while table not in tables and table in origin:  # a quantized or half-precision table is converted first
+                table = origin[table].input[0] if origin[table].input else ""
+            if table in tables:
+                rows.append(tables[table])
+    return min(rows, default=None)
+
+
+# ---------------------------------------------------------------------------------------------------- inputs
+
+
+@dataclass(frozen=True)
+class _Request:
+    interface: Interface
+    batch: int
+    length: int
+    past: int
+    seed: int
+
+    def rng(self, name: str) -> np.random.Generator:
+        """A stream of its own for each name: two files that share an input get the same values in it."""
+        return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+
+
+def inputs_for(
+    source: str | Path | onnxruntime.InferenceSession | Interface, batch: int, length: int, past: int = 0, seed: int = 0
+) -> dict[str, Array]:
+    """Inputs for a transformer ONNX file, unpadded, made from the file's own input metadata.
+
+    Args:
+        source: the file, an open session, or what `read_interface` gave for one. From a session, ids stay under 100.
+        batch: sequences (or images, or clips).
+        length: new tokens a sequence; the encoder's tokens too where a decoder takes encoder states.
+        past: tokens already in the KV cache; 0 gives caches with a zero-length axis 2.
+        seed: the same seed gives the same values, input by input, whatever other inputs a file has.
+
+    Returns:
+        Arrays by input name: ids [batch, length], attention_mask [batch, past + length], caches
+        [batch, heads, past, dim].
+
+    Raises:
+        UsageError: the shape is not a shape, the file fixes another one, or an input is not one that can be filled.
+    """
+    if batch < 1 or length < 1 or past < 0:
+        raise UsageError(
+            f"shape (batch {batch}, length {length}, past {past}) is not possible",
+            hint="batch and length start at 1, past at 0",
+        )
+    interface = source if isinstance(source, Interface) else read_interface(source)
+    request = _Request(interface, batch, length, past, seed)
+    return {wanted.name: _fill(wanted, request) for wanted in interface.inputs}
+
+
+def _fill(wanted: Input, request: _Request) -> Array:
+    fill = _FILLERS.get(wanted.name.split(".")[0])
+    if fill is None or wanted.dtype == object:
+        raise _cannot_fill(wanted, request, "it is not an input of a kind that is known here")
+    array = fill(wanted, request).astype(wanted.dtype)
+    fits = len(array.shape) == len(wanted.dims) and all(
+        size == dim or not isinstance(dim, int) for size, dim in zip(array.shape, wanted.dims, strict=True)
+    )
+    if not fits:
+        raise _cannot_fill(wanted, request, f"the file wants {list(wanted.dims)}, not {list(array.shape)}")
+    return array
+
+
+def _cannot_fill(wanted: Input, request: _Request, why: str) -> UsageError:
+    return UsageError(
+        f"input {wanted.name!r} cannot be filled: {why}",
+        where=request.interface.where,
+        hint="give a file whose inputs have the names and axes that optimum exports, or another shape",
+    )
+
+
+def _token_ids(wanted: Input, request: _Request) -> Array:
+    vocabulary = request.interface.vocabulary or UNKNOWN_VOCABULARY
+    return request.rng(wanted.name).integers(0, vocabulary, (request.batch, request.length))
+
+
+def _ones(wanted: Input, request: _Request) -> Array:
+    return np.ones((request.batch, request.past + request.length))
+
+
+def _encoder_ones(wanted: Input, request: _Request) -> Array:
+    return np.ones((request.batch, request.length))
+
+
+def _zeros(wanted: Input, request: _Request) -> Array:
+    return np.zeros((request.batch, request.length))
+
+
+def _positions(wanted: Input, request: _Request) -> Array:
+    span = np.arange(request.past, request.past + request.length)
+    return np.broadcast_to(span, (request.batch, request.length))
+
+
+def _cache_branch(wanted: Input, request: _Request) -> Array:
+    return np.full((1,), request.past > 0)
+
+
+# What exporters name the free axes of images, spectrograms and waveforms, and the usual size of each.
+_FREE_AXES = MappingProxyType(
+    {"num_channels": 3, "height": 224, "width": 224, "feature_size": 80, "num_mel_bins": 80, "nb_max_frames": 3000}
+)
+
+
+def _normal(wanted: Input, request: _Request) -> Array:
+    sizes = [request.batch]
+    for axis, dim in enumerate(wanted.dims[1:], start=1):
+        if isinstance(dim, int):
+            sizes.append(dim)
+        elif dim is not None and dim in _FREE_AXES:
+            sizes.append(_FREE_AXES[dim])
+        elif dim is not None and dim.endswith("sequence_length"):
+            sizes.append(request.length)
+        else:
+            raise _cannot_fill(wanted, request, f"the size of its axis {axis} ({dim}) is not known")
+    return request.rng(wanted.name).standard_normal(sizes, dtype=np.float32)
+
+
+def _cache(wanted: Input, request: _Request) -> Array:
+    if len(wanted.dims) != 4:
+        raise _cannot_fill(wanted, request, "a cache of [batch, heads, past, dim] is expected")
+    heads, width = wanted.dims[1], wanted.dims[3]
+    if not (isinstance(heads, int) and isinstance(width, int)):
+        parts, shapes = wanted.name.split("."), request.interface.kv_shapes
+        layer = next((int(part) for part in parts if part.isdigit()), len(shapes))
+        if layer >= len(shapes) or parts[-1] not in {"key", "value"} or "encoder" in parts:
+            raise _cannot_fill(
+                wanted, request, f"its axes 1 and 3 are free and metadata {KV_SHAPES_KEY} does not give them"
+            )
+        kv_heads, key_width, value_width = shapes[layer]
+        heads = heads if isinstance(heads, int) else kv_heads
+        width = width if isinstance(width, int) else (key_width if parts[-1] == "key" else value_width)
+    past = request.length if "encoder" in wanted.name.split(".") else request.past
+    return request.rng(wanted.name).standard_normal((request.batch, heads, past, width), dtype=np.float32)
+
+
+_FILLERS: MappingProxyType[str, Callable[[Input, _Request], Array]] = MappingProxyType(
+    {
+        "input_ids": _token_ids,
+        "decoder_input_ids": _token_ids,
+        "attention_mask": _ones,
+        "decoder_attention_mask": _ones,
+        "encoder_attention_mask": _encoder_ones,
+        "token_type_ids": _zeros,
+        "position_ids": _positions,
+        "use_cache_branch": _cache_branch,
+        "pixel_values": _normal,
+        "input_features": _normal,
+        "input_values": _normal,
+        "encoder_hidden_states": _normal,
+        "past_key_values": _cache,
+    }
+)

@@ -1,0 +1,364 @@
+"""What a stage left: keyed by content, published by rename.
+
+    OUT/.slimheads/lock                       held by the one run that may write in OUT
+    OUT/.slimheads/holder                     its process id, for the message to the one that is refused
+    OUT/.slimheads/published.json             the names in OUT that are ours to replace
+    OUT/.slimheads/stages/STAGE/KEY/          one finished stage: record.json and its files
+    OUT/.slimheads/tmp-*                      work under way; left over only by a killed run
+
+A folder gets its final name by one rename, when every byte in it is written and synced. So whatever has a final name is
+whole, or was damaged later, which the hashes in record.json show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field
+
+from slimheads.disk import (
+    disk_full_named,
+    files_below,
+    is_there,
+    move_all,
+    new_folder,
+    remove,
+    sync,
+    sync_folders,
+    unwritable_named,
+    write,
+)
+from slimheads.disk import (
+    sha256_file as sha256_file,
+)
+from slimheads.errors import OutputBusyError, UsageError
+
+log = logging.getLogger(__name__)
+
+PUBLISHED = (
+    "slim",
+    "dense",
+    "recipe.yaml",
+    "scores.json",
+    "plan.json",
+    "report.json",
+    "report.md",
+    "report.html",
+)
+
+Content = Path | bytes
+Source = Content | Mapping[str, Content]
+
+
+class Stamp(BaseModel):
+    """What a file held when its stage ended."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    sha256: str
+    bytes: int
+
+
+class Record(BaseModel):
+    """One finished stage; `path` is the folder with its files, `files` are relative to it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    path: Path = Field(exclude=True)
+    format: Literal[1] = 1
+    stage: str
+    key: str
+    seconds: float
+    peak_rss_mb: float | None
+    result: dict[str, Any]
+    files: dict[str, Stamp]
+
+
+def stage_key(stage: str, section: Mapping[str, Any], upstream: Sequence[str], versions: Mapping[str, str]) -> str:
+    """What a stage's result depends on, as one SHA-256 in hex: two runs with the same key may share the result.
+
+    Args:
+        stage: the stage's name.
+        section: its part of the recipe, as JSON types.
+        upstream: the keys or content hashes of what it reads, in a fixed order.
+        versions: of every package whose change may change the result.
+    """
+    return _digest({"stage": stage, "section": section, "upstream": list(upstream), "versions": versions})
+
+
+def _digest(data: object) -> str:
+    return hashlib.sha256(_json(data)).hexdigest()
+
+
+def _json(data: object) -> bytes:
+    """Canonical: equal values give equal bytes."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold an output folder, made if need be, for one run; a killed run's hold ends with it.
+
+    Raises:
+        OutputBusyError: another run holds it.
+        UsageError: it cannot be made or written, or holds files of somebody else's under the names of ours.
+        EnvironmentLackError: the disk is full.
+    """
+    inside = folder / ".slimheads"
+    with unwritable_named(folder):
+        inside.mkdir(parents=True, exist_ok=True)
+        held = FileLock(inside / "lock")
+        try:
+            held.acquire(blocking=False)
+        except Timeout:
+            raise _busy(folder) from None
+    holder = inside / "holder"
+    try:
+        with unwritable_named(folder):
+            holder.write_text(str(os.getpid()), encoding="ascii")
+            for left_over in inside.glob("tmp-*"):
+                remove(left_over)
+        _refuse_foreign(folder, PUBLISHED)
+        yield
+    finally:
+        with suppress(OSError):
+            holder.unlink()
+        held.release()
+
+
+def _busy(folder: Path) -> OutputBusyError:
+    try:
+        pid = int((folder / ".slimheads" / "holder").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        who = "another run"
+    else:
+        who = f"another run (process {pid})"
+    return OutputBusyError(
+        f"{who} is writing in this folder",
+        where=str(folder),
+        hint="wait until it ends, or choose another folder with --out",
+    )
+
+
+class Store:
+    """The finished stages of one output folder. Whoever writes holds the folder's `lock`."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._inside = out / ".slimheads"
+
+    def find(self, stage: str, key: str) -> Record | None:
+        """The finished stage with this key, every file checked against its hash; None if there is none.
+
+        A damaged one is none: the reason is logged as a warning, and the stage is to run again.
+        """
+        folder = self._folder(stage, key)
+        if not folder.exists():
+            return None
+        try:
+            record = _read_record(folder)
+            if (record.stage, record.key) != (stage, key):
+                raise ValueError("record.json belongs to another stage")
+            _check_files(record)
+        except (OSError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            log.warning("the stage %s runs again, its stored result is damaged: %s", stage, reason[:200])
+            return None
+        return record
+
+    @contextmanager
+    def begin(self, stage: str, key: str) -> Iterator[Work]:
+        """A folder to work in. It becomes the stage's record with `publish`, or else is gone when the block ends."""
+        path = new_folder(self._inside)
+        try:
+            with disk_full_named(self.out):
+                yield Work(path, stage, key, self._folder(stage, key))
+        finally:
+            remove(path)
+
+    def _folder(self, stage: str, key: str) -> Path:
+        return self._inside / "stages" / stage / key
+
+
+class Work:
+    """A stage under way: it writes its files below `path`, then calls `publish` once."""
+
+    def __init__(self, path: Path, stage: str, key: str, target: Path) -> None:
+        self.path = path
+        self._stage, self._key, self._target = stage, key, target
+
+    def publish(self, result: Mapping[str, Any], seconds: float, peak_rss_mb: float | None) -> Record:
+        """Make what was written the stage's record, in place of every earlier one of that stage.
+
+        Args:
+            result: the stage's result as JSON types, without NaN.
+            seconds: wall-clock time it took.
+            peak_rss_mb: the process's peak resident memory in MiB, if known.
+        """
+        files = {}
+        for file in files_below(self.path):
+            name = file.relative_to(self.path).as_posix()
+            if name == "record.json":
+                raise ValueError("a stage's own file cannot be called record.json")
+            sync(file)
+            files[name] = Stamp(sha256=sha256_file(file), bytes=file.stat().st_size)
+        record = Record(
+            path=self._target,
+            stage=self._stage,
+            key=self._key,
+            seconds=float(seconds),
+            peak_rss_mb=None if peak_rss_mb is None else float(peak_rss_mb),
+            result=json.loads(_json(result)),
+            files=files,
+        )
+        content = record.model_dump(mode="json")
+        write(self.path / "record.json", _json({**content, "digest": _digest(content)}))
+        sync_folders(self.path)
+        shelf = self._target.parent
+        shelf.mkdir(parents=True, exist_ok=True)
+        remove(self._target)  # there only if it is damaged
+        self.path.rename(self._target)
+        sync(shelf)
+        for other in list(shelf.iterdir()):
+            if other != self._target:
+                remove(other)
+        return record
+
+
+def _read_record(folder: Path) -> Record:
+    data = json.loads((folder / "record.json").read_bytes())
+    if not isinstance(data, dict) or data.pop("digest", None) != _digest(data):
+        raise ValueError("record.json was changed")
+    return Record.model_validate({**data, "path": folder})
+
+
+def _check_files(record: Record) -> None:
+    """Raise ValueError for the first file that is not what its stage left."""
+    there = {file.relative_to(record.path).as_posix(): file for file in files_below(record.path)}
+    there.pop("record.json")
+    for name in sorted(there.keys() | record.files.keys()):
+        if name not in there:
+            raise ValueError(f"{name} is missing")
+        if name not in record.files:
+            raise ValueError(f"{name} was added")
+        stamp, size = record.files[name], there[name].stat().st_size
+        if size != stamp.bytes:
+            raise ValueError(f"{name} has {size} bytes, not {stamp.bytes}")
+        if sha256_file(there[name]) != stamp.sha256:
+            raise ValueError(f"{name} was changed")
+
+
+def publish(out: Path, wanted: Mapping[str, Source], retract: Iterable[str] = ()) -> None:
+    """Make the output folder show one run: each wanted name whole, each retracted one gone.
+
+    Everything is assembled aside first. Then all old names are moved away and the new ones moved in, in the given
+    order. So a reader, or a crash between two renames, finds a name whole or not at all, and never a mix of two runs.
+    Files of stage records are hard-linked, others are copied: an edit of the output must not reach the user's sources.
+
+    Args:
+        out: the output folder; the caller holds its lock.
+        wanted: name -> a file or folder, bytes, or a folder's content as relative path -> file, folder or bytes.
+        retract: names to remove; those that are wanted stay.
+
+    Raises:
+        UsageError: a name is taken by something that no run of ours made.
+        EnvironmentLackError: the disk is full; nothing was changed.
+    """
+    names = list(dict.fromkeys([*wanted, *retract]))
+    _refuse_foreign(out, names)
+    with disk_full_named(out):
+        aside = new_folder(out / ".slimheads")
+        try:
+            new, old = aside / "new", aside / "old"
+            new.mkdir()
+            old.mkdir()
+            for name, source in wanted.items():
+                _assemble(new, name, source, own=out / ".slimheads")
+            sync_folders(new)
+            _write_ours(out, _ours(out) | set(wanted))
+            moves = [(out / name, old / name) for name in names if is_there(out / name)]
+            move_all(moves + [(new / name, out / name) for name in wanted])
+            sync(out)
+            _write_ours(out, _ours(out) - (set(retract) - set(wanted)))
+        finally:
+            remove(aside)
+
+
+def _assemble(folder: Path, name: str, source: Source, own: Path) -> None:
+    """Put one name together below `folder`."""
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or not relative.parts or ".." in relative.parts:
+        raise ValueError(f"{name!r} does not stay inside its folder")
+    target = folder / relative
+    if isinstance(source, Mapping):
+        target.mkdir(parents=True)
+        for below, content in source.items():
+            _assemble(target, below, content, own)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_file():
+        raise ValueError(f"{name} is given twice")
+    if isinstance(source, bytes):
+        write(target, source)
+    elif source.is_dir():
+        target.mkdir(exist_ok=True)
+        for file in sorted(path for path in source.rglob("*") if path.is_file()):
+            if not (_is_own(source, own) and file == source / "record.json"):
+                _assemble(target, file.relative_to(source).as_posix(), file, own)
+    else:
+        _link_or_copy(source, target, own)
+
+
+def _is_own(source: Path, own: Path) -> bool:
+    return own.resolve() in source.resolve().parents
+
+
+def _link_or_copy(source: Path, target: Path, own: Path) -> None:
+    if _is_own(source, own):
+        try:
+            os.link(source, target)
+        except OSError:  # a filesystem without hard links, or their limit reached
+            log.debug("%s cannot be linked, copying it", source)
+        else:
+            return
+    shutil.copyfile(source, target)
+    sync(target)
+
+
+def _ours(out: Path) -> set[str]:
+    """The names that runs of ours published in `out`."""
+    try:
+        names = json.loads((out / ".slimheads" / "published.json").read_bytes())["names"]
+        return {name for name in names if isinstance(name, str)}
+    except FileNotFoundError:
+        return set()
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("published.json is damaged: %s", " ".join(str(error).split()))
+        return set()
+
+
+def _write_ours(out: Path, names: set[str]) -> None:
+    path = out / ".slimheads" / "published.json"
+    draft = path.with_name(f"tmp-{uuid.uuid4().hex}")
+    write(draft, _json({"format": 1, "names": sorted(names)}))
+    draft.replace(path)
+
+
+def _refuse_foreign(out: Path, names: Iterable[str]) -> None:
+    """A folder of the user's own that happens to be called `slim` must not be replaced."""
+    ours = _ours(out)
+    for name in names:
+        if name not in ours and is_there(out / name):
+            raise UsageError(
+                "was not made by slimheads, and a run would replace it",
+                where=str(out / name),
+                hint="move it away, or choose another folder with --out",
+            )

@@ -1,0 +1,342 @@
+"""The report's tables as text cells, and what its Markdown pages need: escaping and a model card's front matter."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from slimheads import wording as w
+
+if TYPE_CHECKING:
+    from slimheads.bench import Interval, Latency, Timing
+    from slimheads.certificate import Link
+    from slimheads.drift import Drift
+    from slimheads.report import GateResult, Report
+
+# task -> (class in transformers, class in optimum.onnxruntime)
+LOADERS = {
+    "feature-extraction": ("AutoModel", "ORTModelForFeatureExtraction"),
+    "text-generation": ("AutoModelForCausalLM", "ORTModelForCausalLM"),
+    "fill-mask": ("AutoModelForMaskedLM", "ORTModelForMaskedLM"),
+    "text-classification": ("AutoModelForSequenceClassification", "ORTModelForSequenceClassification"),
+    "token-classification": ("AutoModelForTokenClassification", "ORTModelForTokenClassification"),
+    "question-answering": ("AutoModelForQuestionAnswering", "ORTModelForQuestionAnswering"),
+}
+
+NONE = "not measured"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text: as many cells in every row as there are headings. Columns in `numeric` align right."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.head):
+                raise ValueError(f"{len(row)} cells under {len(self.head)} headings: {row}")
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """One of the few figures at the top of the page."""
+
+    value: str
+    label: str
+    note: str
+
+
+def tables(report: Report) -> dict[str, Any]:
+    """Everything the templates lay out, by the name they use for it."""
+    model = report.model
+    drifts = [("drift", report.drift), ("drift on the recipe's text", report.drift_text)]
+    return {
+        "title": short_name(model.source),
+        "key_figures": key_figures(report),
+        "sizes": sizes(report),
+        "files": table(("File", "Size"), [(path, w.size(count)) for path, count in sorted(report.files.items())], {1}),
+        "links": links(report.certificate),
+        "chain": sorted([*report.certificate, *report.certificate_skipped], key=lambda link: link.link),
+        "drifts": [(name, found, drift_table(found)) for name, found in drifts if found is not None],
+        "latencies": latencies(report.latency),
+        "gates": gates(report.gates),
+        "stages": stages(report),
+        "environment": environment_table(report),
+        "loader": LOADERS.get(model.task, LOADERS["feature-extraction"]),
+        "units": w.units(model, 2),
+        "static_axes": static_axes(report),
+    }
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> Table:
+    """A `Table` from any sequences."""
+    return Table(tuple(head), tuple(tuple(row) for row in rows), frozenset(numeric))
+
+
+def key_figures(report: Report) -> list[KeyFigure]:
+    """Heads, size, latency and drift: what a reader wants before any table."""
+    heads, dense, slim = report.model.heads, report.model.dense, report.model.slim
+    share = w.percent(heads.removed / heads.total) if heads.total else "none"
+    found = [
+        KeyFigure(
+            share, f"of {w.units(report.model, 2)} removed", f"{w.whole(heads.removed)} of {w.whole(heads.total)}"
+        ),
+        KeyFigure(w.change(dense.bytes, slim.bytes), "model file", f"{_size(dense.bytes)} to {_size(slim.bytes)}"),
+    ]
+    measured = [row for row in report.latency if row.speedup is not None]
+    if measured:
+        row = max(measured, key=lambda one: one.shape)
+        note = f"at {w.latency_place(row)}, {w.latency_setup(row)}"
+        clear = row.verdict in ("faster", "slower") and row.speedup is not None
+        value = w.ratio(row.speedup.estimate) if clear and row.speedup else row.verdict
+        found.append(KeyFigure(value, "speed of the dense model" if clear else "latency", note))
+    else:
+        found.append(KeyFigure(NONE, "latency", "see below"))
+    pair = w.against_random(report.drift) if report.drift else None
+    if pair is not None:
+        name, value, control, _ = pair
+        found.append(KeyFigure(value, name, f"random removal: {control}"))
+    else:
+        found.append(KeyFigure(NONE, "drift", "see below"))
+    return found
+
+
+def sizes(report: Report) -> Table:
+    """Before, after and the change, for heads, parameters, bytes and FLOPs."""
+    model, dense, slim = report.model, report.model.dense, report.model.slim
+    shape = f" at {w.shape_text(model.flops_shape)}" if model.flops_shape else ""
+    units, heads = w.units(model, 2), model.heads
+
+    def row(name: str, text: Callable[[float | None], str], before: float | None, after: float | None) -> list[str]:
+        return [name, text(before), text(after), w.change(before, after)]
+
+    rows = [
+        row(units[0].upper() + units[1:], _whole, heads.total, heads.kept),
+        row("Parameters", _whole, dense.parameters, slim.parameters),
+        row("Bytes, float32 ONNX", _size, dense.bytes, slim.bytes),
+        row(f"FLOPs a run{shape}", _flops, dense.flops, slim.flops),
+    ]
+    return table(("", "Dense", "Slim", "Change"), rows, {1, 2, 3})
+
+
+def links(found: Sequence[Link]) -> Table:
+    """The certificate, one row a link and subject."""
+    head = ("Link", "Held equal", "Subject", "Largest difference", "Relative", "Allowed", "Cases", "Result")
+    rows = []
+    for link in found:
+        result = "held" if link.passed else f"FAILED: {link.reason or link.worst_case or 'beyond the tolerance'}"
+        relative = "" if link.max_rel is None else w.difference(link.max_rel)
+        cells = (str(link.link), link.name, link.subject, largest(link), relative, allowed(link))
+        rows.append((*cells, w.whole(link.cases), result))
+    return table(head, rows, {3, 4, 6})
+
+
+def largest(link: Link) -> str:
+    """A link's largest difference; link 4 compares structure, and any other may have met values that are not finite."""
+    if link.max_abs is None:
+        return "structure only" if link.link == 4 else "no finite figure"
+    return w.difference(link.max_abs)
+
+
+def allowed(link: Link) -> str:
+    """The tolerance a link was held to: atol + rtol x |reference|."""
+    if link.atol is None:
+        return "no deviation" if link.link == 4 else "not stated"
+    return w.tolerance(link.atol) + (f" + {w.tolerance(link.rtol)} relative" if link.rtol else "")
+
+
+def drift_table(drift: Drift) -> Table:
+    """The slim model's figures beside the random control's mean and range; only figures that the task has."""
+    control = drift.random_control
+    rows = []
+    for name, label in w.FIGURE_NAMES.items():
+        slim = getattr(drift.slim, name) if drift.slim else None
+        if slim is None:
+            continue
+        mean = getattr(control.mean, name) if control else None
+        seeds = [value for one in control.figures if (value := getattr(one, name)) is not None] if control else []
+        spread = f"{min(seeds):.3f} to {max(seeds):.3f}" if seeds else NONE
+        if name == "perplexity" and drift.perplexity_dense is not None:
+            label = f"perplexity (dense: {drift.perplexity_dense:.3f})"
+        slim_text, mean_text = w.apart(slim, mean) if mean is not None else (f"{slim:.3f}", NONE)
+        rows.append((label[0].upper() + label[1:], slim_text, mean_text, spread))
+    return table(("Figure", "Slim", "Random removal", "Random, all seeds"), rows, {1, 2, 3})
+
+
+def latencies(rows: Sequence[Latency]) -> Table:
+    """One row a measurement, with its control and its verdict."""
+    head = ("Shape", "Setting", "Dense", "Slim", "Speedup", "FLOP ratio", "Realised", "Control", "Verdict")
+    cells = []
+    for row in rows:
+        flop = w.ratio(row.flop_speedup) if row.flop_speedup is not None else "not counted"
+        realised = w.percent(row.realised) if row.realised is not None else NONE
+        verdict = f"{row.verdict}: {row.reason}" if row.reason else row.verdict
+        timings, intervals = (_timing(row.dense), _timing(row.slim)), (_interval(row.speedup), _interval(row.control))
+        place = (w.latency_place(row), w.latency_setup(row))
+        cells.append((*place, *timings, intervals[0], flop, realised, intervals[1], verdict))
+    return table(head, cells, {2, 3, 4, 5, 6, 7})
+
+
+def gates(found: Sequence[GateResult]) -> Table:
+    """The recipe's gates with what was measured."""
+    rows = []
+    for gate in found:
+        measured = w.figures(gate.measured) if gate.measured is not None else NONE
+        result = ("met" if gate.met else "NOT MET") + (f": {gate.reason}" if gate.reason else "")
+        rows.append((gate.gate, f"{gate.limit:g}", measured, result))
+    return table(("Gate", "Limit", "Measured", "Result"), rows, {1, 2})
+
+
+def stages(report: Report) -> Table:
+    """Where the time and the memory went."""
+    rows = [
+        (stage.stage, w.seconds(stage.seconds), f"{w.whole(stage.peak_rss_mb)} MB", "reused" if stage.reused else "ran")
+        for stage in report.stages
+    ]
+    rows.append(("whole run", w.seconds(report.seconds), f"{w.whole(report.peak_rss_mb)} MB", ""))
+    return table(("Stage", "Time", "Peak memory", "This time"), rows, {1, 2})
+
+
+def environment_table(report: Report) -> Table:
+    """Software, hardware and session options; what the system does not tell is said to be unreadable."""
+    env, hidden = report.environment, "not readable on this system"
+    load = " ".join(f"{value:.2f}" for value in env.load_average) if env.load_average else hidden
+    clock = f"{w.whole(env.cpu_frequency_mhz)} MHz at the start" if env.cpu_frequency_mhz else hidden
+    cores = ", ".join(
+        f"{count or 'unknown'} {kind}"
+        for count, kind in ((env.cores_physical, "physical"), (env.cores_logical, "logical"))
+    )
+    memory = f"{env.memory_bytes / 1024**3:.1f} GiB, {env.memory_available_bytes / 1024**3:.1f} GiB free at the start"
+    rows = [("slimheads", env.slimheads), ("Python", env.python)]
+    rows += [(name, version or "not installed") for name, version in env.packages.items()]
+    rows += [
+        ("Platform", env.platform),
+        ("CPU", env.cpu),
+        ("Cores", f"{cores}, {env.cores_usable:g} usable"),
+        ("CPU governor", env.cpu_governor or hidden),
+    ]
+    rows += [("CPU clock", clock), ("Memory", memory), ("Load, 1, 5, 15 min", load)]
+    rows += [("Providers", ", ".join(env.providers) or "none")]
+    rows += [
+        (f"Session: {key}", str(value or "none") if isinstance(value, dict | list) else str(value))
+        for key, value in env.session_options.items()
+    ]
+    return table(("What", "Value"), rows)
+
+
+def _whole(number: float | None) -> str:
+    return w.whole(number) if number is not None else NONE
+
+
+def _size(count: float | None) -> str:
+    return w.size(count) if count is not None else NONE
+
+
+def _flops(count: float | None) -> str:
+    return w.flops(count) if count is not None else NONE
+
+
+def _timing(timing: Timing | None) -> str:
+    if timing is None:
+        return NONE
+    return f"{w.milliseconds(timing.median_ms)} ({w.figures(timing.p10_ms)} to {w.figures(timing.p90_ms)})"
+
+
+def _interval(interval: Interval | None) -> str:
+    if interval is None:
+        return NONE
+    estimate, low, high = w.span(interval)
+    return f"{estimate}x ({low} to {high})"
+
+
+# Names, Markdown and front matter
+
+
+def short_name(source: str) -> str:
+    """A title from a path, a package folder or a hub id."""
+    parts = source.removeprefix("pkg://").rstrip("/").split("/")
+    if source.startswith("pkg://") or (parts[-1] in ("model", "checkpoint", "slim") and len(parts) > 1):
+        return parts[0] if source.startswith("pkg://") else parts[-2]  # the folder's own name says nothing
+    return parts[-1] or source
+
+
+class Verbatim(str):
+    """Text that a Markdown template puts out as it is, for code blocks and front matter."""
+
+    __slots__ = ()
+
+
+def markdown_safe(value: object) -> object:
+    """Escape what Markdown or the HTML in it would act on, and keep the text on one line."""
+    if isinstance(value, Verbatim) or not isinstance(value, str):
+        return value
+    text = " ".join(value.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # An underscore inside a word is no emphasis: left alone, so that names stay readable in the source.
+    return re.sub(r"([\\|*`\[\]]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", text)
+
+
+def markdown_table(table: Table) -> Verbatim:
+    """The table in GitHub's Markdown, every cell escaped."""
+    rule = ["---:" if index in table.numeric else "---" for index in range(len(table.head))]
+    lines = [[str(markdown_safe(cell)) for cell in row] for row in (table.head, *table.rows)]
+    return Verbatim("\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:])))
+
+
+def static_axes(report: Report) -> bool:
+    """Whether the slim graph has a cache with static axes, which optimum cannot run."""
+    export = report.recipe.get("export")
+    static = isinstance(export, dict) and export.get("kv_axes") == "static"
+    return static and report.model.task == "text-generation"
+
+
+def fenced(value: str) -> Verbatim:
+    """Code between fences longer than any inside it."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`+", value))])
+    return Verbatim(f"{fence}bash\n{value.strip()}\n{fence}")
+
+
+def front_matter(report: Report) -> Verbatim:
+    """The model card's YAML: only keys with known values. JSON strings are YAML strings: none can break out."""
+    model = report.model
+    keys: dict[str, object] = {}
+    if model.hub_id:
+        keys["base_model"] = model.hub_id
+    tags = ["slimheads", "attention-head-pruning", "onnx"]
+    if model.sentence_transformers:
+        keys["library_name"] = "sentence-transformers"
+        keys["pipeline_tag"] = "sentence-similarity"
+        tags.append("sentence-transformers")
+    else:
+        if model.reload == "stock":
+            keys["library_name"] = "transformers"
+        keys["pipeline_tag"] = model.task
+    keys["tags"] = tags
+    return Verbatim("\n".join(f"{key}: {json.dumps(value)}" for key, value in keys.items()))
+
+
+def split_note(cell: str) -> tuple[str, str]:
+    """A cell's figure and the bracket behind it, which a page sets on a line of its own."""
+    figure, bracket, note = cell.partition(" (")
+    return figure, note.removesuffix(")") if bracket else ""
+
+
+FILTERS: dict[str, Callable[..., Any]] = {
+    "fenced": fenced,
+    "markdown_table": markdown_table,
+    "split_note": split_note,
+    "verbatim": Verbatim,
+    "largest": largest,
+    "tolerance": w.tolerance,
+    "allowed": allowed,
+    "percent": w.percent,
+    "seconds": w.seconds,
+    "whole": w.whole,
+    "listing": w.listing,
+    "shape": w.shape_text,
+}

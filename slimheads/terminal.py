@@ -1,0 +1,93 @@
+"""Tables for people, as the commands print them on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from slimheads import wording
+from slimheads.bench import Latency
+from slimheads.environment import Check
+from slimheads.preview import Preview, plan_of
+from slimheads.scoring import Scores
+
+
+def stdout() -> Console:
+    """Plain, unwrapped text where stdout is a file or a pipe."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def print_scores(scores: Scores) -> None:
+    """One row a site, its units from the weakest to the strongest."""
+    table = Table("site", "unit", "weakest first: unit (score)", box=None, pad_edge=False)
+    for site in scores.sites:
+        ranked = sorted(range(len(site.scores)), key=lambda unit: (site.scores[unit], unit))
+        table.add_row(site.site, site.unit, "  ".join(f"{unit} ({site.scores[unit]:.4g})" for unit in ranked))
+    stdout().print(table)
+
+
+def print_preview(found: Preview) -> None:
+    """Before and after, then what goes at each site."""
+    console, plan = stdout(), plan_of(found)
+    console.print(f"{found.model} ({found.task})", markup=False)
+    table = Table("", "dense", "slim", "change", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows = (
+        ("heads" if plan.sites[0].unit == "head" else "KV groups", "heads", wording.whole),
+        ("parameters", "parameters", wording.whole),
+        ("weights", "bytes", wording.size),
+        (f"FLOPs at {'x'.join(map(str, found.shape))}", "flops", wording.flops),
+    )
+    for label, name, form in rows:
+        before, after = getattr(found.dense, name), getattr(found.slim, name)
+        table.add_row(label, form(before), form(after), wording.change(before, after))
+    console.print(table)
+    sites = Table("site", "keeps", "deletes", box=None, pad_edge=False)
+    for site in plan.sites:
+        sites.add_row(site.site, f"{len(site.kept)} of {site.total}", " ".join(map(str, site.removed)) or "nothing")
+    console.print(sites)
+
+
+def print_stages(stages: Mapping[str, str]) -> None:
+    """What a run would do, stage by stage."""
+    table = Table("stage", "would", box=None, pad_edge=False)
+    for stage, what in stages.items():
+        table.add_row(stage, what)
+    stdout().print(table)
+
+
+def print_families(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row a family file."""
+    table = Table("family", "model types", "unit", "projections", "reload", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(row["family"], ", ".join(row["model_types"]), row["unit"], row["layout"], row["reload"])
+    stdout().print(table)
+
+
+def print_checks(checks: Sequence[Check]) -> None:
+    """One row a check of the environment; what to do about a failed one below it."""
+    table = Table("check", "", "found", "expected", box=None, pad_edge=False)
+    for check in checks:
+        table.add_row(check.name, "ok" if check.ok else "LACKS", check.found, check.expected)
+        if not check.ok and check.hint:
+            table.add_row("", "", check.hint, "")
+    stdout().print(table)
+
+
+def print_latency(rows: Sequence[Latency]) -> None:
+    """One row a shape: medians, and the ratio with its interval and verdict."""
+    table = Table("shape", "first", "second", "speedup (95% interval)", "control", "verdict", box=None, pad_edge=False)
+    for row in rows:
+        shape = "x".join(map(str, row.shape))
+        if row.dense is None or row.slim is None or row.speedup is None or row.control is None:
+            table.add_row(shape, "", "", "", "", f"{row.verdict}: {row.reason}")
+            continue
+        speedup, control = (f"{i.estimate:.3f} ({i.low:.3f} to {i.high:.3f})" for i in (row.speedup, row.control))
+        medians = (wording.milliseconds(t.median_ms) for t in (row.dense, row.slim))
+        table.add_row(shape, *medians, speedup, control, row.verdict)
+    stdout().print(table)
