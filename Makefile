@@ -1,0 +1,45 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer and a network that reaches a package index.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= runs/minilm
+
+.PHONY: demo test lint types schema lock clean
+
+demo: $(VENV)/.installed
+	$(BIN)/slimheads run pipelines/minilm.yaml --out $(OUT)
+
+test: lint types
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+# Everything pinned, then this package itself, editable. The stamp makes a second call cheap.
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slimheads needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The JSON Schema that the recipes name for editors.
+schema: $(VENV)/.installed
+	$(BIN)/slimheads schema > slimheads.schema.json
+
+# Pin anew what pyproject.toml allows. torch stays fixed: looser, pip fetches gigabytes of CUDA on Linux.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet torch==2.13.0
+	.venv-lock/bin/python -m pip install --quiet -e '.[dev]' 'setuptools>=77'
+	( sed -n '/^#/p' requirements.lock; \
+	  .venv-lock/bin/python -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//' ) > requirements.new
+	mv requirements.new requirements.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
