@@ -155,7 +155,8 @@ def family_of(config: PretrainedConfig) -> tuple[str, Family]:
     name = known[config.model_type]
     family = families()[name]
     for refusal in family.refuse:
-        if getattr(config, refusal.key, None) == refusal.value:
+        found = getattr(config, refusal.key, None)
+        if (bool(found) if isinstance(refusal.value, bool) else found) == refusal.value:
             raise ModelRefusedError(
                 f"{refusal.key}: {refusal.value} is refused, for {refusal.reason}",
                 where=f"config.json ({config.model_type})",
@@ -197,7 +198,7 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
     modules = dict(model.named_modules())
     sites: list[Site] = []
     for row in family.sites:
-        pattern = re.compile(r"(?:.*\.)?" + re.escape(row.match).replace(r"\*", r"(\d+)"))
+        pattern = _pattern(row)
         found = [(name, int(m[1])) for name in modules if (m := pattern.fullmatch(name))]
         expected = int(getattr(model.config, row.count))
         if len(found) != expected:
@@ -208,6 +209,16 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
             )
         sites += [_read_site(model.config, family, row, modules, name, layer) for name, layer in found]
     return tuple(sites)
+
+
+def is_projection(family: Family, tensor: str) -> bool:
+    """Whether a checkpoint's tensor is, by its name, a projection's weight or bias in some layer of the family."""
+    owner = tensor.rpartition(".")[0]
+    return any(
+        owner.endswith(f".{p.module}") and bool(_pattern(row).fullmatch(owner.removesuffix(f".{p.module}")))
+        for row in family.sites
+        for p in row.projections
+    )
 
 
 def dense_value(config: PretrainedConfig, key: str) -> Any:
@@ -235,6 +246,10 @@ def check_head_counts(config: PretrainedConfig, family: Family) -> None:
         refuse(f"{heads} query heads cannot share {units} key-value heads evenly")
     if not getattr(config, "head_dim", None) and config.hidden_size % heads:
         refuse(f"hidden_size {config.hidden_size} is not a multiple of {heads} heads")
+
+
+def _pattern(row: SiteRow) -> re.Pattern[str]:
+    return re.compile(r"(?:.*\.)?" + re.escape(row.match).replace(r"\*", r"(\d+)"))
 
 
 def _read_site(

@@ -341,16 +341,17 @@ def add_set(
 
 
 def warm_up(runs: Sequence[Callable[[], object]], clock: Clock, limit_ns: int) -> list[float]:
-    """Run in turns until the times settle, at least 4 turns, at most 50, and past the limit no more than those 4.
+    """Run in turns until the times settle: 4 to 50 turns, or as few as 2 where these take longer than the limit.
 
-    Settled: the quickest round of the last two is within 5% of the quickest before. Returns the quickest time of
+    Settled: the quickest turn of the last two is within 5% of the quickest before. Returns the quickest time of
     each run in nanoseconds: what came later will hardly be quicker, so a time planned with it is reached.
     """
     start, turns = clock(), list[list[float]]()
     while len(turns) < 50:
         turns.append(one_round(runs, range(len(runs)), 1, clock))
         totals = [sum(turn) for turn in turns]
-        if len(turns) >= 4 and (clock() - start > limit_ns or min(totals[-2:]) > 0.95 * min(totals[:-2])):
+        settled = len(turns) >= 4 and min(totals[-2:]) > 0.95 * min(totals[:-2])
+        if settled or (len(turns) >= 2 and clock() - start > limit_ns):
             break
     return [max(1.0, float(quickest)) for quickest in np.min(turns, axis=0)]
 

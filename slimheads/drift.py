@@ -58,7 +58,7 @@ class Drift(BaseModel):
     perplexity_dense: float | None = None
     headline: str | None  # the Figures field the verdict rests on: "cosine" or "perplexity_ratio"
     random_control: RandomControl | None
-    beats_random: bool | None  # on the headline figure, against the control's mean; null where nothing was removed
+    beats_random: bool | None  # on the headline figure, against every seed; null where nothing was removed
     reason: str | None = None  # why there are no figures
 
 
@@ -343,12 +343,15 @@ def _control(seeds: Sequence[int], found: Sequence[Figures], problems: list[str]
 
 
 def _beats(slim: Figures, control: RandomControl | None, headline: str) -> bool | None:
-    """Whether the headline figure is better than the control's mean: a higher cosine, a lower perplexity ratio."""
+    """Whether the headline figure (a higher cosine, a lower perplexity ratio) is better than with every random seed.
+
+    Against the mean of three seeds, half of all scores no better than chance would be called a success.
+    """
     ours = getattr(slim, headline)
-    random = getattr(control.mean, headline) if control else None
-    if ours is None or random is None:
+    random = [getattr(figures, headline) for figures in control.figures] if control else []
+    if ours is None or not random or None in random:
         return None
-    return bool(ours > random if headline == "cosine" else ours < random)
+    return bool(ours > max(random) if headline == "cosine" else ours < min(random))
 
 
 def _no_figures(sample_name: str, reason: str) -> Drift:

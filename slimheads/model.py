@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from slimheads.attention import PLAN_KEY, Site, check_head_counts, dense_value, family_of, find_sites
+from slimheads.attention import PLAN_KEY, Site, check_head_counts, dense_value, family_of, find_sites, is_projection
 from slimheads.errors import EnvironmentLackError, ModelRefusedError, UsageError
 from slimheads.selection import Plan
-from slimheads.surgery import record_plan, shrink
+from slimheads.surgery import record_plan, recorded_plan, shrink
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,11 @@ TASKS: Mapping[str, tuple[str, str]] = {
 }
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# What transformers raises, among asserts and plain mistakes, when a config and the weights do not make a model.
+_LOADING_FAILURES = (
+    *(OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, AssertionError),
+    SafetensorError,
+)
 _SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".vocab", ".bpe", ".spm", ".tiktoken", ".safetensors"}
 _SIDE_NAMES = {"LICENSE", "LICENCE", "NOTICE"}
 _OWN_FILES = {"config.json", "generation_config.json", "plan.json"}
@@ -109,18 +115,8 @@ def load(source: str | Path, task: str = "auto", *, attn_implementation: str | N
     """
     found = find(str(source), task)
     config = read_config(found.folder)
-    plan_record = getattr(config, PLAN_KEY, None)
-    model_class = getattr(transformers, found.architecture)
-    if plan_record:
-        model = _load_slim(model_class, found.folder, config, attn_implementation)
-    else:
-        if config.pruned_heads:
-            raise ModelRefusedError(
-                "heads were already deleted by transformers' own prune_heads",
-                where=str(found.folder / "config.json"),
-                hint="start from the model before that",
-            )
-        model = _from_pretrained(model_class, found.folder, config, attn_implementation)
+    build = _load_slim if hasattr(config, PLAN_KEY) else _from_pretrained
+    model = build(getattr(transformers, found.architecture), found.folder, config, attn_implementation)
     find_sites(model)  # a family file that does not describe this model is an error here, not later
     return model.eval()
 
@@ -136,19 +132,19 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError("the folder exists and is not empty", where=str(folder), hint="name a new folder")
+    # Listed before anything is written, for the folder may lie inside the source. A model made in memory has no source.
+    source = Path(model.name_or_path)
+    beside = list(side_files(source)) if model.name_or_path and source.is_dir() else []
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, safe_serialization=True)
     for weights in weight_files(folder):
-        weights.chmod(
-            (folder / "config.json").stat().st_mode
-        )  # safetensors writes 0600; a shipped file is as readable as its config
-    source = Path(model.name_or_path)
-    if source.is_dir():
-        for relative in side_files(source):
-            target = folder / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists():
-                shutil.copyfile(source / relative, target)
+        # safetensors writes 0600; a shipped file is as readable as its config
+        weights.chmod((folder / "config.json").stat().st_mode)
+    for relative in beside:
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            shutil.copyfile(source / relative, target)
 
 
 def side_files(folder: Path) -> Iterator[Path]:
@@ -186,6 +182,12 @@ def read_config(folder: Path) -> PretrainedConfig:
         ) from error
     if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
         raise ModelRefusedError("no model_type", where=str(path), hint="name a transformers checkpoint folder")
+    if "quantization_config" in data:
+        raise ModelRefusedError(
+            "quantized weights are not covered", where=str(path), hint="start from the full weights"
+        )
+    if not all(isinstance(name, str) for name in data.get("architectures") or ()):
+        raise ModelRefusedError("architectures is not a list of names", where=str(path), hint="fetch the model again")
     model_type = data["model_type"]
     clean = _without_implementation_keys(data, path)
     if model_type not in CONFIG_MAPPING:
@@ -194,11 +196,18 @@ def read_config(folder: Path) -> PretrainedConfig:
     try:
         config = CONFIG_MAPPING[model_type].from_dict(clean)
         _, family = family_of(config)
+        plan = recorded_plan(config, family)
         check_head_counts(config, family)
     except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise ModelRefusedError(
             f"damaged configuration ({error})", where=str(path), hint="fetch the model again"
         ) from error
+    if config.pruned_heads and plan is None:
+        raise ModelRefusedError(
+            "heads were already deleted by transformers' own prune_heads",
+            where=str(path),
+            hint="start from the model before that",
+        )
     return cast(PretrainedConfig, config)
 
 
@@ -245,7 +254,7 @@ def _folder(source: str) -> Path:
                 f"the package has no folder '{inside}'", where=source, hint="check the path after the package"
             )
         return folder
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))  # noqa: PTH111 - pathlib's raises for an unknown user
     if folder.is_dir():
         return folder
     if folder.exists() or folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
@@ -270,17 +279,20 @@ def _from_hub(source: str) -> Path:
         ) from error
 
 
-def _without_implementation_keys(data: dict[str, Any], path: Path) -> dict[str, Any]:
+def _without_implementation_keys(data: Any, path: Path) -> Any:
     # transformers 4.56 to 5.2 fetch and run a hub "kernel" that such a key names (CVE-2026-4372).
+    if isinstance(data, list):
+        return [_without_implementation_keys(value, path) for value in data]
+    if not isinstance(data, dict):
+        return data
     clean: dict[str, Any] = {}
     for key, value in data.items():
-        if "_implementation" in key:
-            if isinstance(value, str) and "/" in value:
-                raise ModelRefusedError(
-                    f"'{key}' names code to fetch and run", where=str(path), hint="do not use this checkpoint"
-                )
-            continue
-        clean[key] = _without_implementation_keys(value, path) if isinstance(value, dict) else value
+        if "_implementation" not in key:
+            clean[key] = _without_implementation_keys(value, path)
+        elif "/" in json.dumps(value):
+            raise ModelRefusedError(
+                f"'{key}' names code to fetch and run", where=str(path), hint="do not use this checkpoint"
+            )
     return clean
 
 
@@ -326,9 +338,9 @@ def _from_pretrained(
         model, info = build()
         if info["missing_keys"] and all(key.startswith("pooler.") for key in info["missing_keys"]):
             model, info = build(add_pooling_layer=False)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+    except _LOADING_FAILURES as error:
         raise ModelRefusedError(
-            f"transformers cannot load it ({str(error).splitlines()[0]})",
+            f"transformers cannot load it ({' '.join(str(error).split())[:300]})",
             where=str(folder),
             hint="fetch the model again",
         ) from error
@@ -338,6 +350,13 @@ def _from_pretrained(
             f"{len(missing)} weights of {model_class.__name__} are not in the checkpoint, first {missing[0]}",
             where=str(folder),
             hint="name the task this checkpoint was trained for",
+        )
+    beyond = [key for key in sorted(info["unexpected_keys"]) if is_projection(family_of(config)[1], key)]
+    if beyond:
+        raise ModelRefusedError(
+            f"the checkpoint has an attention block that config.json does not count: {beyond[0]}",
+            where=str(folder),
+            hint="the configuration is damaged: fetch the model again",
         )
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -360,13 +379,12 @@ def _load_slim(
     model_class: Any, folder: Path, config: PretrainedConfig, attn_implementation: str | None
 ) -> PreTrainedModel:
     """Builds the dense skeleton without weights, applies the same surgery, and lets transformers load the tensors."""
-    record = getattr(config, PLAN_KEY)
-    plan = Plan.from_json(record)
     _, family = family_of(config)
+    plan = recorded_plan(config, family) or Plan(())
+    for key, value in getattr(config, PLAN_KEY)["dense"].items():
+        setattr(config, key, value)
     delattr(config, PLAN_KEY)
     config.pruned_heads = {}
-    for key, value in record["dense"].items():
-        setattr(config, key, value)
 
     dense_sites: tuple[Site, ...] = ()
 
@@ -378,7 +396,14 @@ def _load_slim(
         shrink(self, dense_sites, plan)
 
     skeleton = type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
-    model = _from_pretrained(skeleton, folder, config, attn_implementation)
+    try:
+        model = _from_pretrained(skeleton, folder, config, attn_implementation)
+    except UsageError as error:
+        raise ModelRefusedError(
+            f"the recorded plan does not fit the model ({error.where}: {error.what})",
+            where=str(folder / "config.json"),
+            hint="fetch the model again",
+        ) from error
     model.__class__ = model_class
     record_plan(model.config, family, dense_sites, plan)
     return model

@@ -204,8 +204,7 @@ class _Builder:
             mark = error.problem_mark or error.context_mark
             if mark is not None:
                 self._line, self._column = mark.line + 1, mark.column + 1
-            problem = error.problem or error.context or "it cannot be parsed"
-            raise self._error(f"not valid YAML: {printable(problem)}", _SYNTAX_HINT) from None
+            raise self._error(f"not valid YAML: {printable(str(error.problem))}", _SYNTAX_HINT) from None
         except ReaderError as error:
             self._line, self._column = _line_column(self._text, error.position)
             what = f"not valid YAML: the character U+{ord(self._text[error.position]):04X} is not allowed"

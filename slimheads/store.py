@@ -234,6 +234,8 @@ class Work:
 
 
 def _read_record(folder: Path) -> Record:
+    if not (folder / "record.json").is_file():
+        raise ValueError("record.json is missing")
     data = json.loads((folder / "record.json").read_bytes())
     if not isinstance(data, dict) or data.pop("digest", None) != _digest(data):
         raise ValueError("record.json was changed")

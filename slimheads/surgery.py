@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from slimheads.attention import PLAN_KEY, Family, Projection, Site, dense_value, family_of, find_sites
-from slimheads.errors import UsageError
+from slimheads.errors import ModelRefusedError, UsageError
 from slimheads.selection import Plan
 
 
@@ -50,9 +50,10 @@ def match_plan(sites: Sequence[Site], plan: Plan) -> list[tuple[Site, tuple[int,
             hint="make the plan from this model",
         )
     for site in sites:
-        if planned[site.name].total != site.total:
+        own = planned[site.name]
+        if (own.total, own.unit) != (site.total, site.unit):
             raise UsageError(
-                f"the plan counts {planned[site.name].total} units, the model has {site.total}",
+                f"the plan counts {own.total} units ({own.unit}), the model has {site.total} ({site.unit})",
                 where=site.name,
                 hint="make the plan from this model",
             )
@@ -86,6 +87,27 @@ def record_plan(config: PretrainedConfig, family: Family, sites: Sequence[Site],
     elif family.reload == "head_counts":
         for key, value in (dense | _equal_head_counts(family, sites, records)).items():
             setattr(config, key, value)
+
+
+def recorded_plan(config: PretrainedConfig, family: Family) -> Plan | None:
+    """The plan that `record_plan` wrote, or None where there is none (a dense model).
+
+    Raises:
+        ModelRefusedError: something else stands there.
+    """
+    if not hasattr(config, PLAN_KEY):
+        return None
+    record = getattr(config, PLAN_KEY)
+    try:
+        plan = Plan.from_json(record)
+        keys = {family.units, family.heads or family.units}
+        if record["dense"].keys() != keys or any(type(value) is not int for value in record["dense"].values()):
+            raise ValueError(f"dense counts {record['dense']!r}")
+    except (UsageError, KeyError, AttributeError, ValueError) as error:
+        raise ModelRefusedError(
+            f"'{PLAN_KEY}' does not hold a plan ({error})", where="config.json", hint="fetch the model again"
+        ) from error
+    return plan
 
 
 def _equal_head_counts(family: Family, sites: Sequence[Site], records: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -220,18 +220,24 @@ def _lost_to_random(report: Report, drift: Drift | None) -> str | None:
     name, slim, control, seeds = pair
     return (
         f"{method} did not beat random removal on {_sample(drift)}: {name} {slim}, where removing as many "
-        f"{units(report.model, 2)} at random gives {control} (mean of {plural(seeds, 'seed')})."
+        f"{units(report.model, 2)} at random gives {control} ({plural(seeds, 'seed')})."
     )
 
 
 def against_random(drift: Drift) -> tuple[str, str, str, int] | None:
-    """The headline figure's name, the slim model's value, the control's mean, and the number of seeds."""
+    """The headline figure's name, the slim model's value, the control's range over its seeds, and how many they are."""
     if drift.headline is None or drift.slim is None or drift.random_control is None:
         return None
-    slim, control = getattr(drift.slim, drift.headline), getattr(drift.random_control.mean, drift.headline)
-    if slim is None or control is None:
+    slim = getattr(drift.slim, drift.headline)
+    control = [getattr(figures, drift.headline) for figures in drift.random_control.figures]
+    if slim is None or None in control:
         return None
-    return FIGURE_NAMES[drift.headline], *apart(slim, control), len(drift.random_control.seeds)
+    low, high = min(control), max(control)
+    nearest = min((low, high), key=lambda end: abs(end - slim))
+    written, _ = apart(slim, nearest)
+    digits = len(written.partition(".")[2])
+    spread = f"{low:.{digits}f}" if low == high else f"{low:.{digits}f} to {high:.{digits}f}"
+    return FIGURE_NAMES[drift.headline], written, spread, len(control)
 
 
 def _drift(drift: Drift | None, reason: str | None, method: str) -> str:
@@ -239,12 +245,12 @@ def _drift(drift: Drift | None, reason: str | None, method: str) -> str:
         return f"Drift: not measured: {(drift.reason if drift else None) or reason}."
     if (pair := against_random(drift)) is not None:
         name, slim, control, seeds = pair
-        against = f"; removing as many at random: {control} (mean of {plural(seeds, 'seed')})"
+        against = f"; removing as many at random: {control} ({plural(seeds, 'seed')})"
     else:
         value = getattr(drift.slim, drift.headline) if drift.headline else None
         name = FIGURE_NAMES[drift.headline] if drift.headline else "no headline figure"
         slim, against = (f"{value:.3f}" if value is not None else "not measured"), "; no random control"
-    won = f": {method} beats random" if drift.beats_random else ""
+    won = f": {method} beats every one" if drift.beats_random else ""
     return f"Drift on {_sample(drift)} ({plural(drift.texts, 'text')}): {name} {slim}{against}{won}."
 
 
