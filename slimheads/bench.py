@@ -183,7 +183,7 @@ def ratio_interval(numerator: Floats, denominator: Floats, seed: int = 0) -> Int
 
     The ratio of medians is taken set by set, and the median of these is the estimate. On a machine whose load changes,
     samples pooled over the sets are a mixture, and the ratio of two mixtures' medians jumps: in A/A runs with a load of
-    5 on 4 cores it was off by 12% (root mean square), and the median over the sets by 2%.
+    6 on 4 cores it was off by 12% (root mean square), the median over the sets by 4%.
 
     Whole sets are resampled, never rounds: rounds of a set share the luck of its sessions (where memory and threads
     came to lie; ratios varied by 2-3% from set to set where the rounds explained 1-2%) and the mood of the machine, so

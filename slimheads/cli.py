@@ -7,8 +7,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -18,9 +18,11 @@ import typer
 from slimheads import __version__
 from slimheads.errors import EnvironmentLackError, SlimheadsError, UsageError
 
+# Of the errors of its parser typer exports only one: what they have in common is its base class.
+_UsageProblem: Any = typer.BadParameter.__base__
+
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Delete attention heads from a Hugging Face transformer, export it to ONNX, and prove what was shipped.",
     epilog="Exit codes: 0 all held, 1 a bug of ours, 2 recipe or usage, 3 model refused, 4 certificate failed, "
@@ -42,14 +44,20 @@ class Interrupted(BaseException):
         self.number = number
 
 
-@app.callback(invoke_without_command=True)
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -71,11 +79,8 @@ def run(
     out = out or Path("runs", recipe.stem)
     if dry_run:
         stages, found = pipeline.dry_run(chosen, out, from_stage=from_stage, until=until), preview(chosen)
-        if as_json:
-            _print_json({"stages": stages, **found.model_dump(mode="json")})
-        else:
-            terminal.print_stages(stages)
-            terminal.print_preview(found)
+        data = {"stages": stages, **found.model_dump(mode="json")}
+        _show(as_json, data, lambda: terminal.print_dry_run(stages, found))
         return
     with _display() as display:
         made = pipeline.run(
@@ -84,10 +89,8 @@ def run(
     if made is None:
         print(f"stopped after {until}; what there is so far is in {out}", file=sys.stderr)
         return
-    if as_json:
-        print(made.to_json(), end="")
-    else:
-        report.print_summary(made, terminal.stdout(), out)
+    data = made.model_dump(mode="json")
+    _show(as_json, data, lambda: report.print_summary(made, terminal.stdout(), out))
     for reason in made.verdict.reasons:
         _complain(reason)
     raise typer.Exit(made.verdict.exit_code)
@@ -101,10 +104,7 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = Fals
     from slimheads.recipe import Recipe
 
     found = preview(Recipe.read(recipe, overrides or ()))
-    if as_json:
-        _print_json(found.model_dump(mode="json"))
-    else:
-        terminal.print_preview(found)
+    _show(as_json, found.model_dump(mode="json"), lambda: terminal.print_preview(found))
 
 
 @app.command()
@@ -119,10 +119,7 @@ def score(
     from slimheads.scoring import score as score_model
 
     scores = score_model(load(model, task))
-    if as_json:
-        _print_json(scores.to_json())
-    else:
-        terminal.print_scores(scores)
+    _show(as_json, scores.to_json(), lambda: terminal.print_scores(scores))
 
 
 @app.command()
@@ -148,10 +145,7 @@ def bench(
             first, second, shapes=wanted, threads=threads, provider=provider, min_seconds=min_seconds,
             on_progress=display.note,
         )  # fmt: skip
-    if as_json:
-        _print_json([row.model_dump(mode="json") for row in rows])
-    else:
-        terminal.print_latency(rows)
+    _show(as_json, [row.model_dump(mode="json") for row in rows], lambda: terminal.print_latency(rows))
 
 
 @app.command()
@@ -166,7 +160,7 @@ def init(
     source = find(model)
     text = commented_recipe(model, source.task, source.task == "text-generation", describe(source))
     if out is None:
-        print(text, end="")
+        _show(False, None, lambda: print(text, end=""))
         return
     try:
         with out.open("x", encoding="utf-8") as file:
@@ -183,10 +177,7 @@ def families(as_json: AsJson = False) -> None:
     from slimheads.attention import family_rows
 
     rows = family_rows()
-    if as_json:
-        _print_json(rows)
-    else:
-        terminal.print_families(rows)
+    _show(as_json, rows, lambda: terminal.print_families(rows))
 
 
 @app.command()
@@ -194,7 +185,7 @@ def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
     from slimheads.recipe import recipe_schema
 
-    _print_json(recipe_schema())
+    _show(True, recipe_schema(), lambda: None)
 
 
 @app.command()
@@ -204,10 +195,7 @@ def doctor(as_json: AsJson = False) -> None:
     from slimheads.environment import doctor as examine
 
     checks = examine()
-    if as_json:
-        _print_json([check.model_dump(mode="json") for check in checks])
-    else:
-        terminal.print_checks(checks)
+    _show(as_json, [check.model_dump(mode="json") for check in checks], lambda: terminal.print_checks(checks))
     lacking = [check for check in checks if not check.ok]
     if lacking:
         names, hint = ", ".join(check.name for check in lacking), lacking[0].hint or "see the list above"
@@ -218,43 +206,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The `slimheads` command. Ends the process with the contract's exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    # --debug may stand anywhere; typer knows it before the command only.
-    arguments = ["--debug"] * debug + [argument for argument in arguments if argument != "--debug"]
+    # Typer knows --debug before the command only; it is to be allowed anywhere.
+    arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    code = _guarded(arguments, debug)
-    with suppress(OSError):
-        sys.stdout.flush()
-    sys.exit(code)
+    sys.exit(_guarded(arguments, debug))
 
 
 def _guarded(arguments: list[str], debug: bool) -> int:
+    """Runs a command; every way in which it can end becomes an exit code, every failure one line."""
     try:
-        app(arguments, prog_name="slimheads")
-    except SystemExit as end:
-        return int(end.code or 0)
+        return int(app(arguments, prog_name="slimheads", standalone_mode=False) or 0)
     except Interrupted as end:
         _complain("interrupted; nothing half-made was left, and finished stages will be reused")
         return 128 + end.number
-    except BrokenPipeError:
-        # Whoever read our stdout has gone; python must not complain about it once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except SlimheadsError as error:
+    except Exception as error:
+        code, line = _failure(error)
         if debug:
-            raise
-        _complain(str(error))
-        return error.exit_code
-    except MemoryError:
-        _complain("out of memory; use a machine with more, or smaller bench.shapes")
-        return EnvironmentLackError.exit_code
-    except Exception as error:  # the last resort: a bug of ours is told as one, in one line
-        if debug:
-            raise
-        said = " ".join(str(error).split())[:300]
-        _complain(f"a bug in slimheads: {type(error).__name__}: {said}; run again with --debug and report it")
-        return 1
-    return 0
+            traceback.print_exc()
+        _complain(line)
+        return code
+
+
+def _failure(error: Exception) -> tuple[int, str]:
+    """The exit code and the line of what a command raised."""
+    if isinstance(error, _UsageProblem):
+        command = error.ctx.command_path if error.ctx else "slimheads"
+        where = command.removeprefix("slimheads").strip() or None
+        error = UsageError(error.format_message().rstrip("."), where=where, hint=f"see {command} --help")
+    if isinstance(error, SlimheadsError):
+        return error.exit_code, str(error)
+    if isinstance(error, MemoryError):
+        return EnvironmentLackError.exit_code, "out of memory; use a machine with more, or smaller bench.shapes"
+    # The last resort: a bug of ours is told as one, in one line.
+    said = " ".join(str(error).split())[:300]
+    return 1, f"a bug in slimheads: {type(error).__name__}: {said}; run again with --debug and report it"
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
@@ -283,8 +269,17 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in sizes)
 
 
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, allow_nan=False))
+def _show(as_json: bool, data: Any, for_people: Callable[[], object]) -> None:
+    """Prints a command's result. That its reader left before the end (`| head`) is no failure of the command."""
+    try:
+        if as_json:
+            print(json.dumps(data, indent=2, allow_nan=False))
+        else:
+            for_people()
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):  # rich makes the one into the other
+        # Python must not complain about it once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(line: str) -> None:

@@ -186,7 +186,8 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise ModelRefusedError(
             "quantized weights are not covered", where=str(path), hint="start from the full weights"
         )
-    if not all(isinstance(name, str) for name in data.get("architectures") or ()):
+    names = data.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ModelRefusedError("architectures is not a list of names", where=str(path), hint="fetch the model again")
     model_type = data["model_type"]
     clean = _without_implementation_keys(data, path)

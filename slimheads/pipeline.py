@@ -9,6 +9,7 @@ of it is published at once, without slim/ where the certificate failed.
 
 from __future__ import annotations
 
+import logging
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +24,10 @@ from slimheads.recipe import Recipe
 from slimheads.report import Report, StageRecord, append_step_summary
 from slimheads.reporting import assemble, contents
 from slimheads.sessions import session_options_record
-from slimheads.stages import STAGES, Job, Stage, certificate_of, require_providers, versions
+from slimheads.stages import STAGES, Job, Stage, certificate_of, require_providers, require_text, versions
 from slimheads.store import Record, Store, lock, publish, stage_key
+
+log = logging.getLogger(__name__)
 
 STAGE_NAMES = (*(stage.name for stage in STAGES), "report")
 
@@ -46,7 +49,8 @@ def run(
         out: the output folder, made if missing.
         overrides: `key=value` strings that replace values of a recipe file.
         from_stage: run this stage and all later ones even where an earlier run's results could be used.
-        until: stop after this stage; only recipe.yaml, scores.json and plan.json are published then.
+        until: stop after this stage; only recipe.yaml, scores.json and plan.json are published then. A certificate
+            that fails on the way is reported all the same.
         progress: told about each stage.
         command: what to call to run this again, for the report.
 
@@ -62,6 +66,7 @@ def run(
     out, progress = Path(out), progress or Silent()
     check_stage_names(from_stage, until)
     require_providers(recipe)
+    require_text(recipe)
     with lock(out):
         surroundings = environment(session_options_record(threads=recipe.bench.threads))
         job = Job(recipe, find(recipe.model, recipe.task), progress.note)
@@ -69,7 +74,8 @@ def run(
         for stage in stages_until(until):
             timings.append(_do(stage, job, Store(out), from_stage, progress))
             if stage.name == "verify" and not certificate_of(job.result("verify")).passed:
-                break  # nothing after a broken proof is worth measuring
+                until = None  # nothing after a broken proof is worth measuring: the report is all that is left
+                break
         if until not in (None, "report"):
             _publish_part(job, out)
             return None
@@ -108,18 +114,28 @@ def dry_run(
     check_stage_names(from_stage, until)
     require_providers(recipe)
     job = Job(recipe, find(recipe.model, recipe.task), lambda _: None)
-    keys: dict[str, str] = {}
+    left: dict[str, str] = {}
     found = {}
     for stage in stages_until(until):
-        keys[stage.name] = _key(stage, job, keys)
-        stored = _reusable(stage, Store(Path(out)), keys[stage.name], from_stage)
+        stored = _reusable(stage, Store(Path(out)), _key(stage, job, left), from_stage)
+        left[stage.name] = _content_of(stored) if stored else "still to be made"
         found[stage.name] = "reuse" if stored else "run"
     return found if until not in (None, "report") else found | {"report": "run"}
 
 
-def _key(stage: Stage, job: Job, keys: Mapping[str, str]) -> str:
-    """What this stage's result depends on, given the keys of the stages it reads."""
-    return stage_key(stage.name, stage.section(job), [keys[name] for name in stage.reads], versions())
+def _key(stage: Stage, job: Job, left: Mapping[str, str]) -> str:
+    """What this stage's result depends on, given the content that the stages it reads left."""
+    return stage_key(stage.name, stage.section(job), [left[name] for name in stage.reads], versions())
+
+
+def _content_of(record: Record) -> str:
+    """A stage's inputs, result and files as one hash.
+
+    The inputs alone would not do: where a stage is run again and leaves other bytes than before, what later stages
+    found out about the earlier bytes, a certificate above all, must not be taken for these.
+    """
+    files = {name: stamp.sha256 for name, stamp in record.files.items()}
+    return stage_key(record.stage, {"result": record.result, "files": files}, [record.key], {})
 
 
 def _reusable(stage: Stage, store: Store, key: str, from_stage: str | None) -> Record | None:
@@ -128,7 +144,7 @@ def _reusable(stage: Stage, store: Store, key: str, from_stage: str | None) -> R
 
 
 def _do(stage: Stage, job: Job, store: Store, from_stage: str | None, progress: Progress) -> StageRecord:
-    key = _key(stage, job, {name: record.key for name, record in job.records.items()})
+    key = _key(stage, job, {name: _content_of(record) for name, record in job.records.items()})
     record = _reusable(stage, store, key, from_stage)
     reused = record is not None
     if record is None:
@@ -146,14 +162,14 @@ def _work(stage: Stage, job: Job, store: Store, key: str) -> Record:
         seconds, peak = time.perf_counter() - started, memory.megabytes()
         if keep:
             return work.publish(result, seconds, peak)
+    store.discard(stage.name, key)
     return Record(path=store.out, stage=stage.name, key=key, seconds=seconds, peak_rss_mb=peak, result=result, files={})
 
 
 def _publish_part(job: Job, out: Path) -> None:
-    """After `--until`: the plan so far. A slim model of another recipe may not stand beside it."""
+    """After `--until`: the plan so far. What another recipe or another model left may not stand beside it."""
     wanted = contents(job)
-    old = out / "recipe.yaml"
-    same = old.is_file() and old.read_bytes() == wanted["recipe.yaml"]
+    same = all((out / name).is_file() and (out / name).read_bytes() == content for name, content in wanted.items())
     stale = () if same else ("slim", "dense", "scores.json", "plan.json", "report.json", "report.md", "report.html")
     publish(out, wanted, stale)
 
@@ -177,5 +193,8 @@ def _report(
     )
     wanted = contents(job, report)
     publish(out, wanted, {"slim", "dense"} - wanted.keys())
-    append_step_summary(report)
+    try:
+        append_step_summary(report)
+    except OSError as error:  # the run is done and published: what it found stands
+        log.warning("the step summary cannot be written: %s", error)
     return report

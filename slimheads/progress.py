@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.status import Status
 
 
@@ -61,7 +62,7 @@ class Display:
     def note(self, line: str) -> None:
         """What the stage is doing now; kept only where the display is not live."""
         if self._live:
-            self._live.update(f"[bold]{self._stage}[/bold]  [dim]{line}[/dim]")
+            self._live.update(f"[bold]{self._stage}[/bold]  [dim]{escape(line)}[/dim]")
         elif not self._console.is_terminal:
             self._console.print(f"  {self._stage}: {line}", markup=False, highlight=False, soft_wrap=True)
 

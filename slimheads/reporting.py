@@ -28,6 +28,7 @@ from slimheads.report import (
 )
 from slimheads.stages import Job, certificate_of
 from slimheads.store import Source
+from slimheads.tables import short_name
 
 BROKEN_PROOF = "the certificate failed, so nothing after it was measured"
 
@@ -96,12 +97,20 @@ def contents(job: Job, report: Report | None = None) -> dict[str, Source]:
         torch_half = {f.name: f for f in job.slim_folder.iterdir() if f.name != "README.md"}
         wanted["slim"] = torch_half | {
             "onnx": exported / "slim" / "onnx",
-            "README.md": render_model_card(report).encode(),
+            "README.md": render_model_card(_shareable(report)).encode(),
         }
     wanted["report.json"] = report.to_json().encode()
     wanted["report.md"] = render_markdown(report).encode()
     wanted["report.html"] = render_html(report).encode()
     return wanted
+
+
+def _shareable(report: Report) -> Report:
+    """The card leaves this machine with the model, so it calls a folder of this machine by its name alone."""
+    model = report.model
+    if model.hub_id or model.source.startswith("pkg://"):
+        return report
+    return report.model_copy(update={"model": model.model_copy(update={"source": short_name(model.source)})})
 
 
 def judge(

@@ -1,7 +1,7 @@
 """The stages: each takes what earlier ones left and its own section of the recipe, and leaves files and a JSON result.
 
-A stage's inputs are the keys of the stages it reads, so its own key changes when anything before it does. Models are
-loaded when a stage first needs one and shared by the stages of one run.
+A stage's key covers what the stages it reads left, so it changes when anything before it does. Models are loaded when
+a stage first needs one and shared by the stages of one run.
 """
 
 from __future__ import annotations
@@ -299,6 +299,16 @@ def require_providers(recipe: Recipe) -> None:
             except EnvironmentLackError as error:
                 error.where = recipe.where("bench.providers")
                 raise
+
+
+def require_text(recipe: Recipe) -> None:
+    """Fails before any work where the recipe's own text cannot be read.
+
+    Raises:
+        UsageError: naming the file.
+    """
+    if recipe.verify.text:
+        read_texts(Path(recipe.verify.text))
 
 
 def _bench(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:

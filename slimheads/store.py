@@ -184,6 +184,10 @@ class Store:
         finally:
             remove(path)
 
+    def discard(self, stage: str, key: str) -> None:
+        """Remove the finished stage with this key, if there is one: it ran again, to a result that is not kept."""
+        remove(self._folder(stage, key))
+
     def _folder(self, stage: str, key: str) -> Path:
         return self._inside / "stages" / stage / key
 

@@ -14,11 +14,13 @@ from slimheads.environment import Check
 from slimheads.preview import Preview, plan_of
 from slimheads.scoring import Scores
 
+_UNWRAPPED = 100_000  # columns: a line a row, however long, for grep and its like
+
 
 def stdout() -> Console:
     """Plain, unwrapped text where stdout is a file or a pipe."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
+    return console if console.is_terminal else Console(highlight=False, width=_UNWRAPPED)
 
 
 def print_scores(scores: Scores) -> None:
@@ -53,12 +55,13 @@ def print_preview(found: Preview) -> None:
     console.print(sites)
 
 
-def print_stages(stages: Mapping[str, str]) -> None:
-    """What a run would do, stage by stage."""
+def print_dry_run(stages: Mapping[str, str], found: Preview) -> None:
+    """What a run would do, stage by stage, and what it would delete."""
     table = Table("stage", "would", box=None, pad_edge=False)
     for stage, what in stages.items():
         table.add_row(stage, what)
     stdout().print(table)
+    print_preview(found)
 
 
 def print_families(rows: Sequence[Mapping[str, Any]]) -> None:

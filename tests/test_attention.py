@@ -1,0 +1,177 @@
+"""Family files describe real models: every feature of every block belongs to the unit that transformers uses it for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from layouts import unit_tensors
+from pydantic import ValidationError
+from transformers import BertConfig, PreTrainedModel
+
+from slimheads import attention
+from slimheads.attention import Family, ProjectionRow, SiteRow, families, family_of, find_sites, linear_features
+from slimheads.errors import ModelRefusedError, UsageError
+from slimheads.scoring import ROLES
+from slimheads.surgery import prune
+
+Tiny = Callable[..., PreTrainedModel]
+
+
+def bert_family(**changes: object) -> Family:
+    return families()["bert"].model_copy(update=changes)
+
+
+def with_site(**changes: object) -> Family:
+    return bert_family(sites=(families()["bert"].sites[0].model_copy(update=changes),))
+
+
+def test_each_model_type_belongs_to_one_family() -> None:
+    named = [model_type for family in families().values() for model_type in family.model_types]
+    assert len(named) == len(set(named))
+
+
+def test_sites_come_in_layer_order_with_the_models_own_counts(tiny: Tiny, model_type: str) -> None:
+    model = tiny(model_type)
+    sites = find_sites(model)
+    expected = unit_tensors(model)
+    assert [site.layer for site in sites] == list(range(len(expected)))
+    assert [site.total for site in sites] == [len(units) for units in expected]
+    grouped = model.config.num_attention_heads != getattr(
+        model.config, "num_key_value_heads", model.config.num_attention_heads
+    )
+    assert {site.unit for site in sites} == {"kv_group" if grouped else "head"}
+    for site in sites:
+        assert site.name in dict(model.named_modules())
+
+
+def test_labels_pick_the_slices_that_transformers_reads(tiny: Tiny, model_type: str) -> None:
+    model = tiny(model_type)
+    for site, units in zip(find_sites(model), unit_tensors(model), strict=True):
+        for index, unit in enumerate(units):
+            for role in ROLES:
+                [(projection, features)] = [
+                    (model.get_submodule(p.module), features)
+                    for p in site.projections
+                    if len(features := np.flatnonzero((p.unit_of == index) & (p.role_of == role)))
+                ]
+                rows = isinstance(projection, torch.nn.Linear) != (role == "output")
+                weight = projection.weight
+                assert torch.equal(weight[features, :] if rows else weight[:, features], getattr(unit, role))
+
+
+def test_every_feature_is_labelled_once(tiny: Tiny, model_type: str) -> None:
+    model = tiny(model_type)
+    for site in find_sites(model):
+        for projection in site.projections:
+            width = linear_features(model.get_submodule(projection.module))[0 if projection.divides_inputs else 1]
+            assert len(projection.unit_of) == len(projection.role_of) == width
+            assert set(projection.unit_of.tolist()) == set(range(site.total))
+
+
+@pytest.mark.parametrize("groups,heads", [(1, 8), (8, 8), (2, 8)])
+def test_group_sizes_of_llama(tiny: Tiny, groups: int, heads: int) -> None:
+    sites = find_sites(tiny("llama", num_key_value_heads=groups, num_attention_heads=heads))
+    assert {(s.total, s.heads_per_unit, s.unit) for s in sites} == {
+        (groups, heads // groups, "head" if groups == heads else "kv_group")
+    }
+
+
+def test_an_explicit_head_dim_is_read_from_the_weights(tiny: Tiny) -> None:
+    assert {site.head_dim for site in find_sites(tiny("llama", head_dim=6))} == {6}
+
+
+def test_a_slim_model_is_found_as_it_is_now(tiny: Tiny, ragged: Callable[..., object], model_type: str) -> None:
+    model = tiny(model_type)
+    plan = ragged(model)
+    before = find_sites(model)
+    prune(model, plan)
+    after = find_sites(model)
+    assert [site.total for site in after] == [len(site.kept) for site in plan.sites]
+    assert [(s.name, s.head_dim, s.heads_per_unit) for s in after] == [
+        (s.name, s.head_dim, s.heads_per_unit) for s in before
+    ]
+
+
+def test_an_unknown_model_type_names_the_nearest() -> None:
+    config = BertConfig()
+    config.model_type = "robarta"
+    with pytest.raises(ModelRefusedError, match=r"'robarta'.*'roberta'"):
+        family_of(config)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "gpt2"])
+def test_cross_attention_is_refused(tiny: Tiny, model_type: str) -> None:
+    config = tiny(model_type).config
+    config.add_cross_attention = True
+    with pytest.raises(ModelRefusedError, match=r"add_cross_attention.*cross-attention is not covered"):
+        family_of(config)
+
+
+@pytest.mark.parametrize(
+    "family,where,what",
+    [
+        (with_site(match=r"encoder.layers.*.attention"), "bert", "0 modules match 'encoder.layers"),
+        (with_site(match=r"encoder.layer.*.attention.self.query"), "bert|query", "linear layer|nothing"),
+        (with_site(keep=()), "encoder.layer.0.attention.output.LayerNorm.weight", "no line of the family file"),
+        (
+            with_site(projections=families()["bert"].sites[0].projections[1:]),
+            "encoder.layer.0.attention.self.query.weight",
+            "no line of the family file",
+        ),
+        (
+            with_site(projections=(ProjectionRow(module="self.quarry", layout="query(unit dim)"),)),
+            "encoder.layer.0.attention.self.quarry",
+            "expected a linear layer, found nothing",
+        ),
+        (
+            with_site(projections=(ProjectionRow(module="output.LayerNorm", layout="query(unit dim)"),)),
+            "encoder.layer.0.attention.output.LayerNorm",
+            "expected a linear layer, found LayerNorm",
+        ),
+        (
+            with_site(
+                projections=(
+                    *families()["bert"].sites[0].projections[:2],
+                    ProjectionRow(module="self.value", layout="query(unit dim) | key(unit dim) | value(unit dim)"),
+                )
+            ),
+            "encoder.layer.0.attention.self.value.weight",
+            "32 features cannot be",
+        ),
+    ],
+)
+def test_a_family_file_that_does_not_describe_the_model_is_an_error(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, family: Family, where: str, what: str
+) -> None:
+    model = tiny("bert")
+    monkeypatch.setattr(attention, "families", lambda: {"bert": family})
+    with pytest.raises(ModelRefusedError, match=what) as refused:
+        find_sites(model)
+    assert any(refused.value.where.startswith(w) or refused.value.where.endswith(w) for w in where.split("|"))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["query(dim)", "query(unit)dim", "query(unit dim), key(unit dim)", "queries(unit dim)", "", "query(unit head)"],
+)
+def test_a_layout_that_cannot_be_read_is_refused(layout: str) -> None:
+    with pytest.raises(ValidationError, match="expected blocks like"):
+        ProjectionRow(module="q", layout=layout)
+
+
+def test_a_typo_in_a_family_file_is_refused() -> None:
+    with pytest.raises(ValidationError, match="atributes"):
+        SiteRow.model_validate({"match": "h.*", "count": "n", "projections": (), "atributes": {}})
+
+
+def test_a_damaged_family_file_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "odd.yaml"
+    lines = (Path(attention.__file__).parent / "families" / "bert.yaml").read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([*lines, "unitz: heads"]), encoding="utf-8")
+    with pytest.raises(UsageError, match="unitz") as error:
+        attention.validate(Family, *attention.read_yaml(path))
+    assert f"odd.yaml:{len(lines) + 1}:" in str(error.value)

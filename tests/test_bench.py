@@ -1,0 +1,431 @@
+"""A latency verdict is worth something only if its interval covers the truth and its control can veto it."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import slimheads
+from slimheads.bench import (
+    EXTENSION,
+    SETS,
+    Interval,
+    Latency,
+    Series,
+    Verdict,
+    add_set,
+    control_fault,
+    judge,
+    one_round,
+    ratio_interval,
+    timing,
+    warm_up,
+)
+from slimheads.errors import EnvironmentLackError, UsageError
+
+bench_module = importlib.import_module("slimheads.bench")  # the name slimheads.bench is the function
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def noisy_samples(rng: np.random.Generator, medians: tuple[float, float], sets: int = SETS, rounds: int = 24) -> Any:
+    """Times as a shared machine gives them, [2, sets, rounds].
+
+    A slow mood of the machine that both sessions of a round share (autocorrelated, 20%), luck of each session for its
+    whole life (2.5%), and jitter of each run with a heavy tail.
+    """
+    total = sets * rounds
+    mood = np.zeros(total)
+    for step in range(1, total):
+        mood[step] = 0.95 * mood[step - 1] + rng.normal(0, 0.2 * np.sqrt(1 - 0.95**2))
+    luck = rng.normal(0, 0.025, (2, sets, 1))
+    jitter = np.abs(rng.standard_t(3, (2, sets, rounds))) * 0.03
+    return np.array(medians)[:, None, None] * np.exp(mood.reshape(sets, rounds) + luck + jitter)
+
+
+def test_dense_against_itself_covers_1_in_about_95_of_100_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_module, "RESAMPLES", 999)
+    rng = np.random.default_rng(5)
+    covered = 0
+    for _ in range(300):
+        interval = ratio_interval(*noisy_samples(rng, (4.0, 4.0)))
+        covered += interval.low <= 1 <= interval.high
+    # The standard deviation of the share is 1.3% at 300 measurements.
+    assert 0.92 <= covered / 300 <= 0.99
+
+
+def test_a_known_ratio_lies_in_the_interval_and_near_the_estimate() -> None:
+    rng = np.random.default_rng(6)
+    found = [ratio_interval(*noisy_samples(rng, (5.0, 4.0))) for _ in range(20)]
+    assert sum(interval.low <= 1.25 <= interval.high for interval in found) >= 17
+    assert np.mean([interval.estimate for interval in found]) == pytest.approx(1.25, rel=0.01)
+    assert all(interval.low <= interval.estimate <= interval.high for interval in found)
+    assert all(judge(interval, Interval(estimate=1, low=0.99, high=1.01)) == ("faster", None) for interval in found)
+
+
+def test_in_steady_times_the_estimate_is_the_ratio_of_the_medians_that_are_reported() -> None:
+    dense, slim = np.random.default_rng(7).normal(1, 0.01, (2, SETS, 200)) * np.array([5.0, 4.0])[:, None, None]
+    ratio = timing(dense).median_ms / timing(slim).median_ms
+    assert ratio_interval(dense, slim).estimate == pytest.approx(ratio, rel=0.002)
+
+
+def test_a_machine_that_is_three_times_slower_in_half_of_the_sets_does_not_blur_the_ratio() -> None:
+    samples = noisy_samples(np.random.default_rng(9), (5.0, 4.0))
+    calm = ratio_interval(*samples)
+    samples[:, ::2] *= 3
+    assert ratio_interval(*samples) == calm
+
+
+def test_the_interval_is_the_same_for_the_same_seed_and_reversed_for_reversed_roles() -> None:
+    dense, slim = noisy_samples(np.random.default_rng(8), (5.0, 4.0))
+    interval = ratio_interval(dense, slim, seed=1)
+    assert ratio_interval(dense, slim, seed=1) == interval
+    swapped = ratio_interval(slim, dense, seed=1)
+    assert (1 / swapped.high, 1 / swapped.low) == pytest.approx((interval.low, interval.high), rel=1e-3)
+
+
+def test_constant_samples_give_an_interval_of_no_width() -> None:
+    interval = ratio_interval(np.full((SETS, 3), 6.0), np.full((SETS, 3), 4.0))
+    assert (interval.estimate, interval.low, interval.high) == (1.5, 1.5, 1.5)
+
+
+def test_timing_counts_runs_and_orders_its_percentiles() -> None:
+    summary = timing(np.arange(1.0, 102.0).reshape(1, -1), repeats=3)
+    assert (summary.p10_ms, summary.median_ms, summary.p90_ms, summary.runs) == (11.0, 51.0, 91.0, 303)
+
+
+def interval_of(low: float, high: float) -> Interval:
+    return Interval(estimate=(low + high) / 2, low=low, high=high)
+
+
+@pytest.mark.parametrize(
+    ("speedup", "control", "verdict"),
+    [
+        ((1.10, 1.20), (0.98, 1.02), "faster"),
+        ((0.80, 0.90), (0.98, 1.02), "slower"),
+        ((0.99, 1.05), (0.98, 1.02), "no difference shown"),
+        ((1.00, 1.05), (0.98, 1.02), "no difference shown"),
+        ((1.10, 1.20), (1.01, 1.03), "inconclusive"),
+        ((1.10, 1.20), (0.95, 0.99), "inconclusive"),
+        ((1.10, 1.20), (0.94, 1.06), "inconclusive"),
+        ((0.99, 1.05), (0.94, 1.06), "inconclusive"),
+    ],
+)
+def test_the_verdict_follows_the_interval_unless_the_control_vetoes_it(
+    speedup: tuple[float, float], control: tuple[float, float], verdict: str
+) -> None:
+    found, reason = judge(interval_of(*speedup), interval_of(*control))
+    assert found == verdict
+    assert (reason is not None) == (verdict == "inconclusive")
+    if reason is not None:
+        assert f"[{control[0]:.3f}, {control[1]:.3f}]" in reason
+
+
+# ------------------------------------------------------------------------------------------- measuring, on a fake clock
+
+
+@dataclass
+class Machine:
+    """A clock that only runs move on, and a log of who ran."""
+
+    now_ns: int = 0
+    log: list[int] = field(default_factory=list)
+
+    def clock(self) -> int:
+        return self.now_ns
+
+    def run(self, role: int, cost_ms: Callable[[], float]) -> Callable[[], None]:
+        def once() -> None:
+            self.now_ns += int(cost_ms() * 1e6)
+            self.log.append(role)
+
+        return once
+
+
+def measure(
+    machine: Machine, runs: list[Callable[[], None]], min_seconds: float = 3.0, min_pairs: int = 30
+) -> tuple[Series, np.random.Generator]:
+    series, rng = Series(), np.random.default_rng(0)
+    while not series.done:
+        add_set(series, runs, rng, min_seconds=min_seconds, min_pairs=min_pairs, clock=machine.clock)
+        series.consider(min_seconds, seed=0)
+    return series, rng
+
+
+def verdict_of(series: Series) -> tuple[str, str | None]:
+    dense, slim, control = (series.samples(role) for role in range(3))
+    return judge(ratio_interval(dense, slim), ratio_interval(dense, control))
+
+
+def test_each_round_runs_every_session_once_in_an_order_that_varies() -> None:
+    machine = Machine()
+    runs = [machine.run(role, lambda: 20.0) for role in range(3)]
+    series = Series()
+    add_set(series, runs, np.random.default_rng(0), min_seconds=60, min_pairs=1, clock=machine.clock)
+    rounds = len(series.sets[0])
+    timed = [
+        tuple(machine.log[start : start + 3]) for start in range(len(machine.log) - 3 * rounds, len(machine.log), 3)
+    ]
+    assert all(sorted(order) == [0, 1, 2] for order in timed)
+    counts = [timed.count(order) for order in itertools.permutations(range(3))]
+    assert min(counts) > rounds / 6 / 3  # about a sixth each: with 110 rounds 18, give or take 4
+
+
+def test_times_are_credited_to_the_session_that_took_them_whatever_the_order() -> None:
+    machine = Machine()
+    runs = [machine.run(role, lambda cost=cost: cost) for role, cost in enumerate((3.0, 2.0, 5.0))]
+    for order in itertools.permutations(range(3)):
+        assert one_round(runs, order, 2, machine.clock) == pytest.approx([3e6, 2e6, 5e6])
+
+
+@pytest.mark.parametrize(("min_seconds", "min_pairs", "cost_ms"), [(3.0, 30, 4.0), (0.5, 200, 40.0), (2.0, 1, 700.0)])
+def test_a_calm_measurement_reaches_both_minimums_and_stops_there(
+    min_seconds: float, min_pairs: int, cost_ms: float
+) -> None:
+    machine = Machine()
+    series, _ = measure(machine, [machine.run(role, lambda: cost_ms) for role in range(3)], min_seconds, min_pairs)
+    assert len(series.sets) == SETS
+    pairs = sum(len(rounds) for rounds in series.sets)
+    assert pairs >= min_pairs and series.seconds >= min_seconds
+    one_more_each = SETS * 3 * cost_ms / 1e3
+    assert series.seconds <= max(1.2 * min_seconds, min_pairs * 3 * cost_ms / 1e3) + one_more_each
+
+
+def test_a_machine_that_gets_faster_after_the_first_set_is_measured_for_min_seconds_all_the_same() -> None:
+    machine = Machine()
+    series, _ = measure(machine, [machine.run(role, lambda: 8.0 if machine.now_ns < 3e8 else 4.0) for role in range(3)])
+    assert len(series.sets) > SETS and series.seconds >= 3.0
+    assert len({len(rounds) for rounds in series.sets}) == 1
+
+
+def test_warm_up_lasts_until_times_settle_and_ends_on_a_machine_that_never_does() -> None:
+    machine = Machine()
+    slow_start = [machine.run(role, lambda: 2.0 + 20.0 * 0.8 ** len(machine.log)) for role in range(3)]
+    assert warm_up(slow_start, machine.clock, limit_ns=10**12) == pytest.approx([2e6] * 3, rel=0.05)
+    assert len(machine.log) < 150  # it stopped because they settled
+    restless = Machine()
+    ever_faster = [restless.run(role, lambda: 1e3 * 0.9 ** len(restless.log)) for role in range(3)]
+    warm_up(ever_faster, restless.clock, limit_ns=10**15)
+    assert len(restless.log) <= 150
+    slow = Machine()
+    warm_up([slow.run(role, lambda: 9e3) for role in range(3)], slow.clock, limit_ns=10**9)
+    assert len(slow.log) == 6
+
+
+def test_a_run_of_microseconds_is_repeated_until_a_sample_is_a_millisecond() -> None:
+    machine = Machine()
+    series, _ = measure(machine, [machine.run(role, lambda: 0.01) for role in range(3)], min_seconds=0.2)
+    assert series.repeats * 0.01 >= 1.0
+    assert timing(series.samples(0), series.repeats).median_ms == pytest.approx(0.01)
+
+
+def test_a_machine_that_slows_down_all_the_time_does_not_fake_a_speedup() -> None:
+    machine, rng = Machine(), np.random.default_rng(1)
+
+    def cost() -> float:  # three times slower after three seconds
+        return 4.0 * (1 + 2 * machine.now_ns / 3e9) * float(np.exp(rng.normal(0, 0.03)))
+
+    series, _ = measure(machine, [machine.run(role, cost) for role in range(3)])
+    verdict, reason = verdict_of(series)
+    assert verdict == "no difference shown", reason
+    assert timing(series.samples(0)).p90_ms > 1.5 * timing(series.samples(0)).p10_ms  # it really slowed down
+
+
+@pytest.mark.parametrize("trouble", ["biased", "bimodal"])
+def test_a_control_that_is_off_prolongs_the_measurement_and_then_makes_it_inconclusive(trouble: str) -> None:
+    machine, rng = Machine(), np.random.default_rng(2)
+    mode = {"now": 1.0}
+
+    def control() -> float:
+        if trouble == "bimodal" and rng.random() < 0.02:  # stays in one mode for about a session set
+            mode["now"] = 2.6 - mode["now"]
+        return 4.0 * (1.1 if trouble == "biased" else mode["now"]) * float(np.exp(rng.normal(0, 0.03)))
+
+    calm = [
+        machine.run(role, lambda cost=cost: cost * float(np.exp(rng.normal(0, 0.03))))
+        for role, cost in enumerate((4.0, 2.0))
+    ]
+    series, _ = measure(machine, [*calm, machine.run(2, control)])
+    assert series.seconds >= EXTENSION * 3.0 or len(series.sets) == EXTENSION * SETS
+    verdict, reason = verdict_of(series)
+    found = ratio_interval(series.samples(0), series.samples(2))
+    assert verdict == "inconclusive"
+    assert reason is not None and f"[{found.low:.3f}, {found.high:.3f}]" in reason and control_fault(found) == reason
+
+
+# ---------------------------------------------------------------------------------------------------- real ONNX Runtime
+
+
+def write_model(path: Path, layers: int, rows: int = 50) -> Path:
+    """input_ids -> an embedding -> `layers` matrix products."""
+    rng, width = np.random.default_rng(0), 64
+    nodes = [helper.make_node("Gather", ["table", "input_ids"], ["x0"])]
+    stored = {"table": rng.standard_normal((rows, width), dtype=np.float32)}
+    for layer in range(layers):
+        stored[f"w{layer}"] = rng.standard_normal((width, width), dtype=np.float32) / 8
+        nodes.append(helper.make_node("MatMul", [f"x{layer}", f"w{layer}"], [f"x{layer + 1}"]))
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])],
+        [helper.make_tensor_value_info(f"x{layers}", TensorProto.FLOAT, ["batch_size", "sequence_length", width])],
+        [numpy_helper.from_array(array, name) for name, array in stored.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return write_model(folder / "dense.onnx", 8), write_model(folder / "slim.onnx", 2)
+
+
+@pytest.fixture(scope="module")
+def measured(models: tuple[Path, Path]) -> tuple[tuple[Latency, ...], list[str]]:
+    lines: list[str] = []
+    flops = {(1, 64): (8.0, 2.0)}
+    shapes = [(2, 16), (1, 64)]
+    return slimheads.bench(
+        *models, shapes=shapes, min_seconds=0.1, precision="fp16", flops=flops, on_progress=lines.append
+    ), lines
+
+
+def test_a_row_a_shape_in_the_order_asked_for_with_everything_filled(
+    measured: tuple[tuple[Latency, ...], list[str]],
+) -> None:
+    rows, lines = measured
+    assert [row.shape for row in rows] == [(2, 16), (1, 64)]
+    for row in rows:
+        assert (row.provider, row.threads, row.precision) == ("cpu", 2, "fp16")
+        assert row.verdict in get_args(Verdict) and row.verdict != "not measured"
+        assert (row.reason is None) == (row.verdict != "inconclusive")
+        assert row.dense and row.slim and row.speedup and row.control and row.samples
+        assert row.dense.p10_ms <= row.dense.median_ms <= row.dense.p90_ms
+        assert row.speedup.low <= row.speedup.high and row.control.low <= row.control.high
+        assert row.dense.runs == row.slim.runs >= 30
+        shapes = {np.shape(times) for times in (row.samples.dense, row.samples.slim, row.samples.control)}
+        assert len(shapes) == 1
+        assert ratio_interval(np.array(row.samples.dense), np.array(row.samples.slim)) == row.speedup
+    assert len(lines) == sum(len(row.samples.dense) for row in rows if row.samples)
+    assert all("\n" not in line for line in lines)
+
+
+def test_realised_is_the_measured_ratio_over_the_flop_ratio_and_null_without_one(
+    measured: tuple[tuple[Latency, ...], list[str]],
+) -> None:
+    without, known = measured[0]
+    assert (without.flop_speedup, without.realised) == (None, None)
+    assert known.flop_speedup == 4.0 and known.speedup and known.realised == known.speedup.estimate / 4.0
+
+
+def test_samples_stay_out_of_json_and_a_row_can_be_read_back(
+    measured: tuple[tuple[Latency, ...], list[str]],
+) -> None:
+    for row in measured[0]:
+        text = row.model_dump_json()
+        assert "samples" not in json.loads(text)
+        assert Latency.model_validate_json(text) == row.model_copy(update={"samples": None})
+
+
+def test_dense_slim_and_control_are_opened_afresh_a_set_with_the_same_options_in_random_order(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[tuple[Any, ...]] = []
+    real = bench_module.open_session
+
+    def spy(path: Path, *options: Any, **named: Any) -> Any:
+        opened.append((path, options, tuple(named.items())))
+        return real(path, *options, **named)
+
+    monkeypatch.setattr(bench_module, "open_session", spy)
+    slimheads.bench(*models, shapes=[(1, 8)], threads=1, min_seconds=0.01, min_pairs=1)
+    assert len(opened) >= 3 * SETS
+    assert len({call[1:] for call in opened}) == 1
+    sets = [tuple(path for path, *_ in opened[start : start + 3]) for start in range(0, len(opened), 3)]
+    dense, slim = models
+    assert all(sorted(paths) == sorted([dense, dense, slim]) for paths in sets)
+    assert len({paths.index(slim) for paths in sets}) == 3
+
+
+def test_a_missing_provider_fails_or_is_reported_as_not_measured(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(EnvironmentLackError) as refused:
+        slimheads.bench(*models, shapes=[(1, 8)], provider="cuda")
+    assert refused.value.exit_code == 5
+    rows = slimheads.bench(
+        *models, shapes=[(1, 8), (1, 9)], provider="cuda", on_missing="skip", flops={(1, 8): (3.0, 2.0)}
+    )
+    assert [(row.shape, row.verdict, row.provider) for row in rows] == [
+        ((1, 8), "not measured", "cuda"),
+        ((1, 9), "not measured", "cuda"),
+    ]
+    for row in rows:
+        assert row.reason and "CUDAExecutionProvider" in row.reason
+        assert [row.dense, row.slim, row.speedup, row.control, row.realised] == [None] * 5
+    assert rows[0].flop_speedup == 1.5
+
+
+def test_what_cannot_be_measured_is_a_usage_error_of_one_line(models: tuple[Path, Path], tmp_path: Path) -> None:
+    dense, slim = models
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(slim.read_bytes()[:1000])
+    calls: list[Callable[[], object]] = [
+        lambda: slimheads.bench(dense, broken, shapes=[(1, 8)]),
+        lambda: slimheads.bench(tmp_path / "missing.onnx", slim, shapes=[(1, 8)]),
+        lambda: slimheads.bench(dense, slim, shapes=[(8,)]),
+        lambda: slimheads.bench(dense, slim, shapes=[(0, 8)]),
+        lambda: slimheads.bench(dense, slim, shapes=[(1, 8)], min_seconds=0),
+        lambda: slimheads.bench(dense, slim, shapes=[(1, 8)], min_pairs=0),
+        lambda: slimheads.bench(dense, slim, shapes=[(1, 8)], provider="abacus"),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError) as refused:
+            call()
+        assert "\n" not in str(refused.value)
+
+
+def test_a_shape_that_a_file_takes_but_cannot_run_is_a_usage_error_that_names_it(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["positions", "position_ids"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("position_ids", TensorProto.INT64, ["batch_size", "sequence_length"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.ones((8, 4), np.float32), "positions")],
+    )
+    short = tmp_path / "short.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), short)
+    assert slimheads.bench(short, short, shapes=[(1, 8)], min_seconds=0.01)[0].dense is not None
+    with pytest.raises(UsageError) as refused:
+        slimheads.bench(models[0], short, shapes=[(1, 9)])
+    assert str(short) in str(refused.value) and "[1, 9]" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_decoders_with_different_head_counts_each_get_a_cache_of_their_own_shape(tmp_path: Path) -> None:
+    paths = []
+    for heads in (4, 2):
+        cache = ["batch_size", heads, "past_sequence_length", 8]
+        graph = helper.make_graph(
+            [helper.make_node("Identity", ["past_key_values.0.key"], ["y"])],
+            "g",
+            [helper.make_tensor_value_info("past_key_values.0.key", TensorProto.FLOAT, cache)],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, cache)],
+        )
+        paths.append(tmp_path / f"{heads}.onnx")
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), paths[-1])
+    (row,) = slimheads.bench(*paths, shapes=[(1, 1, 16)], min_seconds=0.01)
+    assert row.shape == (1, 1, 16) and row.speedup is not None

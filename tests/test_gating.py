@@ -1,0 +1,180 @@
+"""Gates: what they multiply, what flows through them, and that nothing of them stays behind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from layouts import unit_tensors
+from transformers import PreTrainedModel
+
+from slimheads.attention import find_sites
+from slimheads.errors import UsageError
+from slimheads.gating import gated
+from slimheads.selection import Plan, SitePlan
+
+Tiny = Callable[..., PreTrainedModel]
+Ragged = Callable[..., Plan]
+Batches = Mapping[str, dict[str, torch.Tensor]]
+Answers = Callable[..., dict[str, torch.Tensor]]
+
+
+def hooks_of(model: torch.nn.Module) -> list[Any]:
+    return [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+
+
+def keep_all(model: PreTrainedModel) -> Plan:
+    return Plan(tuple(SitePlan(s.name, s.unit, s.total, tuple(range(s.total))) for s in find_sites(model)))
+
+
+def test_a_closed_gate_equals_a_zeroed_slice_of_the_output_projection(
+    tiny: Tiny, ragged: Ragged, batches: Batches, answers: Answers, model_type: str
+) -> None:
+    model = tiny(model_type)
+    plan, zeroed = ragged(model), copy.deepcopy(model)
+    for units, site in zip(unit_tensors(zeroed), plan.sites, strict=True):
+        for unit in site.removed:
+            units[unit].output.zero_()
+    with gated(model, plan) as gates:
+        assert [gate.tolist() for gate in gates.values()] == [
+            [float(unit in site.kept) for unit in range(site.total)] for site in plan.sites
+        ]
+        for batch in batches.values():
+            for name, value in answers(zeroed, batch).items():
+                torch.testing.assert_close(answers(model, batch)[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("opened", [0, 1], ids=["at 0", "at 1"])
+def test_gradients_of_gates_and_kept_weights_equal_finite_differences(
+    tiny: Tiny, ragged: Ragged, batches: Batches, model_type: str, opened: int
+) -> None:
+    model, step, rel = in_float64_throughout(tiny(model_type)), 1e-4, 1e-5
+    plan = ragged(model)
+    site = next(s for s in plan.sites if s.removed)
+    unit = (site.removed, site.kept)[opened][0]
+    directions = torch.randn(3, 9, 120, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def loss() -> torch.Tensor:
+        output = model(**batches["padded right"])[0]
+        return (
+            output * directions[..., : output.shape[-1]] * batches["padded right"]["attention_mask"][..., None]
+        ).sum()
+
+    def slope(tensor: torch.Tensor, index: Any) -> float:
+        values = []
+        with torch.no_grad():
+            start = tensor[index].item()
+            for sign in (1, -1):
+                tensor[index] = start + sign * step
+                values.append(loss().item())
+            tensor[index] = start
+        return (values[0] - values[1]) / (2 * step)
+
+    with gated(model, plan) as gates:
+        gate = gates[site.site]
+        loss().backward()
+        assert gate.grad is not None
+        assert gate.grad[unit].item() == pytest.approx(slope(gate, unit), rel=rel)
+        layer = [s.site for s in plan.sites].index(site.site)
+        kept_output = unit_tensors(model)[layer][site.kept[0]].output
+        gradients = gradient_units(model)[layer]
+        assert gradients[site.kept[0]].output[0, 0].item() == pytest.approx(slope(kept_output, (0, 0)), rel=rel)
+        for gone in site.removed:
+            removed = gradients[gone]
+            assert all(not t.any() for t in (removed.query, removed.key, removed.value, removed.output))
+        for kept in site.kept:
+            assert all(t.any() for t in (gradients[kept].value, gradients[kept].output))
+
+
+def in_float64_throughout(model: PreTrainedModel) -> PreTrainedModel:
+    """RMSNorm rounds to float32 whatever the model's dtype, which would drown a finite difference."""
+    for module in model.double().modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = lambda x, m=module: (
+                m.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + m.variance_epsilon)
+            )
+    return model
+
+
+def gradient_units(model: PreTrainedModel) -> Any:
+    """The gradients of a model, divided into units as its weights are."""
+    mirror = copy.deepcopy(model)
+    for (name, parameter), own in zip(mirror.named_parameters(), model.parameters(), strict=True):
+        parameter.data = torch.zeros_like(own) if own.grad is None else own.grad.clone()
+        assert name
+    return unit_tensors(mirror)
+
+
+def test_leaving_restores_every_bit_and_leaves_no_hook(
+    tiny: Tiny, ragged: Ragged, batches: Batches, answers: Answers, model_type: str
+) -> None:
+    model = tiny(model_type)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    outputs = {name: answers(model, batch) for name, batch in batches.items()}
+    with gated(model, ragged(model)):
+        assert hooks_of(model)
+        assert any(
+            not torch.equal(value, outputs[name][key])
+            for name, batch in batches.items()
+            for key, value in answers(model, batch).items()
+        )
+    assert not hooks_of(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    for name, batch in batches.items():
+        assert all(torch.equal(outputs[name][key], value) for key, value in answers(model, batch).items())
+
+
+def test_an_exception_inside_leaves_no_hook_either(tiny: Tiny, ragged: Ragged) -> None:
+    model = tiny("bert")
+    with pytest.raises(KeyboardInterrupt), gated(model, ragged(model)):
+        raise KeyboardInterrupt
+    assert not hooks_of(model)
+
+
+def test_hooks_of_others_stay(tiny: Tiny, ragged: Ragged, batches: Batches) -> None:
+    model = tiny("bert")
+    seen: list[int] = []
+    model.encoder.layer[0].attention.output.dense.register_forward_pre_hook(lambda *_: seen.append(1))
+    with gated(model, ragged(model)):
+        model(**batches["one text"])
+    model(**batches["one text"])
+    assert len(seen) == 2 and len(hooks_of(model)) == 1
+
+
+def test_writing_a_gate_in_place_acts(
+    tiny: Tiny, ragged: Ragged, batches: Batches, answers: Answers, model_type: str
+) -> None:
+    model = tiny(model_type)
+    dense = answers(model, batches["one text"])
+    with gated(model, ragged(model)) as gates:
+        with torch.no_grad():
+            for gate in gates.values():
+                gate.fill_(1.0)
+        opened = answers(model, batches["one text"])
+    assert all(torch.equal(dense[name], value) for name, value in opened.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_gates_take_the_models_dtype(tiny: Tiny, batches: Batches, answers: Answers, dtype: torch.dtype) -> None:
+    model = tiny("bert").to(dtype)
+    dense = answers(model, batches["one text"])
+    with gated(model, keep_all(model)) as gates:
+        assert {gate.dtype for gate in gates.values()} == {dtype}
+        assert all(torch.equal(dense[k], v) for k, v in answers(model, batches["one text"]).items())
+
+
+def test_a_frozen_model_still_gives_its_gates_gradients(tiny: Tiny, batches: Batches) -> None:
+    model = tiny("gpt2").requires_grad_(False)
+    with gated(model, keep_all(model)) as gates:
+        model(**batches["one text"]).logits.square().sum().backward()
+        assert all(gate.grad is not None and bool(gate.grad.any()) for gate in gates.values())
+
+
+def test_a_plan_for_another_model_is_refused_and_leaves_no_hook(tiny: Tiny, ragged: Ragged) -> None:
+    model = tiny("bert")
+    with pytest.raises(UsageError, match="same sites"), gated(model, ragged(tiny("gpt2"))):
+        pass
+    assert not hooks_of(model)

