@@ -154,7 +154,7 @@ def init(
     out: Annotated[Path | None, typer.Option(help="Write to this new file instead of stdout.")] = None,
 ) -> None:
     """Write a commented recipe for a model."""
-    from slimheads.model import describe, find
+    from slimheads.checkpoint import describe, find
     from slimheads.recipe import commented_recipe
 
     source = find(model)

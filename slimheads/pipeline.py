@@ -15,10 +15,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from slimheads.checkpoint import find
 from slimheads.environment import Environment, environment
 from slimheads.errors import UsageError
 from slimheads.memory import PeakMemory
-from slimheads.model import find
 from slimheads.progress import Progress, Silent
 from slimheads.recipe import Recipe
 from slimheads.report import Report, StageRecord, append_step_summary

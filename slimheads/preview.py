@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from slimheads import flops
-from slimheads.model import find, load
+from slimheads.checkpoint import find
+from slimheads.model import load
 from slimheads.recipe import Recipe
 from slimheads.scoring import score
 from slimheads.selection import Plan

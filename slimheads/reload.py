@@ -11,7 +11,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from slimheads.attention import find_sites
-from slimheads.model import TASKS
+from slimheads.checkpoint import TASKS
+from slimheads.model import quiet_transformers
 
 Tier = Literal["stock", "slimheads"]
 
@@ -23,20 +24,17 @@ def reload_tier(folder: Path, model: PreTrainedModel, task: str) -> tuple[Tier, 
         The tier, and one sentence that says why.
     """
     auto = TASKS[task][1]
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
     try:
-        stock = getattr(transformers, auto).from_pretrained(
-            folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
+        with quiet_transformers():
+            stock = getattr(transformers, auto).from_pretrained(
+                folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return (
             "slimheads",
             f"plain transformers does not rebuild these head counts ({first[:120]}): use slimheads.load.",
         )
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     if same_weights(stock, model) and same_attributes(stock, model):
         return "stock", f"plain transformers ({transformers.__version__}) reloads it with {auto}.from_pretrained."
     return "slimheads", "plain transformers loads it with other weights or head counts: use slimheads.load."

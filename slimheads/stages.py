@@ -24,12 +24,13 @@ from slimheads import flops
 from slimheads.attention import find_sites
 from slimheads.bench import Latency, bench
 from slimheads.certificate import Certificate, Link, SkippedLink, verify
+from slimheads.checkpoint import Source, side_files, weight_files
 from slimheads.disk import sha256_file
 from slimheads.drift import Drift, measure_drift, pooling_of, read_texts
 from slimheads.errors import EnvironmentLackError, SlimheadsError
 from slimheads.export import FILES, export
 from slimheads.gating import gated
-from slimheads.model import Source, load, save, side_files, weight_files
+from slimheads.model import load, save
 from slimheads.recipe import Recipe
 from slimheads.reload import reload_tier
 from slimheads.scoring import Scores, score

@@ -20,8 +20,9 @@ from tiny import DECODERS
 from transformers import AutoModel, PreTrainedModel
 
 from slimheads.attention import families
+from slimheads.checkpoint import TASKS, find
 from slimheads.errors import EnvironmentLackError, ModelRefusedError, UsageError
-from slimheads.model import TASKS, find, load, save
+from slimheads.model import load, save
 from slimheads.selection import Plan, SitePlan
 from slimheads.surgery import prune
 
@@ -372,7 +373,8 @@ def test_a_missing_package_lacks_and_a_missing_folder_in_it_is_misused() -> None
 HUB = """
 import sys
 from slimheads.errors import SlimheadsError
-from slimheads.model import find, load
+from slimheads.checkpoint import find
+from slimheads.model import load
 
 found = find("someone/tiny-bert")
 load("someone/tiny-bert")

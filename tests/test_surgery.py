@@ -15,9 +15,10 @@ from tiny import DECODERS
 from transformers import AutoConfig, PreTrainedModel
 
 from slimheads.attention import families, family_of, find_sites
+from slimheads.checkpoint import TASKS
 from slimheads.errors import UsageError
 from slimheads.gating import gated
-from slimheads.model import TASKS, load, save
+from slimheads.model import load, save
 from slimheads.selection import Plan, SitePlan
 from slimheads.surgery import prune
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from slimheads.model import TASKS
+from slimheads.checkpoint import TASKS
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 32,

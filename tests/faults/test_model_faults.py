@@ -17,8 +17,9 @@ from tiny import tiny_model
 from transformers import PreTrainedModel
 
 from slimheads.attention import find_sites
+from slimheads.checkpoint import find
 from slimheads.errors import ModelRefusedError
-from slimheads.model import find, load, save
+from slimheads.model import load, save
 from slimheads.selection import Plan, SitePlan
 from slimheads.surgery import prune
 

@@ -1,0 +1,253 @@
+"""A checkpoint on disk: where it comes from, which of its files count, and what is refused before it is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from slimheads.attention import check_head_counts, dense_value, family_of
+from slimheads.errors import EnvironmentLackError, ModelRefusedError, UsageError
+from slimheads.surgery import recorded_plan
+
+# The tasks slimheads proves, by the suffix of the architecture's class name, with the Auto class that loads each.
+TASKS: Mapping[str, tuple[str, str]] = {
+    "text-generation": ("ForCausalLM|LMHeadModel", "AutoModelForCausalLM"),
+    "fill-mask": ("ForMaskedLM", "AutoModelForMaskedLM"),
+    "text-classification": ("ForSequenceClassification", "AutoModelForSequenceClassification"),
+    "token-classification": ("ForTokenClassification", "AutoModelForTokenClassification"),
+    "question-answering": ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
+    "feature-extraction": ("Model", "AutoModel"),  # last: every LMHeadModel ends in Model
+}
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".vocab", ".bpe", ".spm", ".tiktoken", ".safetensors"}
+_SIDE_NAMES = {"LICENSE", "LICENCE", "NOTICE"}
+_OWN_FILES = {"config.json", "generation_config.json", "plan.json"}
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.vocab", "*.bpe", "*.spm", "LICENSE*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on disk and what it will be loaded as."""
+
+    given: str  # as the recipe or the user named it
+    folder: Path
+    task: str
+    model_type: str
+    family: str
+    architecture: str  # the transformers class that is built
+    from_hub: bool = False
+
+
+def find(source: str, task: str = "auto") -> Source:
+    """Finds a checkpoint and reads its config, without reading weights.
+
+    Args:
+        source: a folder, `pkg://package/folder` (a folder in an installed package) or a hub id.
+        task: "auto" (from the checkpoint's architecture) or a key of `TASKS`.
+
+    Raises:
+        UsageError: there is no such folder, package or hub id, or the task is unknown.
+        EnvironmentLackError: a hub id that is not in the local cache, and the hub cannot be reached.
+        ModelRefusedError: the checkpoint is not one that slimheads reads, or its family is not covered.
+    """
+    folder = _folder(source)
+    config = read_config(folder)
+    family, _ = family_of(config)
+    task = _task_of(config) if task == "auto" else task
+    if task not in TASKS:
+        raise UsageError(f"unknown task '{task}'", hint=f"use auto or one of {', '.join(TASKS)}")
+    architecture = _architecture(config, task)
+    from_hub = not source.startswith("pkg://") and folder != Path(source).expanduser()
+    return Source(source, folder, task, str(config.model_type), family, architecture.__name__, from_hub)
+
+
+def describe(source: Source) -> list[str]:
+    """What is known of a checkpoint from its config alone, a line each."""
+    config = read_config(source.folder)
+    _, family = family_of(config)
+    heads, units = (dense_value(config, key) for key in (family.heads or family.units, family.units))
+    shared = f", {units} KV heads: {heads // units} query heads go together" if heads != units else ""
+    layers = sum(int(getattr(config, row.count)) for row in family.sites)
+    return [
+        f"{source.architecture} of the {family.title} family, used for {source.task}",
+        f"{layers} attention blocks of {heads} heads{shared}",
+    ]
+
+
+def side_files(folder: Path) -> Iterator[Path]:
+    """Relative paths of what belongs to a checkpoint besides its weights and config: tokenizer, pooling, licence.
+
+    Weights of the model itself, other exports, a trainer's checkpoints, code and hidden files are left out.
+    """
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        elsewhere = relative.parts[0] in {"onnx", "openvino"} or relative.parts[0].startswith("checkpoint-")
+        if hidden or not path.is_file() or (elsewhere and len(relative.parts) > 1):
+            continue
+        if len(relative.parts) == 1 and (path.suffix == ".safetensors" or path.name.endswith(".index.json")):
+            continue
+        if path.name in _SIDE_NAMES or (path.suffix in _SIDE_SUFFIXES and str(relative) not in _OWN_FILES):
+            yield relative
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Reads config.json through transformers, after removing or refusing what could make transformers run code.
+
+    Raises:
+        ModelRefusedError: the file is missing, damaged, of an unknown model type, or names code to run.
+    """
+    path = folder / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelRefusedError(
+            "there is no config.json", where=str(folder), hint="name a transformers checkpoint folder"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelRefusedError(
+            f"not readable as JSON ({error})", where=str(path), hint="fetch the model again"
+        ) from error
+    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
+        raise ModelRefusedError("no model_type", where=str(path), hint="name a transformers checkpoint folder")
+    if "quantization_config" in data:
+        raise ModelRefusedError(
+            "quantized weights are not covered", where=str(path), hint="start from the full weights"
+        )
+    names = data.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelRefusedError("architectures is not a list of names", where=str(path), hint="fetch the model again")
+    model_type = data["model_type"]
+    clean = _without_implementation_keys(data, path)
+    if model_type not in CONFIG_MAPPING:
+        family_of(PretrainedConfig.from_dict({"model_type": model_type}))
+        raise ModelRefusedError(f"transformers knows no '{model_type}'", where=str(path), hint="use a covered family")
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(clean)
+        _, family = family_of(config)
+        plan = recorded_plan(config, family)
+        check_head_counts(config, family)
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise ModelRefusedError(
+            f"damaged configuration ({error})", where=str(path), hint="fetch the model again"
+        ) from error
+    if config.pruned_heads and plan is None:
+        raise ModelRefusedError(
+            "heads were already deleted by transformers' own prune_heads",
+            where=str(path),
+            hint="start from the model before that",
+        )
+    return cast(PretrainedConfig, config)
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a checkpoint, shards included.
+
+    Raises:
+        ModelRefusedError: there are none (pickled weights are named and refused), or a shard is missing.
+    """
+    single, index = (folder / name for name in _WEIGHTS)
+    if index.is_file() and not single.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ModelRefusedError("damaged index", where=str(index), hint="fetch the model again") from error
+        shards = tuple(folder / str(name) for name in names)
+        for shard in shards:
+            if shard.parent != folder or not shard.is_file():
+                raise ModelRefusedError("a shard is missing", where=str(shard), hint="fetch the model again")
+        return shards
+    if single.is_file():
+        return (single,)
+    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+    if pickles:
+        raise ModelRefusedError(
+            "pickled weights are refused, for loading them can run code",
+            where=str(folder / pickles[0]),
+            hint="convert with transformers' `save_pretrained(..., safe_serialization=True)`",
+        )
+    raise ModelRefusedError("there is no model.safetensors", where=str(folder), hint="name a folder with weights")
+
+
+def _folder(source: str) -> Path:
+    if source.startswith("pkg://"):
+        package, _, inside = source.removeprefix("pkg://").partition("/")
+        spec = find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise EnvironmentLackError(
+                f"package '{package}' is not installed", where=source, hint=f"pip install {package.replace('_', '-')}"
+            )
+        folder = Path(spec.submodule_search_locations[0], inside)
+        if not folder.is_dir():
+            raise UsageError(
+                f"the package has no folder '{inside}'", where=source, hint="check the path after the package"
+            )
+        return folder
+    folder = Path(os.path.expanduser(source))  # noqa: PTH111 - pathlib's raises for an unknown user
+    if folder.is_dir():
+        return folder
+    if folder.exists() or folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise UsageError(
+            "no such folder", where=source, hint="name a checkpoint folder, pkg://package/folder or a hub id"
+        )
+    return _from_hub(source)
+
+
+def _from_hub(source: str) -> Path:
+    try:
+        return Path(snapshot_download(source, allow_patterns=_HUB_PATTERNS))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UsageError(
+            "neither a folder here nor a model on the hub", where=source, hint="check the name, and your access token"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise EnvironmentLackError(
+            "no folder of that name here, and as a hub id it is not in the cache and the hub cannot be reached",
+            where=source,
+            hint="check the path, connect, or download the model first with `hf download`",
+        ) from error
+
+
+def _without_implementation_keys(data: Any, path: Path) -> Any:
+    # transformers 4.56 to 5.2 fetch and run a hub "kernel" that such a key names (CVE-2026-4372).
+    if isinstance(data, list):
+        return [_without_implementation_keys(value, path) for value in data]
+    if not isinstance(data, dict):
+        return data
+    clean: dict[str, Any] = {}
+    for key, value in data.items():
+        if "_implementation" not in key:
+            clean[key] = _without_implementation_keys(value, path)
+        elif "/" in json.dumps(value):
+            raise ModelRefusedError(
+                f"'{key}' names code to fetch and run", where=str(path), hint="do not use this checkpoint"
+            )
+    return clean
+
+
+def _task_of(config: PretrainedConfig) -> str:
+    for name in config.architectures or ():
+        for task, (suffixes, _) in TASKS.items():
+            if str(name).endswith(tuple(suffixes.split("|"))):
+                return task
+    return "feature-extraction"
+
+
+def _architecture(config: PretrainedConfig, task: str) -> type[PreTrainedModel]:
+    auto = getattr(transformers, TASKS[task][1])
+    try:
+        return cast(type[PreTrainedModel], auto._model_mapping[type(config)])
+    except KeyError as error:
+        raise UsageError(f"{config.model_type} has no model for '{task}'", hint="use task: auto") from error
