@@ -31,8 +31,8 @@ TASKS: Mapping[str, tuple[str, str]] = {
 }
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".vocab", ".bpe", ".spm", ".tiktoken", ".safetensors"}
-_SIDE_NAMES = {"LICENSE", "LICENCE", "NOTICE"}
+_SIDE_SUFFIXES = {".json", ".model", ".jinja", ".vocab", ".bpe", ".spm", ".tiktoken", ".safetensors"}
+_SIDE_NAMES = {"vocab.txt", "merges.txt", "dict.txt", "bpe.codes", "LICENSE", "LICENCE", "NOTICE"}
 _OWN_FILES = {"config.json", "generation_config.json", "plan.json"}
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.vocab", "*.bpe", "*.spm", "LICENSE*"]
 

@@ -90,14 +90,17 @@ def greedy_options(new_tokens: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _restored(model: PreTrainedModel) -> Iterator[None]:
-    """optimum writes into the model's configurations; they are put back."""
+    """optimum writes into the model's configurations and leaves a forward of its own on Llama's kind; all put back."""
     config = copy.deepcopy(model.config.__dict__)
     generation = copy.deepcopy(getattr(model, "generation_config", None))
+    own_forward = {name: value for name, value in model.__dict__.items() if name == "forward"}
     try:
         yield
     finally:
         model.config.__dict__.clear()
         model.config.__dict__.update(config)
+        model.__dict__.pop("forward", None)
+        model.__dict__.update(own_forward)
         if generation is not None:
             model.generation_config = generation
 
