@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import ceil, sqrt
+from math import ceil, inf, sqrt
 from pathlib import Path
 from typing import Literal
 
@@ -124,7 +124,7 @@ def bench(
         UsageError: a file cannot be opened or fed, or does not run at a shape.
         EnvironmentLackError: the provider is missing and `on_missing` is "fail".
     """
-    if min_seconds <= 0 or min_pairs < 1:
+    if not 0 < min_seconds < inf or min_pairs < 1:
         raise UsageError(
             f"min_seconds {min_seconds} with min_pairs {min_pairs} measures nothing",
             where="bench",

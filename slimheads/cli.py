@@ -50,6 +50,9 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+_asked_to_end: list[int] = []  # the signals that came
+
+
 @app.callback()
 def _options(
     version: Annotated[
@@ -208,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     # Typer knows --debug before the command only; it is to be allowed anywhere.
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
+    _asked_to_end.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     sys.exit(_guarded(arguments, debug))
@@ -246,7 +250,14 @@ def _failure(error: Exception) -> tuple[int, str]:
 def _interrupt(number: int, _frame: FrameType | None) -> None:
     # A second signal ends the process at once, whatever the first is still cleaning up.
     signal.signal(number, signal.SIG_DFL)
+    _asked_to_end.append(number)
     raise Interrupted(number)
+
+
+def _still_to_go_on() -> None:
+    # Python drops what is raised inside an import hook's or a finalizer's callback, and a library may catch all.
+    if _asked_to_end:
+        raise Interrupted(_asked_to_end[-1])
 
 
 def _display() -> Any:
@@ -254,7 +265,7 @@ def _display() -> Any:
 
     from slimheads.progress import Display
 
-    return Display(Console(stderr=True))
+    return Display(Console(stderr=True), _still_to_go_on)
 
 
 def _command(recipe: Path, out: Path, overrides: Sequence[str] | None) -> str:

@@ -24,7 +24,7 @@ from slimheads.recipe import Recipe
 from slimheads.report import Report, StageRecord, append_step_summary
 from slimheads.reporting import assemble, contents
 from slimheads.sessions import session_options_record
-from slimheads.stages import STAGES, Job, Stage, certificate_of, require_providers, require_text, versions
+from slimheads.stages import STAGES, Job, Stage, certificate_of, require_providers, require_usable, versions
 from slimheads.store import Record, Store, lock, publish, stage_key
 
 log = logging.getLogger(__name__)
@@ -66,10 +66,11 @@ def run(
     out, progress = Path(out), progress or Silent()
     check_stage_names(from_stage, until)
     require_providers(recipe)
-    require_text(recipe)
+    source = find(recipe.model, recipe.task)
+    require_usable(recipe, source)
     with lock(out):
         surroundings = environment(session_options_record(threads=recipe.bench.threads))
-        job = Job(recipe, find(recipe.model, recipe.task), progress.note)
+        job = Job(recipe, source, progress.note)
         timings: list[StageRecord] = []
         for stage in stages_until(until):
             timings.append(_do(stage, job, Store(out), from_stage, progress))
@@ -113,7 +114,9 @@ def dry_run(
     """
     check_stage_names(from_stage, until)
     require_providers(recipe)
-    job = Job(recipe, find(recipe.model, recipe.task), lambda _: None)
+    source = find(recipe.model, recipe.task)
+    require_usable(recipe, source)
+    job = Job(recipe, source, lambda _: None)
     left: dict[str, str] = {}
     found = {}
     for stage in stages_until(until):

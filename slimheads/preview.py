@@ -12,7 +12,7 @@ from slimheads.model import load
 from slimheads.recipe import Recipe
 from slimheads.scoring import score
 from slimheads.selection import Plan
-from slimheads.stages import choose
+from slimheads.stages import choose, require_usable
 from slimheads.surgery import prune
 
 
@@ -45,6 +45,7 @@ def preview(recipe: Recipe) -> Preview:
         SlimheadsError: as `slimheads.run` would up to its prune stage.
     """
     source = find(recipe.model, recipe.task)
+    require_usable(recipe, source)
     model = load(source.folder, source.task)
     plan = choose(score(model, recipe.score.method), recipe)
     shape = recipe.bench.shapes[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -39,8 +40,10 @@ class Silent:
 class Display:
     """One line a finished stage; on a terminal the running stage has a live line with what it is doing."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, check: Callable[[], None] = lambda: None) -> None:
+        """`check` is called whenever there is something to show, and may raise to end the run there."""
         self._console = console
+        self._check = check
         self._live: Status | None = None
         self._stage = ""
 
@@ -54,6 +57,7 @@ class Display:
 
     def start(self, stage: str) -> None:
         """A stage begins."""
+        self._check()
         self._stage = stage
         if self._console.is_terminal:
             self._live = self._console.status(f"[bold]{stage}[/bold]")
@@ -61,6 +65,7 @@ class Display:
 
     def note(self, line: str) -> None:
         """What the stage is doing now; kept only where the display is not live."""
+        self._check()
         if self._live:
             self._live.update(f"[bold]{self._stage}[/bold]  [dim]{escape(line)}[/dim]")
         elif not self._console.is_terminal:
@@ -68,6 +73,7 @@ class Display:
 
     def finish(self, stage: str, seconds: float, reused: bool) -> None:
         """A stage is done, or an earlier run's result is used."""
+        self._check()
         self._stop()
         how = f"reused (took {seconds:.1f} s)" if reused else f"{seconds:.1f} s"
         self._console.print(f"{stage:<8} {how}", markup=False, highlight=False)

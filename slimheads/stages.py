@@ -24,10 +24,10 @@ from slimheads import flops
 from slimheads.attention import find_sites
 from slimheads.bench import Latency, bench
 from slimheads.certificate import Certificate, Link, SkippedLink, verify
-from slimheads.checkpoint import Source, side_files, weight_files
+from slimheads.checkpoint import Source, read_config, side_files, weight_files
 from slimheads.disk import sha256_file
 from slimheads.drift import Drift, measure_drift, pooling_of, read_texts
-from slimheads.errors import EnvironmentLackError, SlimheadsError
+from slimheads.errors import EnvironmentLackError, SlimheadsError, UsageError
 from slimheads.export import FILES, export
 from slimheads.gating import gated
 from slimheads.model import load, save
@@ -302,14 +302,22 @@ def require_providers(recipe: Recipe) -> None:
                 raise
 
 
-def require_text(recipe: Recipe) -> None:
-    """Fails before any work where the recipe's own text cannot be read.
+def require_usable(recipe: Recipe, source: Source) -> None:
+    """Fails before any work where the recipe's own text cannot be read, or a shape is too long for the model.
 
     Raises:
-        UsageError: naming the file.
+        UsageError: naming the file, or the recipe's line.
     """
     if recipe.verify.text:
         read_texts(Path(recipe.verify.text))
+    limit = getattr(read_config(source.folder), "max_position_embeddings", None)
+    for batch, length in recipe.bench.shapes:
+        if limit and length > limit:
+            raise UsageError(
+                f"the shape [{batch}, {length}] is longer than the {limit} positions of the model",
+                where=recipe.where("bench.shapes"),
+                hint="name shorter shapes",
+            )
 
 
 def _bench(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:

@@ -1,0 +1,186 @@
+"""Export: the files say what they are, and the model that was exported is as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+from tiny import DECODERS
+from transformers import GenerationConfig, PreTrainedModel
+
+from slimheads.attention import find_sites
+from slimheads.errors import ModelRefusedError
+from slimheads.export import FILES, KvAxes, export, greedy_options
+from slimheads.parity import cases, compare_all, onnx_form, onnx_greedy, torch_form
+from slimheads.selection import Plan
+from slimheads.sessions import KV_SHAPES_KEY, open_session, read_interface
+from slimheads.surgery import prune
+
+
+@pytest.fixture(scope="module")
+def slim(tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan]) -> Callable[..., PreTrainedModel]:
+    """`slim(model_type)`: a fresh model with another head count in every site."""
+
+    def made(model_type: str, **options: Any) -> PreTrainedModel:
+        model = tiny(model_type, **options)
+        return prune(model, ragged(model))
+
+    return made
+
+
+def task_of(model_type: str) -> str:
+    return "text-generation" if model_type in DECODERS else "feature-extraction"
+
+
+def initializer_types(path: Path) -> set[int]:
+    """Element types of the weights; counters and shapes are integers of 64 bits and left out."""
+    graph = onnx.load(str(path)).graph
+    return {tensor.data_type for tensor in graph.initializer} - {TensorProto.INT64, TensorProto.BOOL}
+
+
+def io_types(path: Path) -> set[int]:
+    graph = onnx.load(str(path)).graph
+    return {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
+
+
+def past_axes(path: Path) -> list[tuple[Any, Any]]:
+    """Axes 1 and 3 of the keys and values that a decoder takes, layer by layer."""
+    inputs = [i for i in read_interface(path).inputs if i.name.startswith("past_key_values.")]
+    return [(i.dims[1], i.dims[3]) for i in inputs]
+
+
+def test_the_exported_model_is_left_as_it_was_and_nothing_else_is_written(
+    model_type: str, slim: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    model = slim(model_type)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config, inner = copy.deepcopy(model.config.__dict__), model.config
+    generation = copy.deepcopy(model.generation_config.to_dict()) if model.can_generate() else None
+    forward, attributes = model.forward, set(model.__dict__)
+
+    graphs = export(model, tmp_path, task=task_of(model_type), precisions=("fp32", "int8"))
+
+    assert [(graph.precision, graph.path) for graph in graphs] == [
+        ("fp32", tmp_path / "model.onnx"),
+        ("int8", tmp_path / "model_int8.onnx"),
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model_int8.onnx"]
+    after = model.state_dict()
+    assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
+    assert model.config is inner and model.config.__dict__ == config
+    assert generation is None or model.generation_config.to_dict() == generation
+    assert model.forward == forward and model.__dict__.keys() == attributes and not model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kv_axes", ["symbolic", "static"])
+def test_a_decoders_file_says_the_true_shape_of_every_layers_cache(
+    decoder_type: str, kv_axes: KvAxes, slim: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    model = slim(decoder_type)
+    export(model, tmp_path, task="text-generation", kv_axes=kv_axes)
+    sites = find_sites(model)
+    shapes = [[site.total, site.head_dim, site.head_dim] for site in sites]
+    assert len({heads for heads, *_ in shapes}) == len(shapes)
+    path = tmp_path / FILES["fp32"]
+    metadata = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
+    assert json.loads(metadata[KV_SHAPES_KEY]) == shapes
+    axes = past_axes(path)
+    assert len(axes) == 2 * len(sites)
+    if kv_axes == "static":
+        assert axes == [(heads, dim) for heads, dim, _ in shapes for _ in range(2)]
+    else:
+        assert all(isinstance(axis, str) and axis for pair in axes for axis in pair)
+        assert len(set(axes)) == len(axes), "no axis may be tied to another layer's"
+
+
+def test_further_graphs_of_a_decoder_keep_what_the_file_says_of_its_cache(
+    slim: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    export(slim("llama"), tmp_path, task="text-generation", precisions=("fp16", "int8"))
+    plain = tmp_path / "model.onnx"
+    for name in ("model_fp16.onnx", "model_int8.onnx"):
+        assert read_interface(tmp_path / name).kv_shapes == read_interface(plain).kv_shapes != ()
+        assert past_axes(tmp_path / name) == past_axes(plain)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "qwen2"])
+def test_static_and_symbolic_files_give_the_tokens_of_a_plain_argmax_loop(
+    model_type: str, slim: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    """The oracle reads the whole sequence again for every token, in torch and without a cache."""
+    model = slim(model_type)
+    case = next(c for c in cases(model.config, "text-generation") if c.length == 8 and c.padding == "left")
+    ids, mask = torch.from_numpy(case.ids), torch.from_numpy(case.mask)
+    for _ in range(6):
+        with torch.no_grad():
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    for kv_axes in ("symbolic", "static"):
+        export(model, tmp_path, task="text-generation", kv_axes=kv_axes)
+        path = tmp_path / "model.onnx"
+        made = onnx_greedy(open_session(path), read_interface(path).kv_shapes, case.ids, case.mask, 6)
+        assert made.dtype == np.int64 and (made == ids.numpy()).all()
+
+
+def test_a_half_precision_model_is_exported_from_a_float32_copy(
+    slim: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    model = slim("bert").to(torch.bfloat16)
+    export(model, tmp_path, task="feature-extraction")
+    assert model.dtype == torch.bfloat16 and model.config.dtype == slim("bert").config.dtype
+    path = tmp_path / "model.onnx"
+    assert initializer_types(path) == {TensorProto.FLOAT} and TensorProto.FLOAT in io_types(path)
+    same = copy.deepcopy(model).float()
+    over = cases(model.config, "feature-extraction")
+    found = compare_all(torch_form(same), onnx_form(open_session(path), ()), over, 1e-4, 1e-4)
+    assert all(outcome.passed for outcome in found)
+
+
+def test_each_precision_is_what_its_name_says_and_takes_the_same_inputs(
+    slim: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    export(slim("bert"), tmp_path, task="feature-extraction", precisions=("fp32", "fp16", "int8"))
+    plain, half, eighth = (tmp_path / FILES[precision] for precision in ("fp32", "fp16", "int8"))
+    assert initializer_types(plain) == {TensorProto.FLOAT}
+    assert TensorProto.FLOAT16 in initializer_types(half) and TensorProto.INT8 in initializer_types(eighth)
+    assert io_types(plain) == io_types(half) == io_types(eighth) == {TensorProto.FLOAT, TensorProto.INT64}
+    assert max(eighth.stat().st_size, half.stat().st_size) < plain.stat().st_size
+    inputs = [{(i.name, i.dtype) for i in read_interface(path).inputs} for path in (plain, half, eighth)]
+    assert inputs[0] == inputs[1] == inputs[2]
+
+
+def test_exporting_again_replaces_the_file(slim: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"old")
+    export(slim("distilbert"), tmp_path, task="feature-extraction")
+    open_session(tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_a_task_that_optimum_has_no_export_for_is_refused(slim: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    with pytest.raises(ModelRefusedError, match=r"llama.*fill-mask"):
+        export(slim("llama"), tmp_path, task="fill-mask")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_greedy_search_ignores_what_the_model_says_about_generation(tiny: Callable[..., PreTrainedModel]) -> None:
+    model = tiny("gpt2")
+    ids = torch.tensor([[5, 9, 11, 40]])
+    mask = torch.ones_like(ids)
+    plain = model.generate(input_ids=ids, attention_mask=mask, **greedy_options(8))
+    assert plain.shape == (1, 12)
+    model.generation_config = GenerationConfig(
+        do_sample=True, num_beams=3, repetition_penalty=9.0, suppress_tokens=[int(plain[0, 5])], max_length=5,
+        eos_token_id=int(plain[0, 6]), forced_eos_token_id=3,
+    )  # fmt: skip
+    assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, **greedy_options(8)), plain)

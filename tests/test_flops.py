@@ -1,0 +1,85 @@
+"""Sizes and arithmetic, against formulas written out for each architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from slimheads.flops import flops, parameters, weight_bytes
+from slimheads.selection import Plan
+from slimheads.surgery import prune
+
+HIDDEN, LAYERS, INNER, VOCABULARY, DIM = 32, 3, 48, 120, 8
+SHAPES = [(1, 1), (1, 16), (4, 9)]
+
+
+def attention(batch: int, length: int, heads: int, dim: int) -> int:
+    """Scores and the weighted sum of values."""
+    return 2 * (2 * batch * heads * length * length * dim)
+
+
+def bert(batch: int, length: int, counts: list[int]) -> int:
+    tokens = batch * length
+    total = 2 * batch * HIDDEN * HIDDEN  # the pooler sees one token
+    for heads in counts:
+        total += 4 * 2 * tokens * HIDDEN * heads * DIM + attention(batch, length, heads, DIM)
+        total += 2 * 2 * tokens * HIDDEN * INNER
+    return total
+
+
+def gpt2(batch: int, length: int, counts: list[int]) -> int:
+    tokens = batch * length
+    total = 2 * tokens * HIDDEN * VOCABULARY
+    for heads in counts:
+        total += 4 * 2 * tokens * HIDDEN * heads * DIM + attention(batch, length, heads, DIM)
+        total += 2 * 2 * tokens * HIDDEN * 4 * HIDDEN
+    return total
+
+
+def llama(batch: int, length: int, counts: list[int]) -> int:
+    """Two query heads to a KV head, four features each; three matrices in the feed-forward block."""
+    tokens, dim = batch * length, HIDDEN // 8
+    total = 2 * tokens * HIDDEN * VOCABULARY + 2 * length * dim // 2  # the angles of the positions, an outer product
+    for groups in counts:
+        total += 2 * tokens * HIDDEN * dim * (2 * groups + groups + groups + 2 * groups)
+        total += attention(batch, length, 2 * groups, dim) + 3 * 2 * tokens * HIDDEN * INNER
+    return total
+
+
+FORMULAS = {"bert": bert, "gpt2": gpt2, "llama": llama}
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("model_type", FORMULAS)
+def test_flops_are_those_of_the_formula_dense_and_slim(
+    model_type: str, attn_implementation: str, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan]
+) -> None:
+    formula = FORMULAS[model_type]
+    model = tiny(model_type, attn_implementation=attn_implementation)
+    assert model.config._attn_implementation == attn_implementation
+    plan = ragged(model)
+    for shape in SHAPES:
+        assert flops(model, *shape) == formula(*shape, [site.total for site in plan.sites])
+    prune(model, plan)
+    for shape in SHAPES:
+        assert flops(model, *shape) == formula(*shape, [len(site.kept) for site in plan.sites])
+
+
+def test_counting_leaves_the_model_as_it_was(tiny: Callable[..., PreTrainedModel]) -> None:
+    model, same = tiny("llama"), tiny("llama")
+    flops(model, 2, 5)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters()) and not model.training
+
+
+def test_tied_weights_are_counted_once(tiny: Callable[..., PreTrainedModel]) -> None:
+    model = tiny("gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    block = 2 * 2 * HIDDEN + (HIDDEN + 1) * 3 * HIDDEN + (HIDDEN + 1) * HIDDEN  # two norms, attention
+    block += (HIDDEN + 1) * 4 * HIDDEN + (4 * HIDDEN + 1) * HIDDEN
+    expected = VOCABULARY * HIDDEN + 160 * HIDDEN + LAYERS * block + 2 * HIDDEN
+    assert parameters(model) == expected and weight_bytes(model) == 4 * expected
+    assert weight_bytes(model.to(torch.bfloat16)) == 2 * expected

@@ -1,0 +1,249 @@
+"""What a file says about itself: hand-made graphs of one attention block, right and wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from slimheads.attention import Projection, Site
+from slimheads.errors import UsageError
+from slimheads.graph_check import fused_faults, graph_faults, quantized_faults
+from slimheads.selection import Plan, SitePlan
+
+UNITS, DIM, HIDDEN = 4, 2, 6
+PLAN = Plan((SitePlan("m.attn", "head", UNITS, (0, 2, 3)),))
+
+
+def site(name: str = "m.attn", heads_per_unit: int = 1) -> Site:
+    """Four heads of two features."""
+    labels = np.repeat(np.arange(UNITS), DIM)
+    query = Projection(f"{name}.q", labels, np.array(["query"] * 8))
+    output = Projection(f"{name}.o", labels, np.array(["output"] * 8))
+    return Site(name, 0, "head", UNITS, heads_per_unit, DIM, (query, output), ())
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray], nodes: Sequence[onnx.NodeProto] = ()) -> Path:
+    """A file with these tensors; names are `module/operator/tensor`, each read by a node of that module."""
+    readers = [helper.make_node("Identity", [n], [f"{n} out"], f"/{n.rpartition('/')[0]}") for n in tensors]
+    initializers = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
+    graph = helper.make_graph([*readers, *nodes], "g", [], [], initializers)
+    onnx.save(helper.make_model(graph), str(path))
+    return path
+
+
+def block(width: int) -> dict[str, np.ndarray]:
+    """The tensors of one block, as the exporter lays them out: [in, out]."""
+    return {
+        "m/attn/q/MatMul/w": np.zeros((HIDDEN, width), np.float32),
+        "m/attn/q/Add/bias": np.zeros(width, np.float32),
+        "m/attn/o/MatMul/w": np.zeros((width, HIDDEN), np.float32),
+        "m/attn/o/Add/bias": np.zeros(HIDDEN, np.float32),
+        "m/ffn/MatMul/w": np.zeros((HIDDEN, 12), np.float32),
+    }
+
+
+def faults(folder: Path, slim: Mapping[str, np.ndarray], plan: Plan = PLAN) -> list[str]:
+    dense, small = write(folder / "dense.onnx", block(8)), write(folder / "slim.onnx", slim)
+    return list(graph_faults(dense, small, [site()], plan))
+
+
+def test_the_dense_graph_less_the_plan_has_no_faults(tmp_path: Path) -> None:
+    assert faults(tmp_path, block(6)) == []
+
+
+def test_a_plan_that_keeps_everything_asks_for_the_dense_graph(tmp_path: Path) -> None:
+    whole = Plan((SitePlan("m.attn", "head", UNITS, (0, 1, 2, 3)),))
+    assert faults(tmp_path, block(8), whole) == []
+    assert faults(tmp_path, block(6), whole)
+
+
+def test_weights_stored_transposed_are_read_by_their_sizes(tmp_path: Path) -> None:
+    def transposed(width: int) -> dict[str, np.ndarray]:
+        return {name: array.T.copy() for name, array in block(width).items()}
+
+    dense = write(tmp_path / "dense.onnx", transposed(8))
+    assert list(graph_faults(dense, write(tmp_path / "a.onnx", transposed(6)), [site()], PLAN)) == []
+    assert list(graph_faults(dense, write(tmp_path / "b.onnx", transposed(4)), [site()], PLAN))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "shape", "said"),
+    [
+        ("m/attn/q/MatMul/w", (HIDDEN, 8), "m.attn.q: tensors 6, 6x8 where the plan says 6, 6x6"),
+        ("m/attn/q/MatMul/w", (HIDDEN, 4), "m.attn.q: tensors 6, 6x4 where the plan says 6, 6x6"),
+        ("m/attn/q/Add/bias", (8,), "m.attn.q: tensors 6x6, 8 where the plan says 6, 6x6"),
+        ("m/attn/o/MatMul/w", (8, HIDDEN), "m.attn.o: tensors 6, 8x6 where the plan says 6, 6x6"),
+        ("m/attn/o/Add/bias", (5,), "m.attn.o: tensors 5, 6x6 where the plan says 6, 6x6"),
+        ("m/ffn/MatMul/w", (HIDDEN, 11), "tensors outside the plan changed: 6x12 became 6x11"),
+    ],
+)
+def test_one_tensor_of_another_size_is_named(tmp_path: Path, tensor: str, shape: tuple[int, ...], said: str) -> None:
+    assert faults(tmp_path, block(6) | {tensor: np.zeros(shape, np.float32)}) == [said]
+
+
+@pytest.mark.parametrize("gone", sorted(block(6)))
+def test_a_missing_or_added_tensor_is_a_fault(tmp_path: Path, gone: str) -> None:
+    slim = block(6)
+    del slim[gone]
+    assert len(faults(tmp_path, slim)) == 1
+    assert len(faults(tmp_path, block(6) | {f"{gone}2": np.zeros(3, np.float32)})) == 1
+
+
+def test_a_dense_graph_that_does_not_name_the_projections_proves_nothing(tmp_path: Path) -> None:
+    unnamed = {name.replace("attn", "other"): array for name, array in block(8).items()}
+    dense = write(tmp_path / "dense.onnx", unnamed)
+    found = list(graph_faults(dense, dense, [site()], PLAN))
+    assert found == [f"m.attn.{p}: the dense graph has no weight under this name" for p in "qo"]
+
+
+def test_a_module_is_not_mistaken_for_one_whose_name_begins_with_its_own(tmp_path: Path) -> None:
+    tenth = {f"m/attn/q0/MatMul/w{i}": np.zeros((HIDDEN, 8), np.float32) for i in range(2)}
+    dense = write(tmp_path / "dense.onnx", block(8) | tenth)
+    assert list(graph_faults(dense, write(tmp_path / "slim.onnx", block(6) | tenth), [site()], PLAN)) == []
+
+
+# -------------------------------------------------------------------------------------------------- fused nodes
+
+
+def fused(path: Path, kind: str, counts: Sequence[Mapping[str, int]]) -> Path:
+    nodes = [helper.make_node(kind, ["x"], [f"y{i}"], f"Fused_{i}", **count) for i, count in enumerate(counts)]
+    return write(path, {}, nodes)
+
+
+def two_sites(heads_per_unit: int = 1) -> tuple[list[Site], Plan]:
+    plan = Plan((SitePlan("a", "head", UNITS, (0, 2, 3)), SitePlan("b", "head", UNITS, (1,))))
+    return [site("a", heads_per_unit), site("b", heads_per_unit)], plan
+
+
+@pytest.mark.parametrize("kind", ["Attention", "MultiHeadAttention", "QAttention"])
+def test_every_fused_node_carries_its_own_layers_count(tmp_path: Path, kind: str) -> None:
+    sites, plan = two_sites()
+    right = fused(tmp_path / "right.onnx", kind, [{"num_heads": 3}, {"num_heads": 1}])
+    assert list(fused_faults(right, sites, plan)) == []
+    stamped = fused(tmp_path / "stamped.onnx", kind, [{"num_heads": 3}, {"num_heads": 3}])
+    assert list(fused_faults(stamped, sites, plan)) == ["stamped.onnx: Fused_1 of b says num_heads 3, the plan 1"]
+    crossed = fused(tmp_path / "crossed.onnx", kind, [{"num_heads": 1}, {"num_heads": 3}])
+    assert len(list(fused_faults(crossed, sites, plan))) == 2
+
+
+def test_grouped_nodes_carry_both_counts(tmp_path: Path) -> None:
+    sites, plan = two_sites(heads_per_unit=2)
+    kind, right = "GroupQueryAttention", [{"num_heads": 6, "kv_num_heads": 3}, {"num_heads": 2, "kv_num_heads": 1}]
+    assert list(fused_faults(fused(tmp_path / "right.onnx", kind, right), sites, plan)) == []
+    wrong = [right[0], {"num_heads": 2, "kv_num_heads": 2}]
+    assert list(fused_faults(fused(tmp_path / "wrong.onnx", kind, wrong), sites, plan)) == [
+        "wrong.onnx: Fused_1 of b says kv_num_heads 2, the plan 1"
+    ]
+
+
+def test_one_fused_node_too_few_is_a_fault(tmp_path: Path) -> None:
+    sites, plan = two_sites()
+    found = list(fused_faults(fused(tmp_path / "one.onnx", "Attention", [{"num_heads": 3}]), sites, plan))
+    assert found == ["one.onnx: 1 fused attention nodes for 2 sites"]
+
+
+# ------------------------------------------------------------------------------------------------------ int8
+
+WEIGHT = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+
+
+def rounded(weight: np.ndarray, name: str = "w") -> dict[str, np.ndarray]:
+    """Symmetric int8 with one scale an output column."""
+    scale = (np.abs(weight).max(axis=0) / 127).astype(np.float32)
+    steps = np.rint(weight / scale).astype(np.int8)
+    return {f"{name}_quantized": steps, f"{name}_scale": scale, f"{name}_zero_point": np.zeros(len(scale), np.int8)}
+
+
+def int8_faults(folder: Path, made: Mapping[str, np.ndarray]) -> list[str]:
+    source = write(folder / "model.onnx", {"w": WEIGHT, "b": WEIGHT[0]})
+    return list(quantized_faults(source, write(folder / "model_int8.onnx", made)))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"w": WEIGHT},
+        rounded(WEIGHT),
+        rounded(WEIGHT.T.copy(), "w_Transposed"),
+        {  # one unsigned scale for all, as embeddings have it
+            "w_quantized": np.rint(WEIGHT / np.float32(0.02) + 128).astype(np.uint8),
+            "w_scale": np.float32(0.02),
+            "w_zero_point": np.uint8(128),
+        },
+    ],
+    ids=["left alone", "by column", "transposed", "by tensor"],
+)
+def test_rounded_weights_are_the_float32_ones(tmp_path: Path, made: dict[str, np.ndarray]) -> None:
+    arrays = {name: np.asarray(array) for name, array in made.items()}
+    assert int8_faults(tmp_path, arrays | {"b": WEIGHT[0]}) == []
+
+
+def off_by_one(made: dict[str, np.ndarray]) -> None:
+    made["w_quantized"][2, 1] -= np.sign(made["w_quantized"][2, 1])
+
+
+def rows_swapped(made: dict[str, np.ndarray]) -> None:
+    made["w_quantized"] = made["w_quantized"][::-1].copy()
+
+
+def scale_of_another_column(made: dict[str, np.ndarray]) -> None:
+    made["w_scale"] = np.roll(made["w_scale"], 1)
+
+
+def scale_is_nan(made: dict[str, np.ndarray]) -> None:
+    made["w_scale"][0] = np.nan
+
+
+def scale_is_negative(made: dict[str, np.ndarray]) -> None:
+    made["w_scale"] = -made["w_scale"]
+
+
+def zero_point_moved(made: dict[str, np.ndarray]) -> None:
+    made["w_zero_point"][0] = 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [off_by_one, rows_swapped, scale_of_another_column, scale_is_nan, scale_is_negative, zero_point_moved],
+)
+def test_weights_that_are_not_the_float32_ones_rounded_are_named(tmp_path: Path, damage: object) -> None:
+    made = rounded(WEIGHT)
+    damage(made)  # type: ignore[operator]
+    assert int8_faults(tmp_path, made | {"b": WEIGHT[0]}) == ["model_int8.onnx: w is not the float32 graph's, rounded"]
+
+
+def test_other_tensors_stay_bit_for_bit(tmp_path: Path) -> None:
+    assert int8_faults(tmp_path, rounded(WEIGHT) | {"b": np.nextafter(WEIGHT[0], np.float32(9))}) == [
+        "model_int8.onnx: b is not what the float32 graph has"
+    ]
+    assert int8_faults(tmp_path, rounded(WEIGHT)) == ["model_int8.onnx: b is missing"]
+    assert int8_faults(tmp_path, rounded(WEIGHT[:, :2]) | {"b": WEIGHT[0]}) == [
+        "model_int8.onnx: w is 5x2 where the float32 graph has 5x3"
+    ]
+
+
+@pytest.mark.parametrize("content", [None, b"no protobuf"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "broken.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError) as caught:
+        list(fused_faults(path, [site()], PLAN))
+    assert caught.value.where == str(path)
+
+
+def test_external_weights_are_not_needed_to_look_at_shapes(tmp_path: Path) -> None:
+    dense = write(tmp_path / "dense.onnx", block(8))
+    slim = onnx.load(str(write(tmp_path / "slim.onnx", block(6))))
+    big = tmp_path / "big.onnx"
+    onnx.save(slim, str(big), save_as_external_data=True, location="big.onnx_data", size_threshold=0)
+    (tmp_path / "big.onnx_data").unlink()
+    assert all(
+        t.data_location == TensorProto.EXTERNAL for t in onnx.load(str(big), load_external_data=False).graph.initializer
+    )
+    assert list(graph_faults(dense, big, [site()], PLAN)) == []

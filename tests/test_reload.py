@@ -1,0 +1,120 @@
+"""Which library reloads a slim folder: what is said is what happens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny import DECODERS
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from slimheads.attention import find_sites
+from slimheads.model import load, save
+from slimheads.reload import reload_tier, same_attributes, same_weights
+from slimheads.selection import Plan
+from slimheads.surgery import prune
+
+GROUPED = ("llama", "mistral", "qwen2")
+
+
+def task_of(model_type: str) -> str:
+    return "text-generation" if model_type in DECODERS else "feature-extraction"
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        return model(input_ids=ids)[0]
+
+
+@pytest.mark.parametrize("counts", ["ragged", "equal"])
+def test_the_tier_is_what_plain_transformers_can_do(
+    model_type: str,
+    counts: str,
+    tiny: Callable[..., PreTrainedModel],
+    ragged: Callable[..., Plan],
+    equal: Callable[..., Plan],
+    tmp_path: Path,
+) -> None:
+    dense = tiny(model_type)
+    slim = prune(dense, ragged(dense) if counts == "ragged" else equal(dense, 2))
+    save(slim, tmp_path / "slim")
+    tier, note = reload_tier(tmp_path / "slim", slim, task_of(model_type))
+    assert tier == ("slimheads" if model_type in GROUPED and counts == "ragged" else "stock")
+    assert note.count(".") and "\n" not in note
+    assert torch.equal(logits(load(tmp_path / "slim", task_of(model_type))), logits(slim))
+    if tier == "stock":
+        auto = AutoModelForCausalLM if model_type in DECODERS else AutoModel
+        assert torch.equal(logits(auto.from_pretrained(tmp_path / "slim").eval()), logits(slim))
+        assert transformers.__version__ in note
+    else:
+        assert "slimheads.load" in note
+
+
+def stock_that(change: Callable[[PreTrainedModel], object]) -> Callable[..., PreTrainedModel]:
+    """A stock loader whose model is changed before anyone sees it."""
+    original = AutoModel.from_pretrained
+
+    def from_pretrained(*args: Any, **kwargs: Any) -> PreTrainedModel:
+        model = original(*args, **kwargs)
+        change(model)
+        return model
+
+    return from_pretrained
+
+
+def stale_count(model: PreTrainedModel) -> None:
+    model.transformer.layer[1].attention.n_heads = 4
+
+
+def missing_count(model: PreTrainedModel) -> None:
+    del model.transformer.layer[1].attention.n_heads
+
+
+def other_weight(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        model.transformer.layer[2].attention.k_lin.bias[0] += 1e-7
+
+
+@pytest.mark.parametrize("change", [stale_count, missing_count, other_weight])
+def test_a_stock_load_that_gives_another_model_is_not_called_stock(
+    change: Callable[[PreTrainedModel], object],
+    tiny: Callable[..., PreTrainedModel],
+    ragged: Callable[..., Plan],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dense = tiny("distilbert")
+    slim = prune(dense, ragged(dense))
+    save(slim, tmp_path / "slim")
+    assert reload_tier(tmp_path / "slim", slim, "feature-extraction")[0] == "stock"
+    monkeypatch.setattr(AutoModel, "from_pretrained", stock_that(change))
+    tier, note = reload_tier(tmp_path / "slim", slim, "feature-extraction")
+    assert tier == "slimheads" and "other weights or head counts" in note
+
+
+def test_weights_and_counts_are_compared_exactly(tiny: Callable[..., PreTrainedModel]) -> None:
+    one, other = tiny("gpt2"), tiny("gpt2")
+    assert same_weights(one, other) and same_attributes(one, other)
+    with torch.no_grad():
+        other.transformer.ln_f.bias[0] += 1e-6
+    assert not same_weights(one, other)
+    other = copy.deepcopy(one)
+    other.get_submodule(find_sites(other)[0].name).num_heads += 1
+    assert same_weights(one, other) and not same_attributes(one, other)
+
+
+def test_trying_leaves_transformers_as_loud_as_it_was(
+    tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
+) -> None:
+    dense = tiny("llama")
+    slim = prune(dense, ragged(dense))
+    save(slim, tmp_path / "slim")
+    before = transformers.logging.get_verbosity()
+    reload_tier(tmp_path / "slim", slim, "text-generation")
+    assert transformers.logging.get_verbosity() == before
