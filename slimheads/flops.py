@@ -8,6 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
+from slimheads.errors import UsageError
+
 
 def parameters(model: PreTrainedModel) -> int:
     """Number of parameters, tied ones counted once."""
@@ -23,12 +25,23 @@ def flops(model: PreTrainedModel, batch: int, length: int) -> int:
     """Floating-point operations of one forward on [batch, length] tokens: 2 a multiply-add, matrix products only.
 
     Counted by torch's own FlopCounterMode while the model runs, so nothing is assumed about the architecture.
+
+    Raises:
+        UsageError: the model does not run at this shape.
     """
     ids = torch.zeros((batch, length), dtype=torch.long)
     # torch counts the attention of GPUs but not its CPU kernel.
     cpu_attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        try:
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        except (IndexError, RuntimeError) as error:  # past the end of a position table, say
+            said = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"the model does not run on [{batch}, {length}] tokens ({said})",
+                where="bench.shapes",
+                hint="name shorter shapes",
+            ) from error
     return int(counter.get_total_flops())
 
 

@@ -108,11 +108,16 @@ class _Graph:
         graph = _read(path)
         self.shapes: dict[str, Shape] = {i.name: tuple(i.dims) for i in graph.initializer}
         self.users: dict[str, set[str]] = {name: set() for name in self.shapes}
+        # Tensors of equal content (biases that are all zero, say) are stored once and reach their nodes by Identity.
+        stored = {name: name for name in self.shapes}
         for node in graph.node:
+            if node.op_type == "Identity" and node.input[0] in stored:
+                stored[node.output[0]] = stored[node.input[0]]
+                continue
             scope = node.name.removeprefix("/").replace("/", ".")
             for name in node.input:
-                if name in self.users:
-                    self.users[name].add(scope)
+                if name in stored:
+                    self.users[stored[name]].add(scope)
 
     def shapes_in(self, module: str) -> list[Shape]:
         """Shapes of the tensors that the module's own nodes read."""

@@ -137,8 +137,9 @@ def _latency_gate(limit: float, latency: Sequence[Latency]) -> GateResult:
     measured = [row for row in latency if row.speedup is not None]
     if not measured:
         return GateResult(gate="latency_ratio", limit=limit, measured=None, met=False, reason="no latency was measured")
-    # A ratio that could be noise does not count: the measurement must be conclusive, then the worst one decides.
-    doubtful = next((row for row in measured if row.verdict in ("inconclusive", "no difference shown")), None)
+    # A speedup that could be noise does not count: where one is asked for it must be shown. Then the worst row decides.
+    noise = ("inconclusive", "no difference shown") if limit < 1 else ("inconclusive",)
+    doubtful = next((row for row in measured if row.verdict in noise), None)
     worst = doubtful or min(measured, key=lambda row: row.speedup.estimate if row.speedup else 0.0)
     ratio = 1 / worst.speedup.estimate if worst.speedup else None
     where = f"{'x'.join(map(str, worst.shape))} ({worst.provider}, {worst.precision})"

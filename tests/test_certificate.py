@@ -24,7 +24,7 @@ from slimheads.certificate import Certificate
 from slimheads.errors import CertificateError
 from slimheads.export import export
 from slimheads.model import load
-from slimheads.selection import Plan
+from slimheads.selection import Plan, SitePlan
 from slimheads.surgery import prune
 
 ENCODER_TASKS = ("fill-mask", "text-classification", "token-classification", "question-answering")
@@ -346,3 +346,19 @@ def test_plans_and_models_of_the_tests_differ_in_every_site(bert: Shipped, gpt2:
     for made in (bert, gpt2):
         assert sorted(len(site.kept) for site in made.plan.sites) == [1, 2, 3]
         assert [site.total for site in find_sites(made.slim)] == [len(site.kept) for site in made.plan.sites]
+
+
+def test_equal_tensors_that_the_exporter_stores_once_are_no_fault(
+    model_type: str, tiny: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    """A model fresh from its initialisation has biases that are all zero; the dense and slim graphs share them."""
+    dense = tiny(model_type)
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    sites = find_sites(dense)
+    plan = Plan(tuple(SitePlan(s.name, s.unit, s.total, tuple(range(1 + i, s.total))) for i, s in enumerate(sites)))
+    task = "text-generation" if model_type in DECODERS else "feature-extraction"
+    certificate = ship(dense, plan, tmp_path, task=task).certificate()
+    assert certificate.passed, certificate.error()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from slimheads.errors import UsageError
 from slimheads.flops import flops, parameters, weight_bytes
 from slimheads.selection import Plan
 from slimheads.surgery import prune
@@ -83,3 +84,10 @@ def test_tied_weights_are_counted_once(tiny: Callable[..., PreTrainedModel]) -> 
     expected = VOCABULARY * HIDDEN + 160 * HIDDEN + LAYERS * block + 2 * HIDDEN
     assert parameters(model) == expected and weight_bytes(model) == 4 * expected
     assert weight_bytes(model.to(torch.bfloat16)) == 2 * expected
+
+
+def test_a_shape_past_the_position_table_is_a_usage_error(tiny: Callable[..., PreTrainedModel]) -> None:
+    """RoBERTa's table starts at 2, so that two of its 160 positions cannot be used."""
+    flops(tiny("roberta"), 1, 158)
+    with pytest.raises(UsageError, match=r"\[1, 159\]"):
+        flops(tiny("roberta"), 1, 159)

@@ -1,0 +1,175 @@
+"""What single stages do that a look at a whole run would not show."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import checkpoint, report_of, slimheads, steady_bench, write_recipe
+from safetensors import safe_open
+from transformers import AutoModel
+
+from slimheads import stages
+from slimheads.attention import find_sites
+from slimheads.checkpoint import find
+from slimheads.errors import EnvironmentLackError, UsageError
+from slimheads.model import load
+from slimheads.recipe import Recipe
+from slimheads.scoring import score
+from slimheads.selection import Plan
+from slimheads.stages import CONTROL_SEEDS, STAGES, Job, choose, require_providers, require_usable, versions
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "bench", steady_bench())
+
+
+def ended_well(recipe: Path, out: Path) -> Any:
+    ended = slimheads("run", recipe, "--out", out)
+    assert ended.code == 0, ended.err
+    return report_of(out)
+
+
+def test_every_stage_reads_earlier_ones_only() -> None:
+    for number, stage in enumerate(STAGES):
+        assert set(stage.reads) <= {earlier.name for earlier in STAGES[:number]}
+
+
+def test_versions_name_every_library_that_a_result_comes_from() -> None:
+    found = versions()
+    assert {"slimheads", "python", "torch", "transformers", "optimum-onnx", "onnx", "onnxruntime"} <= found.keys()
+    assert all(found.values())
+
+
+def test_a_ratio_that_cannot_be_met_names_the_place_of_the_ratio(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: {checkpoint()}\nselect: {{keep_at_least: 4}}\n")
+    scores = score(load(checkpoint()))
+    for overrides, where in ((["select.ratio=0.9"], "--set select.ratio=0.9"), ([], f"{path}:2:1")):
+        with pytest.raises(UsageError) as caught:
+            choose(scores, Recipe.read(path, overrides))
+        assert caught.value.where == where
+
+
+def test_a_missing_provider_is_told_with_its_line_unless_it_may_be_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("model: m\nbench:\n  providers: [cpu, cuda]\n")
+    with pytest.raises(EnvironmentLackError) as caught:
+        require_providers(Recipe.read(path))
+    assert caught.value.where == f"{path}:3:14"
+    require_providers(Recipe.read(path, ["bench.on_missing=skip"]))
+    require_providers(Recipe.read(path, ["bench.providers=[cpu]"]))
+
+
+def test_a_text_is_only_required_where_the_recipe_names_one(tmp_path: Path) -> None:
+    source = find(str(checkpoint()))
+    require_usable(Recipe(model="m"), source)
+    with pytest.raises(UsageError, match=r"none\.txt"):
+        require_usable(Recipe.model_validate({"model": "m", "verify": {"text": str(tmp_path / "none.txt")}}), source)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_a_shape_may_be_as_long_as_the_model_and_no_longer(model_type: str) -> None:
+    source = find(str(checkpoint(model_type)))
+    for length in (160, 161):
+        recipe = Recipe.model_validate({"model": "m", "bench": {"shapes": [[1, 8], [2, length]]}})
+        if length == 160:
+            require_usable(recipe, source)
+        else:
+            with pytest.raises(UsageError, match=r"the shape \[2, 161\] is longer than the 160 positions"):
+                require_usable(recipe, source)
+
+
+def test_the_controls_lose_as_many_heads_at_random_and_leave_the_model_as_it_was(tmp_path: Path) -> None:
+    recipe = Recipe.read(write_recipe(tmp_path / "r.yaml"))
+    job = Job(recipe, find(recipe.model), lambda _: None)
+    scores = score(job.dense())
+    job.records = {name: _Result(data) for name, data in _results(scores, choose(scores, recipe)).items()}  # type: ignore[misc]
+    controls = stages._controls(job)
+    assert [seed for seed, _ in controls] == list(CONTROL_SEEDS)
+    before = {name: tensor.clone() for name, tensor in job.dense().state_dict().items()}
+    ids = torch.tensor([[2, 3, 4, 5]])
+    with torch.no_grad():
+        answers = [job.dense()(input_ids=ids).last_hidden_state]
+        for _, pruned in controls:
+            with pruned():
+                answers.append(job.dense()(input_ids=ids).last_hidden_state)
+    assert all(not torch.equal(a, b) for n, a in enumerate(answers) for b in answers[:n])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in job.dense().state_dict().items())
+
+
+class _Result:
+    def __init__(self, result: dict[str, Any]) -> None:
+        self.result = result
+
+
+def _results(scores: Any, plan: Plan) -> dict[str, dict[str, Any]]:
+    return {"score": scores.to_record(), "select": plan.to_json()}
+
+
+def test_a_sharded_source_is_shipped_shard_by_shard_at_ratio_zero(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(checkpoint(), source)
+    (source / "model.safetensors").unlink()
+    AutoModel.from_pretrained(checkpoint()).save_pretrained(source, max_shard_size="40KB")
+    shards = sorted(source.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    ended_well(write_recipe(tmp_path / "r.yaml", source, select={"ratio": 0}), tmp_path / "out")
+    slim = tmp_path / "out" / "slim"
+    for file in [*shards, source / "model.safetensors.index.json"]:
+        assert (slim / file.name).read_bytes() == file.read_bytes()
+    assert not (slim / "model.safetensors").exists()
+    assert all(torch.equal(a, b) for a, b in zip(load(slim).parameters(), load(source).parameters(), strict=True))
+
+
+def test_a_half_precision_source_ships_in_its_own_dtype(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(checkpoint(), source)
+    AutoModel.from_pretrained(checkpoint()).to(torch.bfloat16).save_pretrained(source)
+    report = ended_well(write_recipe(tmp_path / "r.yaml", source), tmp_path / "out")
+    with safe_open(tmp_path / "out" / "slim" / "model.safetensors", framework="pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
+    assert report["model"]["slim"]["bytes"] > report["files"]["slim/model.safetensors"]  # the graph is float32
+
+
+def test_without_a_tokenizer_drift_is_null_with_a_reason(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(checkpoint() / name, source / name)
+    report = ended_well(write_recipe(tmp_path / "r.yaml", source), tmp_path / "out")
+    assert report["drift"]["slim"] is None
+    assert "no tokenizer" in report["drift"]["reason"]
+    assert all(link["passed"] for link in report["certificate"])  # the proof needs no text
+
+
+def test_the_recipe_s_own_text_is_measured_besides_the_built_in_one(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("the a of to\n\nis that it for\n")
+    report = ended_well(write_recipe(tmp_path / "r.yaml", verify={"text": "own.txt"}), tmp_path / "out")
+    assert (report["drift_text"]["sample"], report["drift_text"]["texts"]) == ("own.txt", 2)
+    assert report["drift"]["sample"] == "built-in"
+    assert report["drift_text"]["slim"]["cosine"] != report["drift"]["slim"]["cosine"]
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_a_decoder_s_generation_settings_ship_and_both_folders_hold_a_config(model_type: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ended_well(write_recipe(tmp_path / "r.yaml", checkpoint(model_type)), out)
+    assert (out / "slim" / "generation_config.json").is_file()
+    slim, dense = (json.loads((out / side / "config.json").read_text()) for side in ("slim", "dense"))
+    assert "slimheads" in slim and "slimheads" not in dense
+    source = json.loads((checkpoint(model_type) / "config.json").read_text())
+    assert dense == source
+
+
+def test_slim_reloads_as_the_plan_says(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ended_well(write_recipe(tmp_path / "r.yaml", checkpoint("gpt2")), out)
+    plan = Plan.from_json(json.loads((out / "plan.json").read_text()))
+    sites = find_sites(load(out / "slim"))
+    assert [(site.name, site.total) for site in sites] == [(site.site, len(site.kept)) for site in plan.sites]
