@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
-from runs import (
+from whole_runs import (
     BERT_SITES,
     Ended,
     checkpoint,

@@ -11,7 +11,8 @@ from unittest import mock
 
 import pytest
 import torch
-from runs import (
+from safetensors.torch import load_file, save_file
+from whole_runs import (
     STAGES,
     checkpoint,
     report_of,
@@ -21,7 +22,6 @@ from runs import (
     visible,
     write_recipe,
 )
-from safetensors.torch import load_file, save_file
 
 from slimheads import stages
 from slimheads.certificate import Certificate

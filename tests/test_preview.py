@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from runs import checkpoint, report_of, slimheads, steady_bench, tree, write_recipe
+from whole_runs import checkpoint, report_of, slimheads, steady_bench, tree, write_recipe
 
 from slimheads import stages
 from slimheads.errors import UsageError

@@ -15,9 +15,19 @@ import torch
 from jsonschema import validate
 from pydantic import ValidationError
 from ruamel.yaml import YAML
-from runs import BERT_SITES, checkpoint, finished, measured, report_of, slimheads, steady_bench, visible, write_recipe
 from safetensors import safe_open
 from transformers import AutoModel
+from whole_runs import (
+    BERT_SITES,
+    checkpoint,
+    finished,
+    measured,
+    report_of,
+    slimheads,
+    steady_bench,
+    visible,
+    write_recipe,
+)
 
 from slimheads import stages
 from slimheads.drift import Drift, Figures

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from runs import checkpoint, report_of, slimheads, steady_bench, write_recipe
 from safetensors import safe_open
 from transformers import AutoModel
+from whole_runs import checkpoint, report_of, slimheads, steady_bench, write_recipe
 
 from slimheads import stages
 from slimheads.attention import find_sites

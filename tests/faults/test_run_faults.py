@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import (
+from safetensors.torch import load_file, save_file
+from whole_runs import (
     STAGES,
     Ended,
     checkpoint,
@@ -27,7 +28,6 @@ from runs import (
     visible,
     write_recipe,
 )
-from safetensors.torch import load_file, save_file
 
 from slimheads import stages
 
