@@ -29,7 +29,7 @@ def site(name: str = "m.attn", heads_per_unit: int = 1) -> Site:
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], nodes: Sequence[onnx.NodeProto] = ()) -> Path:
     """A file with these tensors; names are `module/operator/tensor`, each read by a node of that module."""
-    readers = [helper.make_node("Identity", [n], [f"{n} out"], f"/{n.rpartition('/')[0]}") for n in tensors]
+    readers = [helper.make_node("Relu", [n], [f"{n} out"], f"/{n.rpartition('/')[0]}") for n in tensors]
     initializers = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
     graph = helper.make_graph([*readers, *nodes], "g", [], [], initializers)
     onnx.save(helper.make_model(graph), str(path))
