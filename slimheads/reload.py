@@ -33,11 +33,11 @@ def reload_tier(folder: Path, model: PreTrainedModel, task: str) -> tuple[Tier, 
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return (
             "slimheads",
-            f"plain transformers does not rebuild these head counts ({first[:120]}): use slimheads.load.",
+            f"Plain transformers does not rebuild these head counts ({first[:120]}): use slimheads.load.",
         )
     if same_weights(stock, model) and same_attributes(stock, model):
-        return "stock", f"plain transformers ({transformers.__version__}) reloads it with {auto}.from_pretrained."
-    return "slimheads", "plain transformers loads it with other weights or head counts: use slimheads.load."
+        return "stock", f"Plain transformers ({transformers.__version__}) reloads it with {auto}.from_pretrained."
+    return "slimheads", "Plain transformers loads it with other weights or head counts: use slimheads.load."
 
 
 def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:

@@ -138,16 +138,16 @@ def links(found: Sequence[Link]) -> Table:
 
 
 def largest(link: Link) -> str:
-    """A link's largest difference; link 4 compares structure, and any other may have met values that are not finite."""
+    """A link's largest difference; links 4 and 5 compare other things, and any other may have met NaN or infinity."""
     if link.max_abs is None:
-        return "structure only" if link.link == 4 else "no finite figure"
+        return {4: "structure only", 5: "tokens only"}.get(link.link, "no finite figure")
     return w.difference(link.max_abs)
 
 
 def allowed(link: Link) -> str:
-    """The tolerance a link was held to: atol + rtol x |reference|."""
+    """The tolerance a link was held to: atol + rtol x |reference|, or rtol of the largest output."""
     if link.atol is None:
-        return "no deviation" if link.link == 4 else "not stated"
+        return "no deviation" if link.rtol is None else f"{w.percent(link.rtol)} of the largest output"
     return w.tolerance(link.atol) + (f" + {w.tolerance(link.rtol)} relative" if link.rtol else "")
 
 

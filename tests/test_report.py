@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from ruamel.yaml import YAML
 
-from slimheads import plots
+from slimheads import plots, tables
 from slimheads.bench import Interval, Latency, Timing
 from slimheads.certificate import Link, SkippedLink
 from slimheads.drift import Drift, Figures, RandomControl
@@ -565,3 +565,12 @@ def test_terminal_summary_says_the_verdict_first_and_where_the_files_are(tmp_pat
         assert lines[0] == headline(report)[0]
         assert str(folder / "report.html") in lines[-1]
         assert ("not published" in lines[-2]) == (report is FAILED)
+
+
+def test_every_links_tolerance_is_in_words() -> None:
+    """A precision's tolerance is a share of the largest output; structure and tokens allow no deviation at all."""
+    link = make_report().certificate[0]
+    precision = link.model_copy(update={"link": 3, "atol": None, "rtol": 0.01})
+    tokens = link.model_copy(update={"link": 5, "max_abs": None, "max_rel": None, "atol": None, "rtol": None})
+    assert tables.allowed(precision) == "1.0% of the largest output"
+    assert (tables.largest(tokens), tables.allowed(tokens)) == ("tokens only", "no deviation")
