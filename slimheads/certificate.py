@@ -64,10 +64,10 @@ class Link(BaseModel):
     link: int  # 1 to 5, as the contract numbers them
     name: str  # "gated dense torch == slim torch"
     subject: str  # what was held against it, e.g. "onnx/model_int8.onnx"
-    max_abs: float | None
-    max_rel: float | None
-    atol: float | None
-    rtol: float | None
+    max_abs: float | None = None
+    max_rel: float | None = None
+    atol: float | None = None
+    rtol: float | None = None
     cases: int
     passed: bool
     worst_case: str | None = None  # e.g. "batch 4, length 128, left padding, past 7"
@@ -128,7 +128,7 @@ def verify(
         plan: what was deleted.
         folder: the slim folder, with config.json and onnx/.
         dense_onnx: the dense graph, exported the same way.
-        task: a key of `slimheads.model.TASKS`.
+        task: a key of `slimheads.checkpoint.TASKS`.
         precisions: the graphs in `folder/onnx` to hold against the fp32 one.
         atol, rtol: for link 2.
         on_progress: called with each link's name before it is tried.
@@ -231,10 +231,6 @@ def _structure(chain: _Chain, further: Sequence[Path]) -> Link:
         link=4,
         name=name,
         subject=subject,
-        max_abs=None,
-        max_rel=None,
-        atol=None,
-        rtol=None,
         cases=sum(len(site.projections) for site in sites),
         passed=not faults,
         reason=_first_of(faults) if faults else None,
@@ -259,10 +255,6 @@ def _tokens(chain: _Chain, folder: Path) -> Link:
         link=5,
         name=name,
         subject=subject,
-        max_abs=None,
-        max_rel=None,
-        atol=None,
-        rtol=None,
         cases=len(prompts),
         passed=not wrong,
         worst_case=wrong[0][0] if wrong else None,
@@ -304,5 +296,4 @@ def _link(number: int, name: str, subject: str, found: Sequence[Comparison], ato
 
 
 def _broken(number: int, name: str, subject: str, error: Exception) -> Link:
-    unmeasured = dict.fromkeys(("max_abs", "max_rel", "atol", "rtol"))
-    return Link(link=number, name=name, subject=subject, **unmeasured, cases=0, passed=False, reason=in_short(error))
+    return Link(link=number, name=name, subject=subject, cases=0, passed=False, reason=in_short(error))

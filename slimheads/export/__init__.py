@@ -42,7 +42,7 @@ def export(
     Args:
         model: dense or slim, on the CPU. A half-precision model is exported from a float32 copy.
         folder: made if missing; files in it are replaced.
-        task: what the graph computes, a key of `slimheads.model.TASKS`.
+        task: what the graph computes, a key of `slimheads.checkpoint.TASKS`.
         precisions: "fp32" is always made: the others start from it.
         kv_axes: whether the cache's head axes are free ("symbolic", for optimum) or fixed ("static", for genai).
 
