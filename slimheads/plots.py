@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def heat_map(scores: ScoreTable, plan: PlanTable, *, width: int, name: str) -> str:
-    """Scores as tiles, one row a site and one column a unit; a deleted unit is a hollow tile with a dot.
+    """Scores as tiles, one row a site and one column a unit; a deleted unit's tile keeps its colour and has a dot.
 
     Each deleted unit's dot has the id `NAME-deleted-SITE-UNIT`, both counted from 0.
     """
@@ -64,15 +64,12 @@ def heat_map(scores: ScoreTable, plan: PlanTable, *, width: int, name: str) -> s
 def _tile(canvas: Canvas, box: tuple[float, float, float, float], colour: str, kept: bool, place: str) -> None:
     x, y, w, h = box
     gap = min(1.0, w * 0.08)
+    canvas.rect(x + gap, y + gap, w - 2 * gap, h - 2 * gap, fill=colour)
     if kept:
-        canvas.rect(x + gap, y + gap, w - 2 * gap, h - 2 * gap, fill=colour)
         return
-    inset = gap + 0.5
-    if min(w, h) >= 9:
-        canvas.rect(x + inset, y + inset, w - 2 * inset, h - 2 * inset, stroke=colour)
     middle, gid = (x + w / 2, y + h / 2), f"deleted-{place}"
-    if min(w, h) >= 16:
-        canvas.dot(*middle, min(w, h) * 0.13, fill="limit", gid=gid)
+    if min(w, h) >= 16:  # the ring keeps it apart from dark tiles
+        canvas.dot(*middle, min(w, h) * 0.18, fill="limit", stroke="paper", gid=gid)
     else:  # too small to tell from a disc, and a fifth of its text
         side = max(2.0, min(w, h) * 0.26)
         canvas.rect(middle[0] - side / 2, middle[1] - side / 2, side, side, fill="limit", gid=gid)
@@ -86,8 +83,8 @@ def _heat_legend(canvas: Canvas, x: float, y: float, low: float, high: float) ->
     end = start + RAMP_STEPS * 5 + 8
     canvas.text(end, y, wording.figures(high), colour="muted")
     mark = end + 6.6 * len(wording.figures(high)) + 22
-    canvas.rect(mark + 0.5, y - 5.5, 12, 11, stroke="heat6")
-    canvas.dot(mark + 6.5, y, 1.9, fill="limit")
+    canvas.rect(mark + 0.5, y - 5.5, 12, 11, fill="heat3")
+    canvas.dot(mark + 6.5, y, 2.6, fill="limit", stroke="paper")
     canvas.text(mark + 20, y, "removed", colour="ink")
 
 
