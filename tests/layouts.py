@@ -12,6 +12,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+BERT_LIKE = {"bert", "camembert", "electra", "roberta", "xlm-roberta"}
+LLAMA_LIKE = {
+    *("arcee", "cohere", "gemma", "gemma2", "gemma3_text", "glm", "granite", "helium", "llama", "mistral", "nemotron"),
+    *("olmo", "qwen2", "qwen3", "smollm3", "stablelm"),
+}
+
 
 @dataclass(frozen=True)
 class UnitTensors:
@@ -36,15 +42,18 @@ def unit_tensors(model: PreTrainedModel, counts: Sequence[int] | None = None) ->
     base = getattr(model, model.base_model_prefix, model)
     dense = getattr(config, "num_key_value_heads", config.num_attention_heads)
     counts = counts or [dense] * config.num_hidden_layers
-    if kind in {"bert", "roberta", "electra"}:
+    if kind in BERT_LIKE:
         blocks = [layer.attention for layer in base.encoder.layer]
         linears = [(a.self.query, a.self.key, a.self.value, a.output.dense) for a in blocks]
     elif kind == "distilbert":
         blocks = [layer.attention for layer in base.transformer.layer]
         linears = [(a.q_lin, a.k_lin, a.v_lin, a.out_lin) for a in blocks]
-    elif kind in {"llama", "mistral", "qwen2"}:
-        blocks = [layer.self_attn for layer in base.layers]
+    elif kind in LLAMA_LIKE:  # Gemma 3's declared prefix is not its attribute's name
+        blocks = [layer.self_attn for layer in getattr(model, "model", model).layers]
         linears = [(a.q_proj, a.k_proj, a.v_proj, a.o_proj) for a in blocks]
+    elif kind == "phi":
+        blocks = [layer.self_attn for layer in base.layers]
+        linears = [(a.q_proj, a.k_proj, a.v_proj, a.dense) for a in blocks]
     elif kind == "gpt2":
         return [_fused(b.attn.c_attn, b.attn.c_proj, count) for b, count in zip(base.h, counts, strict=True)]
     else:
