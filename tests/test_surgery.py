@@ -36,8 +36,8 @@ HEADS = [
 ]
 # Their eager attention casts a float64 mask to float32: rows that see only padding become NaN, dense or slim. With a
 # window those are also the rows of padding that stand far behind the text.
-NAN_WHEN_PADDED_LEFT = DECODERS - {"gpt2"}
-NAN_WHEN_PADDED_RIGHT = {"gemma2", "gemma3_text", "mistral"}
+NAN_WHEN_PADDED_LEFT = DECODERS - {"gpt2", "gpt_neo", "gptj"} | {"modernbert"}
+NAN_WHEN_PADDED_RIGHT = {"gemma2", "gemma3_text", "mistral", "modernbert"}
 STOCK_PRUNES = [m for family in families().values() if family.reload == "pruned_heads" for m in family.model_types]
 
 

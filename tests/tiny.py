@@ -30,6 +30,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "roberta": _SIZES | {"pad_token_id": 1},
     "xlm-roberta": _SIZES | {"pad_token_id": 1},
     "camembert": _SIZES | {"pad_token_id": 1},
+    "data2vec-text": _SIZES | {"pad_token_id": 1},
+    "megatron-bert": _SIZES,
+    "rembert": _SIZES | {"input_embedding_size": 16},
+    "roformer": _SIZES | {"embedding_size": 16},
+    "modernbert": _SIZES
+    | {"global_attn_every_n_layers": 2, "local_attention": 6, "reference_compile": False}
+    | {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3},
     "electra": _SIZES | {"embedding_size": 16},
     "distilbert": {
         "dim": 32,
@@ -48,6 +55,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "bos_token_id": 0,
         "eos_token_id": 0,
     },
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 3,
+        "num_heads": 4,
+        "vocab_size": 120,
+        "max_position_embeddings": 160,
+        "attention_types": [[["local", "global", "local"], 1]],
+        "window_size": 5,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    "gptj": {
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "rotary_dim": 4,
+        "vocab_size": 120,
+        "n_positions": 160,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    "gpt_neox": _SIZES,
+    "opt": _SIZES | {"word_embed_proj_dim": 32, "ffn_dim": 48},
     "llama": _GROUPED,
     "mistral": _GROUPED | {"sliding_window": 5},
     "qwen2": _GROUPED,
@@ -66,7 +96,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "helium": _GROUPED | {"head_dim": 4},  # its output projection takes no other
     "nemotron": _GROUPED | {"head_dim": 8},
 }
-DECODERS = CONFIGS.keys() - {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert"}
+ENCODERS = {
+    *("bert", "camembert", "data2vec-text", "distilbert", "electra", "megatron-bert", "modernbert", "rembert"),
+    *("roberta", "roformer", "xlm-roberta"),
+}
+DECODERS = CONFIGS.keys() - ENCODERS
 
 
 def tiny_model(
