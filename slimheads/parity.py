@@ -209,9 +209,8 @@ def _compare_one(name: str, a: np.ndarray, b: np.ndarray, case: Case, atol: floa
     if a.shape != b.shape:
         return failed(f"shapes {list(a.shape)} and {list(b.shape)} differ")
     real = case.mask.astype(bool)
-    if name.startswith(
-        "present."
-    ):  # [batch, KV heads, positions, head_dim], the last positions where a window drops some
+    # A cache is [batch, KV heads, positions, head_dim], past positions included; a window drops the first ones.
+    if name.startswith("present."):
         real = real[:, real.shape[1] - a.shape[2] :]
         a, b = (cached.swapaxes(1, 2)[real] for cached in (a, b))
     elif a.ndim == 3 or name in ("start_logits", "end_logits"):  # the others have no axis of positions
