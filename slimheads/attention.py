@@ -2,8 +2,9 @@
 
 A family file names, for every attention block, its projections and a *layout* for each: how the projection's long axis
 is divided. `query(unit dim) | key(unit dim) | value(unit dim)` reads: three blocks one after the other, each of them a
-run of units, each unit a run of head_dim features. `member` stands for the query heads that share one KV head. The
-input projections are divided along their output features, `output(...)` along its input features.
+run of units, each unit a run of head_dim features. `unit [query key value] dim` is one block of units, each of which is
+a query, a key and a value. `member` stands for the query heads that share one KV head. The input projections are
+divided along their output features, `output(...)` along its input features.
 
 From that, every feature gets one label: the unit it belongs to and its role. Scores, gates and deletion read labels
 only, so none of them knows any family.
@@ -34,7 +35,10 @@ Role = Literal["query", "key", "value", "output"]
 Reload = Literal["pruned_heads", "head_counts"]
 PLAN_KEY = "slimheads"  # where config.json keeps the plan
 
-_BLOCK = re.compile(r"^(query|key|value|output)\(((?:unit|member|dim)(?: (?:unit|member|dim))*)\)$")
+_FOLDER = cast(Path, files("slimheads") / "families")
+_REFUSED = _FOLDER / "refused.yaml"
+_BLOCK = re.compile(r"(?P<role>query|key|value|output)\((?P<dims>(?:unit|member|dim)(?: (?:unit|member|dim))*)\)")
+_INTERLEAVED = re.compile(r"unit \[(?P<roles>(?:query|key|value)(?: (?:query|key|value))*)\] dim")
 
 
 class _Strict(BaseModel):
@@ -42,10 +46,10 @@ class _Strict(BaseModel):
 
 
 class Block(_Strict):
-    """One run of features with a role, divided from the outermost to the innermost dimension."""
+    """One run of features, divided from the outermost to the innermost dimension; `role` is one of them."""
 
-    role: Role
-    dims: tuple[Literal["unit", "member", "dim"], ...]
+    roles: tuple[Role, ...]
+    dims: tuple[Literal["role", "unit", "member", "dim"], ...]
 
 
 class ProjectionRow(_Strict):
@@ -67,6 +71,19 @@ class Refusal(_Strict):
     key: str
     value: bool | int | str
     reason: str
+
+
+class RefusedTypes(_Strict):
+    """Model types that no family file can describe, and why."""
+
+    model_types: tuple[str, ...]
+    reason: str
+
+
+class RefusedTable(_Strict):
+    """families/refused.yaml."""
+
+    refused: tuple[RefusedTypes, ...]
 
 
 class SiteRow(_Strict):
@@ -135,17 +152,30 @@ class Site:
 @cache
 def families() -> Mapping[str, Family]:
     """Every family by its file's name. A damaged family file raises `UsageError` with file and line."""
-    folder = cast(Path, files("slimheads") / "families")
-    return {path.stem: validate(Family, *read_yaml(path)) for path in sorted(folder.glob("*.yaml"))}
+    paths = sorted(path for path in _FOLDER.glob("*.yaml") if path != _REFUSED)
+    return {path.stem: validate(Family, *read_yaml(path)) for path in paths}
+
+
+@cache
+def refused_types() -> Mapping[str, str]:
+    """Why a model type is refused, by model type. A damaged table raises `UsageError` with file and line."""
+    table = validate(RefusedTable, *read_yaml(_REFUSED))
+    return {model_type: row.reason for row in table.refused for model_type in row.model_types}
 
 
 def family_of(config: PretrainedConfig) -> tuple[str, Family]:
     """The family that covers a configuration.
 
     Raises:
-        ModelRefusedError: no family covers its model type, or the family refuses this configuration.
+        ModelRefusedError: no family covers its model type or can, or the family refuses this configuration.
     """
     known = {model_type: name for name, family in families().items() for model_type in family.model_types}
+    if config.model_type in refused_types():
+        raise ModelRefusedError(
+            f"model type '{config.model_type}' is refused: {refused_types()[config.model_type]}",
+            where="config.json",
+            hint="see `slimheads families` for what is covered",
+        )
     if config.model_type not in known:
         near = difflib.get_close_matches(str(config.model_type), known, n=1, cutoff=0.0)[0]
         raise ModelRefusedError(
@@ -174,7 +204,7 @@ def family_rows() -> list[dict[str, Any]]:
             "model_types": list(family.model_types),
             "unit": "head" if family.heads is None else "kv_group (head where every head has its own keys and values)",
             "layout": "fused"
-            if any(" | " in p.layout for site in family.sites for p in site.projections)
+            if any(mark in p.layout for mark in "|[" for site in family.sites for p in site.projections)
             else "separate",
             "reload": {
                 None: "slimheads",
@@ -293,9 +323,9 @@ def _read_projection(
             hint="the family file does not describe this model",
         )
     blocks = _blocks(projection.layout)
-    features = linear_features(module)[0 if blocks[0].role == "output" else 1]
+    features = linear_features(module)[0 if blocks[0].roles == ("output",) else 1]
     # head_dim is read off the first projection and must hold for all the others.
-    per_dim = sum(int(np.prod([sizes[d] for d in b.dims if d != "dim"])) for b in blocks)
+    per_dim = sum(int(np.prod([sizes.get(d, len(b.roles)) for d in b.dims if d != "dim"])) for b in blocks)
     sizes.setdefault("dim", features // per_dim)
     if per_dim * sizes["dim"] != features:
         raise ModelRefusedError(
@@ -305,10 +335,10 @@ def _read_projection(
         )
     units, roles = [], []
     for block in blocks:
-        shape = tuple(sizes[d] for d in block.dims)
-        units.append(np.indices(shape)[block.dims.index("unit")].ravel())
-        roles += [block.role] * int(np.prod(shape))
-    return Projection(qualified, np.concatenate(units), np.array(roles))
+        indices = np.indices([sizes.get(d, len(block.roles)) for d in block.dims]).reshape(len(block.dims), -1)
+        units.append(indices[block.dims.index("unit")])
+        roles.append(np.array(block.roles)[indices[block.dims.index("role")]])
+    return Projection(qualified, np.concatenate(units), np.concatenate(roles))
 
 
 def linear_features(module: torch.nn.Module) -> tuple[int, int]:
@@ -340,8 +370,14 @@ def _blocks(layout: str) -> tuple[Block, ...]:
 
 
 def _parse_blocks(layout: str) -> Iterator[Block]:
+    interleaved = _INTERLEAVED.fullmatch(layout)
+    if interleaved:
+        yield Block(roles=cast(Any, tuple(interleaved["roles"].split())), dims=("unit", "role", "dim"))
+        return
     for text in layout.split(" | "):
         match = _BLOCK.fullmatch(text.strip())
-        if not match or "unit" not in match[2].split():
-            raise ValueError(f"expected blocks like 'query(unit dim)' joined by ' | ', got {text!r}")
-        yield Block(role=cast(Role, match[1]), dims=cast(Any, tuple(match[2].split())))
+        if not match or "unit" not in match["dims"].split():
+            raise ValueError(
+                f"expected blocks like 'query(unit dim)' joined by ' | ', or 'unit [query key value] dim', got {text!r}"
+            )
+        yield Block(roles=(cast(Role, match["role"]),), dims=cast(Any, ("role", *match["dims"].split())))

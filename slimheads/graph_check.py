@@ -121,14 +121,23 @@ class _Graph:
 
     def shapes_in(self, module: str) -> list[Shape]:
         """Shapes of the tensors that the module's own nodes read."""
-        return [self.shapes[n] for n, users in self.users.items() if any(u.startswith(f"{module}.") for u in users)]
+        prefix = self._prefix(module)
+        return [self.shapes[n] for n, users in self.users.items() if any(u.startswith(prefix) for u in users)]
 
     def shapes_outside(self, modules: Sequence[str]) -> Counter[Shape]:
         """Shapes of the tensors that some node outside these modules reads, each once a reader."""
-        prefixes = tuple(f"{module}." for module in modules)
+        prefixes = tuple(self._prefix(module) for module in modules)
         return Counter(
             self.shapes[name] for name, users in self.users.items() for user in users if not user.startswith(prefixes)
         )
+
+    def _prefix(self, module: str) -> str:
+        """How the names of a module's nodes begin."""
+        # OPT's head class calls `model.decoder` past `model`, and the exporter names only what was called.
+        whole, called = f"{module}.", f"{module.partition('.')[2]}."
+        scopes = [scope for users in self.users.values() for scope in users]
+        missing = not any(scope.startswith(whole) for scope in scopes)
+        return called if missing and any(scope.startswith(called) for scope in scopes) else whole
 
 
 def _read(path: Path, *, weights: bool = False) -> onnx.GraphProto:

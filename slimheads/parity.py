@@ -208,9 +208,13 @@ def _compare_one(name: str, a: np.ndarray, b: np.ndarray, case: Case, atol: floa
 
     if a.shape != b.shape:
         return failed(f"shapes {list(a.shape)} and {list(b.shape)} differ")
-    if a.ndim == 3 or name in ("start_logits", "end_logits"):  # the others have no axis of positions
-        real = case.mask[:, case.past :].astype(bool)
-        a, b = a[real], b[real]
+    real = case.mask.astype(bool)
+    # A cache is [batch, KV heads, positions, head_dim], past positions included; a window drops the first ones.
+    if name.startswith("present."):
+        real = real[:, real.shape[1] - a.shape[2] :]
+        a, b = (cached.swapaxes(1, 2)[real] for cached in (a, b))
+    elif a.ndim == 3 or name in ("start_logits", "end_logits"):  # the others have no axis of positions
+        a, b = a[real[:, case.past :]], b[real[:, case.past :]]
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return failed("a value is NaN or infinite")
     a, b = a.astype(np.float64), b.astype(np.float64)

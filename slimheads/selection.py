@@ -31,6 +31,7 @@ Normalize = Literal["none", "layer"]
 Counts = Literal["any", "equal"]
 
 _LET_GO = "lower keep_at_least or multiple_of, which let nothing go at any ratio, or use 0 to change nothing"
+_SINGLE = "every attention block is one unit that stays (all its query heads share one KV head): use 0"
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,10 @@ def select(
     removed = {unit for ranking in rankings for unit in _take(ranking, ratio, rankings)}
     if ratio > 0 and not removed:
         works = _working_ratios(rankings)
+        hint = _SINGLE if max(totals) == 1 else _LET_GO
         raise UsageError(
             f"ratio {ratio} removes nothing here",
-            hint=f"the smallest ratio that removes a unit is {works[0]}; use 0 to change nothing" if works else _LET_GO,
+            hint=f"the smallest ratio that removes a unit is {works[0]}; use 0 to change nothing" if works else hint,
         )
     return Plan(
         tuple(

@@ -12,6 +12,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+BERT_LIKE = {
+    *("bert", "camembert", "data2vec-text", "electra", "megatron-bert", "rembert", "roberta", "roformer"),
+    "xlm-roberta",
+}
+LLAMA_LIKE = {
+    *("arcee", "cohere", "gemma", "gemma2", "gemma3_text", "glm", "granite", "helium", "llama", "mistral", "nemotron"),
+    *("olmo", "qwen2", "qwen3", "smollm3", "stablelm"),
+}
+
 
 @dataclass(frozen=True)
 class UnitTensors:
@@ -36,15 +45,30 @@ def unit_tensors(model: PreTrainedModel, counts: Sequence[int] | None = None) ->
     base = getattr(model, model.base_model_prefix, model)
     dense = getattr(config, "num_key_value_heads", config.num_attention_heads)
     counts = counts or [dense] * config.num_hidden_layers
-    if kind in {"bert", "roberta", "electra"}:
+    if kind in BERT_LIKE:
         blocks = [layer.attention for layer in base.encoder.layer]
         linears = [(a.self.query, a.self.key, a.self.value, a.output.dense) for a in blocks]
     elif kind == "distilbert":
         blocks = [layer.attention for layer in base.transformer.layer]
         linears = [(a.q_lin, a.k_lin, a.v_lin, a.out_lin) for a in blocks]
-    elif kind in {"llama", "mistral", "qwen2"}:
-        blocks = [layer.self_attn for layer in base.layers]
+    elif kind in LLAMA_LIKE:  # Gemma 3's declared prefix is not its attribute's name
+        blocks = [layer.self_attn for layer in getattr(model, "model", model).layers]
         linears = [(a.q_proj, a.k_proj, a.v_proj, a.o_proj) for a in blocks]
+    elif kind == "phi":
+        blocks = [layer.self_attn for layer in base.layers]
+        linears = [(a.q_proj, a.k_proj, a.v_proj, a.dense) for a in blocks]
+    elif kind in {"gpt_neo", "gptj", "opt"}:
+        blocks = {
+            "gpt_neo": lambda: [layer.attn.attention for layer in base.h],
+            "gptj": lambda: [layer.attn for layer in base.h],
+            "opt": lambda: [layer.self_attn for layer in base.decoder.layers],
+        }[kind]()
+        linears = [(a.q_proj, a.k_proj, a.v_proj, a.out_proj) for a in blocks]
+    elif kind == "modernbert":
+        return [_three_blocks(b.attn.Wqkv, b.attn.Wo, count) for b, count in zip(base.layers, counts, strict=True)]
+    elif kind == "gpt_neox":
+        pairs = [(layer.attention.query_key_value, layer.attention.dense) for layer in base.layers]
+        return [_head_by_head(*pair, count) for pair, count in zip(pairs, counts, strict=True)]
     elif kind == "gpt2":
         return [_fused(b.attn.c_attn, b.attn.c_proj, count) for b, count in zip(base.h, counts, strict=True)]
     else:
@@ -84,4 +108,24 @@ def _fused(c_attn: torch.nn.Module, c_proj: torch.nn.Module, count: int) -> list
         units.append(
             UnitTensors(fused[:, q], fused[:, k], fused[:, v], c_proj.weight.data[rows, :], (bias[q], bias[k], bias[v]))
         )
+    return units
+
+
+def _three_blocks(fused: torch.nn.Linear, out: torch.nn.Linear, count: int) -> list[UnitTensors]:
+    """Rows of all queries, then of all keys, then of all values."""
+    three = fused.weight.data.view(3, count, -1, fused.in_features)
+    columns = out.weight.data.view(out.out_features, count, -1)
+    biases = [()] * count if fused.bias is None else fused.bias.data.view(3, count, -1).unbind(1)
+    return [UnitTensors(*three[:, head], columns[:, head], tuple(biases[head])) for head in range(count)]
+
+
+def _head_by_head(fused: torch.nn.Linear, out: torch.nn.Linear, count: int) -> list[UnitTensors]:
+    """Rows of the first head's query, key and value, then of the second's."""
+    dim = fused.out_features // count // 3
+    units = []
+    for head in range(count):
+        q, k, v = (slice((3 * head + part) * dim, (3 * head + part + 1) * dim) for part in range(3))
+        weight, bias = fused.weight.data, fused.bias.data
+        columns = out.weight.data[:, head * dim : (head + 1) * dim]
+        units.append(UnitTensors(weight[q], weight[k], weight[v], columns, (bias[q], bias[k], bias[v])))
     return units

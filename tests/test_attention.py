@@ -10,12 +10,23 @@ import pytest
 import torch
 from layouts import unit_tensors
 from pydantic import ValidationError
-from transformers import BertConfig, PreTrainedModel
+from transformers import AutoConfig, BertConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from slimheads import attention
-from slimheads.attention import Family, ProjectionRow, SiteRow, families, family_of, find_sites, linear_features
+from slimheads.attention import (
+    Family,
+    ProjectionRow,
+    SiteRow,
+    families,
+    family_of,
+    find_sites,
+    linear_features,
+    refused_types,
+)
 from slimheads.errors import ModelRefusedError, UsageError
-from slimheads.scoring import ROLES
+from slimheads.scoring import ROLES, score
+from slimheads.selection import select
 from slimheads.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]
@@ -103,6 +114,42 @@ def test_an_unknown_model_type_names_the_nearest() -> None:
         family_of(config)
 
 
+@pytest.mark.parametrize(
+    "model_type,reason",
+    [
+        ("olmo2", "normalized over all heads together"),
+        ("gpt_oss", "sink of its own"),
+        ("qwen3_next", "a gate beside each query"),
+        ("deepseek_v3", "a latent vector"),
+    ],
+)
+def test_an_architecture_that_cannot_be_covered_is_refused_with_the_reason(model_type: str, reason: str) -> None:
+    config = AutoConfig.for_model(model_type)
+    with pytest.raises(ModelRefusedError, match=f"'{model_type}' is refused: .*{reason}"):
+        family_of(config)
+
+
+def test_refused_model_types_are_real_ones_and_none_is_covered() -> None:
+    covered = {model_type for family in families().values() for model_type in family.model_types}
+    assert refused_types().keys() <= set(CONFIG_MAPPING) - covered
+
+
+@pytest.mark.parametrize("model_type,key", [("cohere", "use_qk_norm"), ("stablelm", "qk_layernorm")])
+def test_a_norm_a_head_is_refused(tiny: Tiny, model_type: str, key: str) -> None:
+    config = tiny(model_type).config
+    setattr(config, key, True)
+    with pytest.raises(ModelRefusedError, match=f"{key}: True is refused, for every head has a norm of its own"):
+        family_of(config)
+
+
+def test_a_multi_query_model_has_one_unit_a_site(tiny: Tiny) -> None:
+    """All queries share one KV head: the whole block is one group, and the last group of a block always stays."""
+    model = tiny("gemma", num_key_value_heads=1)
+    assert {(site.total, site.heads_per_unit) for site in find_sites(model)} == {(1, 8)}
+    with pytest.raises(UsageError, match=r"removes nothing here; every attention block is one unit that stays"):
+        select(score(model), 0.25, "layer")
+
+
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "gpt2"])
 def test_cross_attention_is_refused(tiny: Tiny, model_type: str) -> None:
     config = tiny(model_type).config
@@ -156,7 +203,20 @@ def test_a_family_file_that_does_not_describe_the_model_is_an_error(
 
 @pytest.mark.parametrize(
     "layout",
-    ["query(dim)", "query(unit)dim", "query(unit dim), key(unit dim)", "queries(unit dim)", "", "query(unit head)"],
+    [
+        "query(dim)",
+        "query(unit)dim",
+        "query(unit dim), key(unit dim)",
+        "queries(unit dim)",
+        "",
+        "query(unit head)",
+        "[query key value] dim",
+        "[query key value] unit dim",
+        "unit [query key value]",
+        "unit [query keys] dim",
+        "unit [query key value] unit dim",
+        "unit [query output] dim",
+    ],
 )
 def test_a_layout_that_cannot_be_read_is_refused(layout: str) -> None:
     with pytest.raises(ValidationError, match="expected blocks like"):

@@ -152,6 +152,16 @@ def test_what_stands_at_padding_does_not_matter() -> None:
     assert compare({"start_logits": a[..., 0]}, {"start_logits": b[..., 0]}, PADDED, 0.0, 0.0).passed
 
 
+@pytest.mark.parametrize("kept", [5, 4], ids=["whole", "last four positions"])
+def test_a_cache_is_compared_at_the_positions_that_are_not_padding(kept: int) -> None:
+    """[batch, heads, positions, head_dim], past positions too; a window drops the first ones."""
+    for row, position in np.ndindex(2, kept):
+        a, b = np.ones((2, 3, kept, 2)), np.ones((2, 3, kept, 2))
+        b[row, 1, position, 0] = 2.0
+        same = compare({"present.0.key": a}, {"present.0.key": b}, PADDED, 0.1, 0.1).passed
+        assert same == (PADDED.mask[row, 5 - kept + position] == 0)
+
+
 def test_an_output_without_positions_is_compared_whole() -> None:
     a, b = np.ones((2, 3)), np.ones((2, 3))
     b[1, 0] = 2.0

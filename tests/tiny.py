@@ -19,9 +19,24 @@ _SIZES: dict[str, Any] = {
 }
 _GROUPED: dict[str, Any] = _SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256}
 
+_WIDE_HEADS: dict[str, Any] = _GROUPED | {"head_dim": 6}  # not hidden_size / num_attention_heads, which is 4
+_WINDOWS: dict[str, Any] = {  # far shorter than the longest texts, in some layers
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": _SIZES,
     "roberta": _SIZES | {"pad_token_id": 1},
+    "xlm-roberta": _SIZES | {"pad_token_id": 1},
+    "camembert": _SIZES | {"pad_token_id": 1},
+    "data2vec-text": _SIZES | {"pad_token_id": 1},
+    "megatron-bert": _SIZES,
+    "rembert": _SIZES | {"input_embedding_size": 16},
+    "roformer": _SIZES | {"embedding_size": 16},
+    "modernbert": _SIZES
+    | {"global_attn_every_n_layers": 2, "local_attention": 6, "reference_compile": False}
+    | {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3},
     "electra": _SIZES | {"embedding_size": 16},
     "distilbert": {
         "dim": 32,
@@ -40,11 +55,52 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "bos_token_id": 0,
         "eos_token_id": 0,
     },
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 3,
+        "num_heads": 4,
+        "vocab_size": 120,
+        "max_position_embeddings": 160,
+        "attention_types": [[["local", "global", "local"], 1]],
+        "window_size": 5,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    "gptj": {
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "rotary_dim": 4,
+        "vocab_size": 120,
+        "n_positions": 160,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    "gpt_neox": _SIZES,
+    "opt": _SIZES | {"word_embed_proj_dim": 32, "ffn_dim": 48},
     "llama": _GROUPED,
-    "mistral": _GROUPED | {"sliding_window": None},
+    "mistral": _GROUPED | {"sliding_window": 5},
     "qwen2": _GROUPED,
+    "qwen3": _WIDE_HEADS,
+    "gemma": _WIDE_HEADS,
+    "gemma2": _WIDE_HEADS | _WINDOWS | {"query_pre_attn_scalar": 6},
+    "gemma3_text": _WIDE_HEADS | _WINDOWS | {"query_pre_attn_scalar": 6},
+    "granite": _GROUPED | {"attention_multiplier": 0.5, "residual_multiplier": 0.7, "logits_scaling": 2.0},
+    "cohere": _GROUPED,
+    "smollm3": _GROUPED | {"no_rope_layers": [1, 0, 1], "pad_token_id": 1},
+    "stablelm": _GROUPED | {"partial_rotary_factor": 0.5},
+    "phi": _GROUPED,
+    "olmo": _GROUPED | {"clip_qkv": 1.0},
+    "arcee": _WIDE_HEADS,
+    "glm": _GROUPED | {"head_dim": 8, "pad_token_id": 1},
+    "helium": _GROUPED | {"head_dim": 4},  # its output projection takes no other
+    "nemotron": _GROUPED | {"head_dim": 8},
 }
-DECODERS = {"gpt2", "llama", "mistral", "qwen2"}
+ENCODERS = {
+    *("bert", "camembert", "data2vec-text", "distilbert", "electra", "megatron-bert", "modernbert", "rembert"),
+    *("roberta", "roformer", "xlm-roberta"),
+}
+DECODERS = CONFIGS.keys() - ENCODERS
 
 
 def tiny_model(
