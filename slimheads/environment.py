@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from slimheads import __version__
 
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime")
+STAND_INS = {"onnxruntime": ("onnxruntime-gpu",)}  # other builds of the same package, under names of their own
 GIB = 1024**3
 MIN_PYTHON = ">=3.11"
 MIN_CORES = 2  # bench.threads unless the recipe says otherwise
@@ -74,7 +76,7 @@ def environment(session_options: Mapping[str, Any] | None = None) -> Environment
     return Environment(
         slimheads=__version__,
         python=platform.python_version(),
-        packages={name: _version(name) for name in PACKAGES},
+        packages={name: installed(name) for name in PACKAGES},
         platform=_platform(),
         cpu=_cpu_model(),
         cores_physical=psutil.cpu_count(logical=False),
@@ -201,11 +203,12 @@ def _cgroup_memory(root: Path) -> int | None:
 # The installation
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def installed(package: str) -> str | None:
+    """The installed version of a package, or of the build that stands in for it; None where there is neither."""
+    for name in (package, *STAND_INS.get(package, ())):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return None
 
 
 def _providers() -> tuple[str, ...]:
@@ -240,7 +243,7 @@ def _check_python() -> Check:
 def _check_packages() -> list[Check]:
     checks = []
     for wanted in requirements():
-        found = _version(wanted.name)
+        found = installed(wanted.name)
         ok = found is not None and wanted.specifier.contains(found, prereleases=True)
         checks.append(
             Check(
@@ -256,7 +259,7 @@ def _check_packages() -> list[Check]:
 
 def _check_absent(package: str) -> Check:
     """transformers runs code from the hub that a config.json names when `kernels` is installed (CVE-2026-4372)."""
-    found = _version(package)
+    found = installed(package)
     hint = None if found is None else f"pip uninstall {package}: with it a config.json can make transformers run code"
     return Check(
         name=f"no {package}", ok=found is None, found=found or "not installed", expected="not installed", hint=hint

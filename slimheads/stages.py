@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from slimheads.certificate import Certificate, Link, SkippedLink, verify
 from slimheads.checkpoint import Source, read_config, side_files, weight_files
 from slimheads.disk import sha256_file
 from slimheads.drift import Drift, measure_drift, pooling_of, read_texts
+from slimheads.environment import environment, installed
 from slimheads.errors import EnvironmentLackError, SlimheadsError, UsageError
 from slimheads.export import FILES, export
 from slimheads.gating import gated
@@ -108,7 +108,9 @@ def versions() -> dict[str, str]:
     package = Path(slimheads.__file__).parent
     for path in sorted([*package.rglob("*.py"), *package.rglob("*.yaml"), *package.rglob("*.txt")]):
         own.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
-    return {"slimheads": own.hexdigest(), "python": platform.python_version()} | {n: version(n) for n in _VERSIONED}
+    return {"slimheads": own.hexdigest(), "python": platform.python_version()} | {
+        n: installed(n) or "none" for n in _VERSIONED
+    }
 
 
 def _dump(section: Any) -> dict[str, Any]:
@@ -276,15 +278,8 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def _bench_section(job: Job) -> dict[str, Any]:
-    machine = {"machine": platform.machine(), "cpu": _cpu()}
+    machine = {"machine": platform.machine(), "cpu": environment().cpu}
     return _dump(job.recipe.bench) | {"precisions": list(job.recipe.export.precisions)} | machine
-
-
-@cache
-def _cpu() -> str:
-    from slimheads.environment import environment
-
-    return environment().cpu
 
 
 def require_providers(recipe: Recipe) -> None:

@@ -89,7 +89,7 @@ def test_doctor_finds_this_installation_sound(monkeypatch: pytest.MonkeyPatch) -
 
 def test_doctor_sees_what_is_missing_old_and_dangerous(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     versions = {"kernels": "0.4.0", "torch": "2.1.0", "onnx": None}
-    monkeypatch.setattr(module, "_version", lambda name: versions.get(name, "1.0"))
+    monkeypatch.setattr(module, "installed", lambda name: versions.get(name, "1.0"))
     monkeypatch.setattr(metadata, "requires", lambda _: ["torch>=2.6", "onnx>=1.21", "pytest>=8; extra == 'dev'"])
     monkeypatch.setattr(module, "_providers", lambda: ())
     monkeypatch.setattr(module, "usable_cores", lambda: 0.5)
@@ -102,6 +102,17 @@ def test_doctor_sees_what_is_missing_old_and_dangerous(monkeypatch: pytest.Monke
     assert {name for name, check in checks.items() if not check.ok} == bad
     assert checks["torch"].hint == "pip install 'torch>=2.6'"
     assert all(checks[name].hint for name in bad)
+
+
+def test_the_gpu_build_of_onnxruntime_counts_as_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name != "onnxruntime-gpu":
+            raise metadata.PackageNotFoundError(name)
+        return "1.31.1"
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert module.installed("onnxruntime") == "1.31.1"
+    assert module.installed("onnx") is None
 
 
 def _refuse() -> None:
