@@ -11,6 +11,7 @@ from slimheads.attention import families
 from slimheads.bench import Latency
 from slimheads.drift import Drift
 from slimheads.environment import Environment
+from slimheads.errors import GateError
 from slimheads.recipe import Gates
 from slimheads.report import (
     GateResult,
@@ -30,6 +31,13 @@ from slimheads.stages import Job, certificate_of
 from slimheads.store import Source
 from slimheads.tables import short_name
 
+_REMEDIES = {
+    "latency_ratio": "delete more heads, or measure on a machine that does nothing else",
+    "size_ratio": "delete more heads, or allow more bytes",
+    "min_cosine": "delete fewer heads, or try scope: layer",
+    "max_perplexity_ratio": "delete fewer heads, or try scope: layer",
+    "min_top1_agreement": "delete fewer heads, or try scope: layer",
+}
 BROKEN_PROOF = "the certificate failed, so nothing after it was measured"
 
 
@@ -49,13 +57,13 @@ def assemble(
     facts = _facts(job)
     gates = judge(job.recipe.gates, latency, [d for d in (drift, drift_text) if d], facts.dense, facts.slim)
     error = certificate.error()
-    unmet = [f"gate {g.gate}: {g.reason}" for g in gates if not g.met]
+    unmet = [_unmet(gate, job) for gate in gates if not gate.met]
     text_reason = BROKEN_PROOF if job.recipe.verify.text else "the recipe names no text of its own (verify.text)"
     return Report(
         verdict=Verdict(
             ok=not (error or unmet),
-            exit_code=4 if error else 7 if unmet else 0,
-            reasons=(str(error),) if error else tuple(unmet),
+            exit_code=error.exit_code if error else GateError.exit_code if unmet else 0,
+            reasons=(str(error),) if error else tuple(map(str, unmet)),
         ),
         recipe=job.recipe.model_dump(mode="json"),
         model=facts,
@@ -131,6 +139,14 @@ def judge(
         if limit is not None:
             found.append(_at_least(gate, limit, _worst(drifts, figure, min), figure.replace("_", " ")))
     return tuple(found)
+
+
+def _unmet(gate: GateResult, job: Job) -> GateError:
+    return GateError(
+        f"gate {gate.gate} was not met: {gate.reason}",
+        where=job.recipe.where(f"gates.{gate.gate}"),
+        hint=_REMEDIES[gate.gate],
+    )
 
 
 def _latency_gate(limit: float, latency: Sequence[Latency]) -> GateResult:

@@ -148,7 +148,8 @@ def test_every_unmet_gate_is_a_reason_and_code_7(tmp_path: Path, monkeypatch: py
     assert (report["verdict"]["ok"], report["verdict"]["exit_code"]) == (False, 7)
     assert ended.complaints == [f"slimheads: {reason}" for reason in report["verdict"]["reasons"]]
     for gate in gates:
-        assert sum(f"gate {gate}:" in reason for reason in report["verdict"]["reasons"]) == 1
+        (line,) = [reason for reason in report["verdict"]["reasons"] if f"gate {gate} was not met: " in reason]
+        assert line.startswith(f"{recipe}:") and "; delete " in line  # where it is asked for, and what to do
     assert (tmp_path / "out" / "slim").is_dir()  # it is what it says it is, only not good enough
 
 
