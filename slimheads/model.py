@@ -126,10 +126,16 @@ def _from_pretrained(
             where=str(folder),
             hint="fetch the model again",
         ) from error
+    _check_loaded(model, info, folder, config)
+    return model
+
+
+def _check_loaded(model: PreTrainedModel, info: dict[str, Any], folder: Path, config: PretrainedConfig) -> None:
+    """Refuses a model that transformers completed with random numbers, cut short, or read NaN into."""
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise ModelRefusedError(
-            f"{len(missing)} weights of {model_class.__name__} are not in the checkpoint, first {missing[0]}",
+            f"{len(missing)} weights of {type(model).__name__} are not in the checkpoint, first {missing[0]}",
             where=str(folder),
             hint="name the task this checkpoint was trained for",
         )
@@ -143,7 +149,6 @@ def _from_pretrained(
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelRefusedError("the tensor holds NaN or infinity", where=name, hint="the checkpoint is damaged")
-    return model
 
 
 def _check_headers(files: tuple[Path, ...]) -> None:

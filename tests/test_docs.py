@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
 
-from slimheads import cli, errors
+from slimheads import cli, errors, recipe
 from slimheads.attention import families
+from slimheads.checkpoint import TASKS
 from slimheads.recipe import Recipe, recipe_schema
 from slimheads.recipe_yaml import parse_yaml
+from slimheads.selection import Counts, Normalize, Scope, select
+from slimheads.sessions import PROVIDERS
+
+export = importlib.import_module("slimheads.export")  # the attribute of that name is the function
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,6 +54,19 @@ def test_the_readme_names_every_covered_model_type() -> None:
     named = re.sub(r"[^a-z0-9\s]", "", paragraph.lower()).split()
     missing = [t for f in families().values() for t in f.model_types if re.sub(r"[-_]", "", t) not in named]
     assert not missing
+
+
+def test_the_recipe_offers_exactly_what_the_library_does() -> None:
+    """recipe.py says these words again, since importing the modules that mean them would cost seconds at --help."""
+    assert set(get_args(recipe.Task)) == {"auto", *TASKS}
+    assert get_args(recipe.Precision) == get_args(export.Precision) == tuple(export.FILES)
+    assert set(get_args(recipe.Provider)) == set(PROVIDERS)
+    for key, words in {"scope": Scope, "normalize": Normalize, "counts": Counts}.items():
+        assert get_args(recipe.Select.model_fields[key].annotation) == get_args(words)
+    assert get_args(recipe.Export.model_fields["kv_axes"].annotation) == get_args(export.KvAxes)
+    parameters = inspect.signature(select).parameters
+    for key, field in recipe.Select.model_fields.items():
+        assert key == "ratio" or field.default == parameters[key].default
 
 
 def test_local_links_of_the_readme_lead_somewhere() -> None:
