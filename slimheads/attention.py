@@ -1,120 +1,54 @@
-"""Reads families/ and finds a model's sites: which rows and columns of which tensors belong to which head.
+"""Finds a model's sites: which rows and columns of which tensors belong to which head, as its family file says.
 
-A family file names, for every attention block, its projections and a *layout* for each: how the projection's long axis
-is divided. `query(unit dim) | key(unit dim) | value(unit dim)` reads: three blocks one after the other, each of them a
-run of units, each unit a run of head_dim features. `unit [query key value] dim` is one block of units, each of which is
-a query, a key and a value. `member` stands for the query heads that share one KV head. The input projections are
-divided along their output features, `output(...)` along its input features.
+Every feature of a projection gets one label: the unit it belongs to and its role. Scores, gates and deletion read
+labels only, so none of them knows any family.
 
-From that, every feature gets one label: the unit it belongs to and its role. Scores, gates and deletion read labels
-only, so none of them knows any family.
+A site with grouped queries can be seen in two ways: as KV groups, the rule, and by query head, where keys and values
+belong to all heads of their group and go with the last of them. A multi-query site, whose heads all share one KV head,
+is always seen by query head.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from slimheads.errors import ModelRefusedError
-from slimheads.recipe_yaml import read_yaml, validate
+from slimheads.family import (
+    PLAN_KEY,
+    Counted,
+    Family,
+    ProjectionRow,
+    SiteRow,
+    check_head_counts,
+    family_of,
+    head_count,
+    site_count,
+    site_pattern,
+)
+from slimheads.layout import blocks_of
 
 Unit = Literal["head", "kv_group"]
-Role = Literal["query", "key", "value", "output"]
-Reload = Literal["pruned_heads", "head_counts"]
-PLAN_KEY = "slimheads"  # where config.json keeps the plan
-
-_FOLDER = cast(Path, files("slimheads") / "families")
-_REFUSED = _FOLDER / "refused.yaml"
-_BLOCK = re.compile(r"(?P<role>query|key|value|output)\((?P<dims>(?:unit|member|dim)(?: (?:unit|member|dim))*)\)")
-_INTERLEAVED = re.compile(r"unit \[(?P<roles>(?:query|key|value)(?: (?:query|key|value))*)\] dim")
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Block(_Strict):
-    """One run of features, divided from the outermost to the innermost dimension; `role` is one of them."""
-
-    roles: tuple[Role, ...]
-    dims: tuple[Literal["role", "unit", "member", "dim"], ...]
-
-
-class ProjectionRow(_Strict):
-    """A linear module of a site and how its features are laid out."""
-
-    module: str
-    layout: str
-
-    @field_validator("layout")
-    @classmethod
-    def _parses(cls, layout: str) -> str:
-        _blocks(layout)
-        return layout
-
-
-class Refusal(_Strict):
-    """A configuration of the family that is not covered, and why."""
-
-    key: str
-    value: bool | int | str
-    reason: str
-
-
-class RefusedTypes(_Strict):
-    """Model types that no family file can describe, and why."""
-
-    model_types: tuple[str, ...]
-    reason: str
-
-
-class RefusedTable(_Strict):
-    """families/refused.yaml."""
-
-    refused: tuple[RefusedTypes, ...]
-
-
-class SiteRow(_Strict):
-    """A kind of attention block: the modules whose name ends in `match`, `*` standing for one layer index."""
-
-    match: str
-    count: str = Field(description="config key that says how many such sites a model has")
-    projections: tuple[ProjectionRow, ...]
-    keep: tuple[str, ...] = ()
-    attributes: Mapping[str, Literal["units", "heads", "width"]] = Field(default_factory=dict)
-
-
-class Family(_Strict):
-    """One file of families/."""
-
-    title: str
-    model_types: tuple[str, ...]
-    units: str = Field(description="config key with the number of units of a dense site")
-    heads: str | None = Field(default=None, description="config key with the number of query heads, where it differs")
-    reload: Reload | None = Field(default=None, description="what lets the stock library rebuild the smaller modules")
-    refuse: tuple[Refusal, ...] = ()
-    sites: tuple[SiteRow, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """A linear module of a site. `unit_of[i]` and `role_of[i]` label feature i of the divided axis."""
+    """A linear module of a site. Feature i of the divided axis belongs to `span[i]` units from `unit_of[i]` on.
+
+    `member_of[i]` is the place among the query heads of its group, -1 where they share the feature.
+    """
 
     module: str  # qualified name in the model
     unit_of: np.ndarray  # int64 [features]
+    member_of: np.ndarray  # int64 [features]
     role_of: np.ndarray  # str [features]
+    span: np.ndarray  # int64 [features]; 1 but for keys and values seen by query head
 
     @property
     def divides_inputs(self) -> bool:
@@ -123,7 +57,25 @@ class Projection:
 
     def kept_features(self, kept: tuple[int, ...]) -> np.ndarray:
         """Indices (int64) of the features that stay when only the units `kept` stay, in their old order."""
-        return np.flatnonzero(np.isin(self.unit_of, kept))
+        stays = np.zeros(int((self.unit_of + self.span).max()), np.int64)
+        stays[list(kept)] = 1
+        before = np.concatenate([[0], stays.cumsum()])
+        return np.flatnonzero(before[self.unit_of + self.span] > before[self.unit_of])
+
+    def by_head(self, members: int) -> Projection:
+        """The same with query heads for units, `members` in each group."""
+        own = self.member_of >= 0
+        unit_of = self.unit_of * members + np.where(own, self.member_of, 0)
+        return replace(self, unit_of=unit_of, span=np.where(own, 1, members))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A parameter or buffer with one entry a query head along `axis`."""
+
+    module: str  # qualified name of its owner
+    name: str
+    axis: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,93 +83,51 @@ class Site:
     """One attention block of a model, as it is now."""
 
     name: str
-    layer: int
+    layer: int  # its place among the sites of its kind
     unit: Unit
     total: int  # units it has now
-    heads_per_unit: int
+    members: int  # query heads that share one KV head
     head_dim: int
     projections: tuple[Projection, ...]
-    attributes: tuple[tuple[str, str, str], ...]  # (qualified module, attribute, what it counts)
+    attributes: tuple[tuple[str, str, Counted], ...]  # (qualified module, attribute, what it counts)
+    tables: tuple[Table, ...] = ()
+    adapter: str | None = None
 
     @property
     def output(self) -> Projection:
         """The output projection, at whose input gates act."""
         return next(p for p in self.projections if p.divides_inputs)
 
-    def counted(self, what: str, units: int) -> int:
-        """The value of a counting attribute when `units` units stay: units, query heads or query width."""
-        return {"units": 1, "heads": self.heads_per_unit, "width": self.heads_per_unit * self.head_dim}[what] * units
+    @property
+    def heads_per_unit(self) -> int:
+        """Query heads in a unit."""
+        return self.members if self.unit == "kv_group" else 1
 
+    def by_head(self) -> Site:
+        """The same block with query heads for units; itself where that is so already."""
+        if self.unit == "head":
+            return self
+        projections = tuple(p.by_head(self.members) for p in self.projections)
+        return replace(self, unit="head", total=self.total * self.members, projections=projections)
 
-@cache
-def families() -> Mapping[str, Family]:
-    """Every family by its file's name. A damaged family file raises `UsageError` with file and line."""
-    paths = sorted(path for path in _FOLDER.glob("*.yaml") if path != _REFUSED)
-    return {path.stem: validate(Family, *read_yaml(path)) for path in paths}
+    def kept_heads(self, kept: tuple[int, ...]) -> tuple[int, ...]:
+        """The query heads that stay when only the units `kept` stay."""
+        width = self.heads_per_unit
+        return tuple(unit * width + member for unit in kept for member in range(width))
 
+    def kept_per_group(self, kept: tuple[int, ...]) -> dict[int, int]:
+        """How many query heads stay in each KV group that keeps any."""
+        groups = [head // self.members for head in self.kept_heads(kept)]
+        return {group: groups.count(group) for group in groups}
 
-@cache
-def refused_types() -> Mapping[str, str]:
-    """Why a model type is refused, by model type. A damaged table raises `UsageError` with file and line."""
-    table = validate(RefusedTable, *read_yaml(_REFUSED))
-    return {model_type: row.reason for row in table.refused for model_type in row.model_types}
-
-
-def family_of(config: PretrainedConfig) -> tuple[str, Family]:
-    """The family that covers a configuration.
-
-    Raises:
-        ModelRefusedError: no family covers its model type or can, or the family refuses this configuration.
-    """
-    known = {model_type: name for name, family in families().items() for model_type in family.model_types}
-    if config.model_type in refused_types():
-        raise ModelRefusedError(
-            f"model type '{config.model_type}' is refused: {refused_types()[config.model_type]}",
-            where="config.json",
-            hint="see `slimheads families` for what is covered",
-        )
-    if config.model_type not in known:
-        near = difflib.get_close_matches(str(config.model_type), known, n=1, cutoff=0.0)[0]
-        raise ModelRefusedError(
-            f"model type '{config.model_type}' is not covered (the nearest covered one is '{near}')",
-            hint="see `slimheads families` for what is",
-        )
-    name = known[config.model_type]
-    family = families()[name]
-    for refusal in family.refuse:
-        found = getattr(config, refusal.key, None)
-        if (bool(found) if isinstance(refusal.value, bool) else found) == refusal.value:
-            raise ModelRefusedError(
-                f"{refusal.key}: {refusal.value} is refused, for {refusal.reason}",
-                where=f"config.json ({config.model_type})",
-                hint="use a checkpoint without it",
-            )
-    return name, family
-
-
-def family_rows() -> list[dict[str, Any]]:
-    """What `slimheads families` lists: one row a family file, as JSON data."""
-    return [
-        {
-            "family": name,
-            "title": family.title,
-            "model_types": list(family.model_types),
-            "unit": "head" if family.heads is None else "kv_group (head where every head has its own keys and values)",
-            "layout": "fused"
-            if any(mark in p.layout for mark in "|[" for site in family.sites for p in site.projections)
-            else "separate",
-            "reload": {
-                None: "slimheads",
-                "pruned_heads": "stock transformers 4, slimheads",
-                "head_counts": "stock with equal counts, slimheads",
-            }[family.reload],
-        }
-        for name, family in families().items()
-    ]
+    def counted(self, what: Counted, kept: tuple[int, ...]) -> int:
+        """A counting attribute when only `kept` stay: KV heads, query heads, query heads a KV head, query width."""
+        heads, groups = len(self.kept_heads(kept)), len(self.kept_per_group(kept))
+        return {"units": groups, "heads": heads, "members": heads // groups, "width": heads * self.head_dim}[what]
 
 
 def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
-    """Every attention block of a model, dense or slim, in the model's own order.
+    """Every attention block of a model, dense or slim, in the order of its family's rows and its own modules.
 
     Raises:
         ModelRefusedError: the family is not covered, a tensor of its file is missing or has another size, a tensor
@@ -228,91 +138,65 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
     modules = dict(model.named_modules())
     sites: list[Site] = []
     for row in family.sites:
-        pattern = _pattern(row)
+        pattern = site_pattern(row)
         found = [(name, int(m[1])) for name in modules if (m := pattern.fullmatch(name))]
-        expected = int(getattr(model.config, row.count))
+        expected = site_count(model.config, row)
         if len(found) != expected:
             raise ModelRefusedError(
                 f"{len(found)} modules match '{row.match}' where {row.count} says {expected}",
                 where=model.config.model_type,
                 hint="the family file does not describe this model",
             )
-        sites += [_read_site(model.config, family, row, modules, name, layer) for name, layer in found]
+        for layer, (name, index) in enumerate(found):
+            sites.append(_read_site(model.config, family, row, modules, _Place(name, layer, index)))
     return tuple(sites)
 
 
-def is_projection(family: Family, tensor: str) -> bool:
-    """Whether a checkpoint's tensor is, by its name, a projection's weight or bias in some layer of the family."""
-    owner = tensor.rpartition(".")[0]
-    return any(
-        owner.endswith(f".{p.module}") and bool(_pattern(row).fullmatch(owner.removesuffix(f".{p.module}")))
-        for row in family.sites
-        for p in row.projections
-    )
-
-
-def dense_value(config: PretrainedConfig, key: str) -> Any:
-    """A config key as it was before any deletion (a slim config may carry smaller head counts)."""
-    recorded = getattr(config, PLAN_KEY, None) or {}
-    return recorded.get("dense", {}).get(key, getattr(config, key))
-
-
-def check_head_counts(config: PretrainedConfig, family: Family) -> None:
-    """Refuses head counts that no model can have: transformers itself accepts -4 heads.
-
-    Raises:
-        ModelRefusedError: naming the config key.
-    """
-
-    def refuse(what: str) -> None:
-        raise ModelRefusedError(what, where="config.json", hint="the configuration is damaged: fetch the model again")
-
-    for key in {family.units, family.heads or family.units}:
-        value = dense_value(config, key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            refuse(f"{key} is {value!r} where a whole number of at least 1 belongs")
-    heads, units = dense_value(config, family.heads or family.units), dense_value(config, family.units)
-    if heads % units:
-        refuse(f"{heads} query heads cannot share {units} key-value heads evenly")
-    if not getattr(config, "head_dim", None) and config.hidden_size % heads:
-        refuse(f"hidden_size {config.hidden_size} is not a multiple of {heads} heads")
-
-
-def _pattern(row: SiteRow) -> re.Pattern[str]:
-    return re.compile(r"(?:.*\.)?" + re.escape(row.match).replace(r"\*", r"(\d+)"))
+@dataclass(frozen=True)
+class _Place:
+    site: str
+    layer: int
+    index: int  # the first in its name
 
 
 def _read_site(
-    config: PretrainedConfig,
-    family: Family,
-    row: SiteRow,
-    modules: Mapping[str, torch.nn.Module],
-    name: str,
-    layer: int,
+    config: PretrainedConfig, family: Family, row: SiteRow, modules: Mapping[str, torch.nn.Module], place: _Place
 ) -> Site:
-    dense_units = dense_value(config, family.units)
-    members = dense_value(config, family.heads or family.units) // dense_units
-    units = _units_now(config, name, dense_units)
+    name = place.site
+    dense_units, dense_heads = (head_count(config, key, place.index) for key in family.keys(row))
+    units, members = _counts_now(config, name, dense_units, dense_heads // dense_units)
     sizes = {"unit": units, "member": members}
-    projections = tuple(_read_projection(row, p, modules, name, sizes) for p in row.projections)
+    projections = tuple(_read_projection(p, modules, name, sizes) for p in row.projections)
     _claim_all(row, modules[name], name)
-    return Site(
+    site = Site(
         name=name,
-        layer=layer,
-        unit="head" if members == 1 else "kv_group",
+        layer=place.layer,
+        unit="head" if dense_units == dense_heads else "kv_group",
         total=units,
-        heads_per_unit=members,
+        members=members,
         head_dim=sizes["dim"],
         projections=projections,
-        attributes=tuple(
-            (f"{name}.{path}".rpartition(".")[0], path.rpartition(".")[2], what)
-            for path, what in row.attributes.items()
-        ),
+        attributes=tuple((*_split(f"{name}.{path}"), what) for path, what in row.attributes.items()),
+        tables=tuple(_read_tables(row, modules, name, units * members)),
+        adapter=row.adapter,
     )
+    return site.by_head() if dense_units == 1 else site
+
+
+def _counts_now(config: PretrainedConfig, site: str, dense_units: int, dense_members: int) -> tuple[int, int]:
+    """KV heads, and query heads to each, as the recorded plan left them."""
+    recorded = getattr(config, PLAN_KEY, None) or {"sites": []}
+    own = next((s for s in recorded["sites"] if s["site"] == site), None)
+    if own is None:
+        return dense_units, dense_members
+    if own["unit"] == "kv_group":
+        return len(own["kept"]), dense_members
+    groups = len({head // dense_members for head in own["kept"]})
+    return groups, len(own["kept"]) // groups
 
 
 def _read_projection(
-    row: SiteRow, projection: ProjectionRow, modules: Mapping[str, torch.nn.Module], site: str, sizes: dict[str, int]
+    projection: ProjectionRow, modules: Mapping[str, torch.nn.Module], site: str, sizes: dict[str, int]
 ) -> Projection:
     qualified = f"{site}.{projection.module}"
     module = modules.get(qualified)
@@ -322,10 +206,10 @@ def _read_projection(
             where=qualified,
             hint="the family file does not describe this model",
         )
-    blocks = _blocks(projection.layout)
+    blocks = blocks_of(projection.layout)
     features = linear_features(module)[0 if blocks[0].roles == ("output",) else 1]
     # head_dim is read off the first projection and must hold for all the others.
-    per_dim = sum(int(np.prod([sizes.get(d, len(b.roles)) for d in b.dims if d != "dim"])) for b in blocks)
+    per_dim = sum(int(np.prod(b.shape({**sizes, "dim": 1}))) for b in blocks)
     sizes.setdefault("dim", features // per_dim)
     if per_dim * sizes["dim"] != features:
         raise ModelRefusedError(
@@ -333,12 +217,26 @@ def _read_projection(
             where=f"{qualified}.weight",
             hint="the weights do not agree with config.json",
         )
-    units, roles = [], []
-    for block in blocks:
-        indices = np.indices([sizes.get(d, len(block.roles)) for d in block.dims]).reshape(len(block.dims), -1)
-        units.append(indices[block.dims.index("unit")])
-        roles.append(np.array(block.roles)[indices[block.dims.index("role")]])
-    return Projection(qualified, np.concatenate(units), np.concatenate(roles))
+    unit_of, member_of, role_of = (
+        np.concatenate(parts) for parts in zip(*(b.labels(sizes) for b in blocks), strict=True)
+    )
+    return Projection(qualified, unit_of, member_of, role_of, np.ones_like(unit_of))
+
+
+def _read_tables(row: SiteRow, modules: Mapping[str, torch.nn.Module], site: str, heads: int) -> Iterator[Table]:
+    for table in row.tables:
+        owner, name = _split(f"{site}.{table.tensor}")
+        tensor = getattr(modules.get(owner), name, None)
+        if tensor is None and table.optional:
+            continue
+        if not isinstance(tensor, torch.Tensor) or tensor.ndim <= table.axis or tensor.shape[table.axis] != heads:
+            size = f"a tensor of {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else "nothing"
+            raise ModelRefusedError(
+                f"expected {heads} heads along axis {table.axis}, found {size}",
+                where=f"{owner}.{name}",
+                hint="the family file does not describe this model",
+            )
+        yield Table(owner, name, table.axis)
 
 
 def linear_features(module: torch.nn.Module) -> tuple[int, int]:
@@ -347,37 +245,17 @@ def linear_features(module: torch.nn.Module) -> tuple[int, int]:
     return (first, second) if isinstance(module, Conv1D) else (second, first)
 
 
-def _units_now(config: PretrainedConfig, site: str, dense_units: int) -> int:
-    recorded = getattr(config, PLAN_KEY, None)
-    if not recorded:
-        return dense_units
-    return next((len(s["kept"]) for s in recorded["sites"] if s["site"] == site), dense_units)
-
-
 def _claim_all(row: SiteRow, site: torch.nn.Module, name: str) -> None:
-    owned = (*(p.module for p in row.projections), *row.keep)
+    owned = (*(p.module for p in row.projections), *(t.tensor for t in row.tables), *row.keep)
     for parameter, _ in site.named_parameters():
-        if not any(parameter.startswith(f"{module}.") for module in owned):
+        if not any(parameter == own or parameter.startswith(f"{own}.") for own in owned):
             raise ModelRefusedError(
                 "no line of the family file says what becomes of this tensor",
                 where=f"{name}.{parameter}",
-                hint="list it under projections or keep",
+                hint="list it under projections, tables or keep",
             )
 
 
-def _blocks(layout: str) -> tuple[Block, ...]:
-    return tuple(_parse_blocks(layout))
-
-
-def _parse_blocks(layout: str) -> Iterator[Block]:
-    interleaved = _INTERLEAVED.fullmatch(layout)
-    if interleaved:
-        yield Block(roles=cast(Any, tuple(interleaved["roles"].split())), dims=("unit", "role", "dim"))
-        return
-    for text in layout.split(" | "):
-        match = _BLOCK.fullmatch(text.strip())
-        if not match or "unit" not in match["dims"].split():
-            raise ValueError(
-                f"expected blocks like 'query(unit dim)' joined by ' | ', or 'unit [query key value] dim', got {text!r}"
-            )
-        yield Block(roles=(cast(Role, match["role"]),), dims=cast(Any, ("role", *match["dims"].split())))
+def _split(path: str) -> tuple[str, Any]:
+    owner, _, name = path.rpartition(".")
+    return owner, name

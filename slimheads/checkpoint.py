@@ -16,8 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from slimheads.attention import check_head_counts, dense_value, family_of
 from slimheads.errors import EnvironmentLackError, ModelRefusedError, UsageError
+from slimheads.family import check_head_counts, dense_value, family_of, site_count
 from slimheads.surgery import recorded_plan
 
 # The tasks slimheads proves, by the suffix of the architecture's class name, with the Auto class that loads each.
@@ -77,13 +77,15 @@ def describe(source: Source) -> list[str]:
     """What is known of a checkpoint from its config alone, a line each."""
     config = read_config(source.folder)
     _, family = family_of(config)
-    heads, units = (dense_value(config, key) for key in (family.heads or family.units, family.units))
-    shared = f", {units} KV heads: {heads // units} query heads go together" if heads != units else ""
-    layers = sum(int(getattr(config, row.count)) for row in family.sites)
-    return [
-        f"{source.architecture} of the {family.title} family, used for {source.task}",
-        f"{layers} attention blocks of {heads} heads{shared}",
-    ]
+    blocks: dict[str, int] = {}
+    for row in family.sites:
+        units, heads = (dense_value(config, key) for key in family.keys(row))
+        words = f"{heads} heads" if isinstance(heads, int) else f"{', '.join(map(str, heads))} heads by stage"
+        if heads != units:
+            words += f", {units} KV heads: {heads // units} query heads go together"
+        blocks[words] = blocks.get(words, 0) + site_count(config, row)
+    lines = [f"{count} attention blocks of {words}" for words, count in blocks.items()]
+    return [f"{source.architecture} of the {family.title} family, used for {source.task}", *lines]
 
 
 def side_files(folder: Path) -> Iterator[Path]:

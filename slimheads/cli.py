@@ -177,7 +177,7 @@ def init(
 def families(as_json: AsJson = False) -> None:
     """List the model families that are covered."""
     from slimheads import terminal
-    from slimheads.attention import family_rows
+    from slimheads.family import family_rows
 
     rows = family_rows()
     _show(as_json, rows, lambda: terminal.print_families(rows))

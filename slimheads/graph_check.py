@@ -65,7 +65,7 @@ def fused_faults(path: Path, sites: Sequence[Site], plan: Plan) -> Iterator[str]
         return
     for node, (site, kept) in zip(nodes, pairs, strict=True):
         counts = {a.name: a.i for a in node.attribute if a.name in _HEAD_COUNTS}
-        expected = {"num_heads": site.counted("heads", len(kept)), "kv_num_heads": len(kept)}
+        expected = {"num_heads": site.counted("heads", kept), "kv_num_heads": site.counted("units", kept)}
         for name, count in counts.items():
             if count != expected[name]:
                 said = f"{node.name or node.op_type} of {site.name} says {name} {count}"

@@ -18,10 +18,11 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
-from slimheads.attention import PLAN_KEY, Site, family_of, find_sites, is_projection
+from slimheads.attention import Site, find_sites
 from slimheads.checkpoint import find, read_config, side_files, weight_files
 from slimheads.disk import new_folder, remove
 from slimheads.errors import ModelRefusedError, UsageError
+from slimheads.family import PLAN_KEY, family_of, is_projection
 from slimheads.selection import Plan
 from slimheads.surgery import record_plan, recorded_plan, shrink
 

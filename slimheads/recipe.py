@@ -91,6 +91,12 @@ class Select(_Section):
     keep_at_least: PositiveInt = Field(1, description="heads that stay in each layer, at least 1")
     multiple_of: PositiveInt = Field(1, description="kept heads of each layer are a multiple of this, at least 1")
     counts: Literal["any", "equal"] = Field("any", description="equal: every layer keeps the same number of heads")
+    within_groups: bool = Field(
+        False, description="true: where query heads share KV heads, delete query heads and keep every KV head"
+    )
+    sites: Annotated[str, Field(min_length=1)] = Field(
+        "*", description="glob of the attention blocks that may lose heads; the ratio is a share of theirs"
+    )
 
 
 class Recover(_Section):

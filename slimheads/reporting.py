@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slimheads.attention import families
 from slimheads.bench import Latency
 from slimheads.drift import Drift
 from slimheads.environment import Environment
 from slimheads.errors import GateError
+from slimheads.family import families
 from slimheads.recipe import Gates
 from slimheads.report import (
     GateResult,
@@ -68,7 +68,7 @@ def assemble(
         recipe=job.recipe.model_dump(mode="json"),
         model=facts,
         files=dict(_file_sizes(job)),
-        scores=ScoreTable.model_validate(job.scores().to_json(), strict=False),
+        scores=ScoreTable.model_validate(job.planned_scores().to_json(), strict=False),
         plan=PlanTable.model_validate(job.plan().to_json(), strict=False),
         certificate=certificate.links,
         certificate_skipped=certificate.skipped,
@@ -94,7 +94,7 @@ def contents(job: Job, report: Report | None = None) -> dict[str, Source]:
     """
     wanted: dict[str, Source] = {"recipe.yaml": job.recipe.resolved_yaml().encode()}
     if "score" in job.records:
-        wanted["scores.json"] = _json(job.scores().to_json())
+        wanted["scores.json"] = _json(job.planned_scores().to_json())
     if "select" in job.records:
         wanted["plan.json"] = _json(job.plan().to_json())
     if report is None:
@@ -211,7 +211,7 @@ def _facts(job: Job) -> ModelFacts:
         type=job.source.model_type,
         family=families()[job.source.family].title,
         task=job.source.task,
-        unit=loaded["unit"],
+        unit=plan.sites[0].unit,
         dense=size("dense", loaded["parameters"]),
         slim=size("slim", pruned["parameters"]),
         flops_shape=tuple(counted["shape"]) if counted else None,

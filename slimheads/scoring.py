@@ -2,11 +2,13 @@
 
 Magnitude: M(l, h) = ||W_Q||_F + ||W_K||_F + ||W_V||_F + ||W_O||_F over the slices of head h in layer l, without biases.
 For a KV group: the norms of its one K and one V slice, and those of all its query and output slices taken together.
+A query head of a group is scored besides: its own query and output slices, and the K and V slices that it reads.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -22,11 +24,21 @@ ROLES = ("query", "key", "value", "output")
 
 @dataclass(frozen=True)
 class SiteScores:
-    """The scores of one site, one a unit, in the site's order."""
+    """The scores of one site, one a unit, in the site's order.
+
+    For KV groups `query_heads` holds the scores of the query heads as well: a row a group, a column a member.
+    """
 
     site: str
     unit: Unit
     scores: tuple[float, ...]
+    query_heads: tuple[tuple[float, ...], ...] = ()
+
+    def by_head(self) -> SiteScores:
+        """The scores of the query heads alone; itself where the units are heads already."""
+        if self.unit == "head":
+            return self
+        return SiteScores(self.site, "head", tuple(score for group in self.query_heads for score in group))
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,10 @@ class Scores:
         sites = [{"site": s.site, "scores": list(s.scores)} for s in self.sites]
         return {"format": 1, "method": self.method, "sites": sites}
 
+    def in_units(self, units: Mapping[str, Unit]) -> Scores:
+        """The same with the scores of the query heads at those sites that are planned by head."""
+        return replace(self, sites=tuple(s.by_head() if units[s.site] == "head" else s for s in self.sites))
+
     def to_record(self) -> dict[str, Any]:
         """Everything, for a later run; scores.json leaves the units out."""
         return {"method": self.method, "sites": [asdict(site) for site in self.sites]}
@@ -48,7 +64,10 @@ class Scores:
     @classmethod
     def from_record(cls, data: dict[str, Any]) -> Scores:
         """Reads what `to_record` wrote."""
-        sites = (SiteScores(s["site"], s["unit"], tuple(s["scores"])) for s in data["sites"])
+        sites = (
+            SiteScores(s["site"], s["unit"], tuple(s["scores"]), tuple(tuple(group) for group in s["query_heads"]))
+            for s in data["sites"]
+        )
         return cls(data["method"], tuple(sites))
 
 
@@ -64,17 +83,27 @@ def score(model: PreTrainedModel, method: str = "magnitude") -> Scores:
     """
     if method != "magnitude":
         raise ValueError(f"unknown scoring method {method!r}")
-    sites = find_sites(model)
-    return Scores(method, tuple(SiteScores(s.name, s.unit, _magnitudes(model, s)) for s in sites))
+    return Scores(method, tuple(_score_site(model, site) for site in find_sites(model)))
 
 
-def _magnitudes(model: PreTrainedModel, site: Site) -> tuple[float, ...]:
+def _score_site(model: PreTrainedModel, site: Site) -> SiteScores:
+    norms = [_squared_norms(model.get_submodule(p.module), p) for p in site.projections]
+    scores = _magnitudes(site, norms)
+    if site.unit == "head":
+        return SiteScores(site.name, site.unit, scores)
+    heads = _magnitudes(site.by_head(), norms)
+    groups = tuple(heads[start : start + site.members] for start in range(0, len(heads), site.members))
+    return SiteScores(site.name, site.unit, scores, groups)
+
+
+def _magnitudes(site: Site, norms: Sequence[np.ndarray]) -> tuple[float, ...]:
+    """One number a unit; `norms` are the squared norms of each projection's features."""
     squares = np.zeros((len(ROLES), site.total))
-    for projection in site.projections:
-        per_feature = _squared_norms(model.get_submodule(projection.module), projection)
+    for projection, per_feature in zip(site.projections, norms, strict=True):
         for index, role in enumerate(ROLES):
-            of_role = projection.role_of == role
-            np.add.at(squares[index], projection.unit_of[of_role], per_feature[of_role])
+            for offset in range(int(projection.span.max())):
+                chosen = (projection.role_of == role) & (projection.span > offset)
+                np.add.at(squares[index], projection.unit_of[chosen] + offset, per_feature[chosen])
     return tuple(float(total) for total in np.sqrt(squares).sum(axis=0))
 
 

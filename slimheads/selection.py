@@ -8,6 +8,8 @@ Rules, in order:
 3. The chunks of all sites are taken in ascending order of their mean score (ties: the site's place in the model) until
    floor(ratio x units) units are gone, or the next chunk would exceed that number.
 4. `scope: layer` does this within each site alone. `counts: equal` also takes the same number from every site.
+5. `within_groups` takes query heads instead of KV groups: a step takes the weakest head left in each group of a site.
+6. Sites whose name does not match the glob `sites` give up nothing and are not counted.
 
 So plans are nested: a larger ratio removes all that a smaller one removes.
 """
@@ -18,6 +20,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from itertools import accumulate, count, pairwise
 from typing import Any, Literal, get_args
@@ -31,7 +34,7 @@ Normalize = Literal["none", "layer"]
 Counts = Literal["any", "equal"]
 
 _LET_GO = "lower keep_at_least or multiple_of, which let nothing go at any ratio, or use 0 to change nothing"
-_SINGLE = "every attention block is one unit that stays (all its query heads share one KV head): use 0"
+_SINGLE = "every attention block has a single head, which stays: use 0"
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,36 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class _Candidate:
+    """A site, its units in the order in which they would go, and how many have to go together."""
+
+    index: int
+    site: str
+    unit: Unit
+    scores: tuple[float, ...]
+    weakest_first: tuple[int, ...]
+    step: int
+
+    @property
+    def total(self) -> int:
+        return len(self.scores)
+
+    @classmethod
+    def of(cls, index: int, site: SiteScores, within_groups: bool) -> _Candidate:
+        if not (within_groups and site.query_heads):
+            order = _weakest_first(site.scores)
+            return cls(index, site.site, site.unit, site.scores, tuple(order), 1)
+        members = len(site.query_heads[0])
+        ranked = [[g * members + m for m in _weakest_first(group)] for g, group in enumerate(site.query_heads)]
+        order = [unit for step in zip(*ranked, strict=True) for unit in step]
+        return cls(index, site.site, "head", site.by_head().scores, tuple(order), len(ranked))
+
+
+def _weakest_first(scores: Sequence[float]) -> list[int]:
+    return sorted(range(len(scores)), key=lambda unit: (scores[unit], unit))
+
+
+@dataclass(frozen=True)
 class _Chunk:
     cost: float
     site: int
@@ -135,6 +168,8 @@ def select(
     keep_at_least: int = 1,
     multiple_of: int = 1,
     counts: Counts = "any",
+    within_groups: bool = False,
+    sites: str = "*",
 ) -> Plan:
     """Chooses the units to keep.
 
@@ -146,21 +181,33 @@ def select(
         keep_at_least: the fewest units a site keeps.
         multiple_of: every site that gives up units keeps a multiple of this.
         counts: "equal" removes the same number from every site (all must have as many).
+        within_groups: where query heads share KV heads, remove the same number of query heads from each group.
+        sites: a glob over the names of the sites that may give up units; the ratio is a share of theirs.
 
     Raises:
-        UsageError: the ratio cannot be met under these floors, or would remove nothing although it is above 0.
+        UsageError: the ratio cannot be met under these floors, or would remove nothing although it is above 0; no
+            site matches, or none has groups although `within_groups` is set.
     """
     if not 0 <= ratio < 1:
         raise UsageError(f"ratio {ratio} is not in [0, 1)", hint="at least one unit stays in every site")
     if keep_at_least < 1 or multiple_of < 1:
         raise UsageError("keep_at_least and multiple_of start at 1", hint="every site keeps at least one unit")
-    chunks = [_chunks(index, site, normalize, keep_at_least, multiple_of) for index, site in enumerate(scores.sites)]
-    totals = [len(site.scores) for site in scores.sites]
+    if within_groups and not any(site.query_heads for site in scores.sites):
+        hint = "leave within_groups out: heads are what is deleted here"
+        raise UsageError("within_groups has nothing to act on: no site has several KV groups of query heads", hint=hint)
+    candidates = [_Candidate.of(index, site, within_groups) for index, site in enumerate(scores.sites)]
+    eligible = [c for c in candidates if fnmatchcase(c.site, sites)]
+    if not eligible:
+        raise UsageError(
+            f"no site matches '{sites}'", hint=f"the first site is {candidates[0].site}; * stands for any text"
+        )
+    chunks = [_chunks(candidate, normalize, keep_at_least, multiple_of) for candidate in eligible]
+    totals = [candidate.total for candidate in eligible]
     if counts == "equal" and len(set(totals)) > 1:
         raise UsageError("counts: equal needs the same number of units in every site", hint="use counts: any")
     if scope == "layer" or counts == "equal":
-        named = zip(scores.sites, totals, chunks, strict=True)
-        rankings = [_Ranking(site.site, total, tuple(own)) for site, total, own in named]
+        named = zip(eligible, totals, chunks, strict=True)
+        rankings = [_Ranking(c.site, total, tuple(own)) for c, total, own in named]
     else:
         ranked = sorted((chunk for own in chunks for chunk in own), key=lambda c: (c.cost, c.site))
         rankings = [_Ranking(None, sum(totals), tuple(ranked))]
@@ -174,8 +221,8 @@ def select(
         )
     return Plan(
         tuple(
-            SitePlan(s.site, s.unit, len(s.scores), tuple(u for u in range(len(s.scores)) if (i, u) not in removed))
-            for i, s in enumerate(scores.sites)
+            SitePlan(c.site, c.unit, c.total, tuple(u for u in range(c.total) if (c.index, u) not in removed))
+            for c in candidates
         )
     )
 
@@ -189,24 +236,31 @@ def random_plan(scores: Scores, seed: int, ratio: float, **rules: Any) -> Plan:
         ratio, rules: as for `select`.
     """
     rng = random.Random(seed)
-    drawn = (replace(site, scores=tuple(rng.random() for _ in site.scores)) for site in scores.sites)
+    drawn = (
+        replace(
+            site,
+            scores=tuple(rng.random() for _ in site.scores),
+            query_heads=tuple(tuple(rng.random() for _ in group) for group in site.query_heads),
+        )
+        for site in scores.sites
+    )
     return select(Scores("random", tuple(drawn)), ratio, **rules)
 
 
-def _chunks(index: int, site: SiteScores, normalize: Normalize, keep_at_least: int, multiple_of: int) -> list[_Chunk]:
-    total = len(site.scores)
+def _chunks(site: _Candidate, normalize: Normalize, keep_at_least: int, multiple_of: int) -> list[_Chunk]:
+    total = site.total
     mean = math.fsum(site.scores) / total
     scale = mean if normalize == "layer" and mean > 0 else 1.0
-    weakest_first = sorted(range(total), key=lambda unit: (site.scores[unit], unit))
     floor = math.ceil(keep_at_least / multiple_of) * multiple_of
-    stops = [total, *(kept for kept in range(total - 1, 0, -1) if kept % multiple_of == 0 and kept >= floor)]
+    steps = range(total - site.step, 0, -site.step)
+    stops = [total, *(kept for kept in steps if kept % multiple_of == 0 and kept >= floor)]
     chunks: list[_Chunk] = []
     for before, after in pairwise(stops):
-        units = weakest_first[total - before : total - after]
+        units = site.weakest_first[total - before : total - after]
         mean_score = math.fsum(site.scores[u] for u in units) / len(units) / scale
         # Never below the chunk before: the mean of equal scores can round to less than the score.
         cost = max(mean_score, chunks[-1].cost) if chunks else mean_score
-        chunks.append(_Chunk(cost, index, tuple(units)))
+        chunks.append(_Chunk(cost, site.index, tuple(units)))
     return chunks
 
 

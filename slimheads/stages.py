@@ -20,7 +20,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import slimheads
 from slimheads import flops
-from slimheads.attention import find_sites
 from slimheads.bench import Latency, bench
 from slimheads.certificate import Certificate, Link, SkippedLink, verify
 from slimheads.checkpoint import Source, read_config, side_files, weight_files
@@ -75,8 +74,14 @@ class Job:
         return Plan.from_json(self.result("select"))
 
     def scores(self) -> Scores:
-        """One number a unit."""
+        """One number a unit, and one a query head where those share keys and values."""
         return Scores.from_record(self.result("score"))
+
+    def planned_scores(self) -> Scores:
+        """One number for each unit of the plan; before there is one, for each unit that is the rule."""
+        if "select" not in self.records:
+            return self.scores()
+        return self.scores().in_units({site.site: site.unit for site in self.plan().sites})
 
     def onnx(self, side: str, precision: str) -> Path:
         """An exported graph; `side` is "dense" or "slim"."""
@@ -127,9 +132,7 @@ def _content(job: Job) -> dict[str, Any]:
 
 
 def _load(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
-    model = job.dense()
-    sites = find_sites(model)
-    return {"unit": sites[0].unit, "parameters": flops.parameters(model)}, True
+    return {"parameters": flops.parameters(job.dense())}, True
 
 
 # score, select

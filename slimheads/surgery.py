@@ -4,7 +4,8 @@ Rules:
 1. Nothing is changed until the whole plan has been matched against the whole model.
 2. Input projections lose output features (and bias entries); the output projection loses input features, never bias.
 3. head_dim and the attention scale stay; counting attributes that forwards and other tools read are updated.
-4. The configuration records the plan relative to the dense model (plans of repeated prunings are composed).
+4. What has one entry a head (a table of position biases, say) loses the same heads; a family's adapter does the rest.
+5. The configuration records the plan relative to the dense model (plans of repeated prunings are composed).
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from slimheads.attention import PLAN_KEY, Family, Projection, Site, dense_value, family_of, find_sites
+from slimheads.adapters import ADAPTERS
+from slimheads.attention import Projection, Site, Table, find_sites
 from slimheads.errors import ModelRefusedError, UsageError
+from slimheads.family import PLAN_KEY, Family, dense_value, family_of
 from slimheads.selection import Plan
 
 
@@ -36,10 +39,11 @@ def prune(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 
 def match_plan(sites: Sequence[Site], plan: Plan) -> list[tuple[Site, tuple[int, ...]]]:
-    """Pairs every site with its kept units.
+    """Pairs every site with its kept units. A site of KV groups that is planned by head is given by head.
 
     Raises:
-        UsageError: the plan and the model name different sites, or a site has another number of units.
+        UsageError: the plan and the model name different sites, a site has another number of units, or its KV groups
+            would keep different numbers of query heads.
     """
     planned = {s.site: s for s in plan.sites}
     unknown = planned.keys() ^ {site.name for site in sites}
@@ -49,44 +53,67 @@ def match_plan(sites: Sequence[Site], plan: Plan) -> list[tuple[Site, tuple[int,
             where=min(unknown),
             hint="make the plan from this model",
         )
+    pairs = []
     for site in sites:
         own = planned[site.name]
-        if (own.total, own.unit) != (site.total, site.unit):
+        seen = site.by_head() if own.unit == "head" else site
+        if (own.total, own.unit) != (seen.total, seen.unit):
             raise UsageError(
-                f"the plan counts {own.total} units ({own.unit}), the model has {site.total} ({site.unit})",
+                f"the plan counts {own.total} units ({own.unit}), the model has {seen.total} ({seen.unit})",
                 where=site.name,
                 hint="make the plan from this model",
             )
-    return [(site, planned[site.name].kept) for site in sites]
+        if len(set(seen.kept_per_group(own.kept).values())) > 1:
+            raise UsageError(
+                f"the plan keeps heads {list(own.kept)}: not as many in each KV group",
+                where=site.name,
+                hint="keep the same number of query heads for every KV head",
+            )
+        pairs.append((seen, own.kept))
+    return pairs
 
 
 def shrink(model: torch.nn.Module, sites: Sequence[Site], plan: Plan) -> None:
     """The deletion itself, on real or meta tensors; the configuration is left alone."""
-    for site, kept in match_plan(sites, plan):
+    pairs = match_plan(sites, plan)
+    for site, kept in pairs:
         if len(kept) == site.total:
             continue
         for projection in site.projections:
             _keep_features(model.get_submodule(projection.module), projection, kept)
+        for table in site.tables:
+            _keep_entries(model.get_submodule(table.module), table, site.kept_heads(kept))
         for module, attribute, what in site.attributes:
-            setattr(model.get_submodule(module), attribute, site.counted(what, len(kept)))
+            setattr(model.get_submodule(module), attribute, site.counted(what, kept))
+    if plan.removed:
+        for name in dict.fromkeys(site.adapter for site in sites if site.adapter):
+            ADAPTERS[name](model, [pair for pair in pairs if pair[0].adapter == name])
 
 
 def record_plan(config: PretrainedConfig, family: Family, sites: Sequence[Site], plan: Plan) -> None:
     """Writes into the configuration the plan, relative to the dense model, and what lets the stock library reload."""
     before = {s["site"]: s for s in (getattr(config, PLAN_KEY, None) or {}).get("sites", [])}
-    records = []
-    for site, kept in match_plan(sites, plan):
-        origin = before.get(site.name, {"total": site.total, "kept": list(range(site.total))})
-        dense_kept = [origin["kept"][unit] for unit in kept]
-        records.append({"site": site.name, "unit": site.unit, "total": origin["total"], "kept": dense_kept})
-    dense = {key: dense_value(config, key) for key in sorted({family.units, family.heads or family.units})}
+    pairs = match_plan(sites, plan)
+    records = [_composed(before.get(site.name), site, kept) for site, kept in pairs]
+    dense = {key: dense_value(config, key) for key in family.recorded_keys}
     setattr(config, PLAN_KEY, {"format": 1, "dense": dense, "sites": records})
     if family.reload == "pruned_heads":
         gone = [sorted(set(range(r["total"])) - set(r["kept"])) for r in records]
         config.pruned_heads = {site.layer: heads for site, heads in zip(sites, gone, strict=True) if heads}
     elif family.reload == "head_counts":
-        for key, value in (dense | _equal_head_counts(family, sites, records)).items():
+        for key, value in (dense | _equal_head_counts(family, dense, pairs)).items():
             setattr(config, key, value)
+
+
+def _composed(before: Mapping[str, Any] | None, site: Site, kept: tuple[int, ...]) -> dict[str, Any]:
+    """A site's record after one more pruning; by head as soon as one of the prunings was."""
+    record = before or {"unit": site.unit, "total": site.total, "kept": list(range(site.total))}
+    if record["unit"] == "kv_group" and site.unit == "head":
+        members = site.members  # no pruning by head has changed it yet
+        heads = [group * members + member for group in record["kept"] for member in range(members)]
+        record = {"unit": "head", "total": record["total"] * members, "kept": heads}
+    now = site.kept_heads(kept) if record["unit"] == "head" else kept
+    return {"site": site.name} | dict(record) | {"kept": [record["kept"][unit] for unit in now]}
 
 
 def recorded_plan(config: PretrainedConfig, family: Family) -> Plan | None:
@@ -100,8 +127,9 @@ def recorded_plan(config: PretrainedConfig, family: Family) -> Plan | None:
     record = getattr(config, PLAN_KEY)
     try:
         plan = Plan.from_json(record)
-        keys = {family.units, family.heads or family.units}
-        if record["dense"].keys() != keys or any(type(value) is not int for value in record["dense"].values()):
+        if record["dense"].keys() != set(family.recorded_keys) or any(
+            type(value) is not int for value in record["dense"].values()
+        ):
             raise ValueError(f"dense counts {record['dense']!r}")
     except (UsageError, KeyError, AttributeError, ValueError) as error:
         raise ModelRefusedError(
@@ -110,14 +138,15 @@ def recorded_plan(config: PretrainedConfig, family: Family) -> Plan | None:
     return plan
 
 
-def _equal_head_counts(family: Family, sites: Sequence[Site], records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+def _equal_head_counts(
+    family: Family, dense: Mapping[str, int], pairs: Sequence[tuple[Site, tuple[int, ...]]]
+) -> dict[str, int]:
     """Equal counts and an explicit head_dim let plain `from_pretrained` build the slim shapes by itself."""
-    counts = {len(r["kept"]) for r in records}
-    if len(counts) > 1 or counts == {records[0]["total"]}:
+    units_key, heads_key = family.keys(family.sites[0])
+    found = [{units_key: s.counted("units", kept), heads_key: s.counted("heads", kept)} for s, kept in pairs]
+    if found[0] == dense or any(counts != found[0] for counts in found):
         return {}
-    units = counts.pop()
-    heads = units * sites[0].heads_per_unit
-    return {"head_dim": sites[0].head_dim, family.units: units, family.heads or family.units: heads}
+    return {"head_dim": pairs[0][0].head_dim} | found[0]
 
 
 def _keep_features(module: torch.nn.Module, projection: Projection, kept: tuple[int, ...]) -> None:
@@ -134,3 +163,12 @@ def _keep(module: torch.nn.Module, name: str, dim: int, features: torch.Tensor) 
     old = module.get_parameter(name)
     new = old.detach().index_select(dim, features.to(old.device)).contiguous()
     setattr(module, name, torch.nn.Parameter(new, requires_grad=old.requires_grad))
+
+
+def _keep_entries(module: torch.nn.Module, table: Table, heads: tuple[int, ...]) -> None:
+    index = torch.tensor(heads, device="cpu")  # not on the meta device where the model is built there
+    if table.name in module._buffers:
+        old = getattr(module, table.name)
+        setattr(module, table.name, old.index_select(table.axis, index.to(old.device)).contiguous())
+    else:
+        _keep(module, table.name, table.axis, index)

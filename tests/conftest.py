@@ -18,7 +18,8 @@ import torch
 from tiny import CONFIGS, DECODERS, tiny_model
 from transformers import PreTrainedModel
 
-from slimheads.attention import families, find_sites
+from slimheads.attention import find_sites
+from slimheads.family import families
 from slimheads.model import load
 from slimheads.selection import Plan, SitePlan
 

@@ -13,18 +13,10 @@ from pydantic import ValidationError
 from transformers import AutoConfig, BertConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from slimheads import attention
-from slimheads.attention import (
-    Family,
-    ProjectionRow,
-    SiteRow,
-    families,
-    family_of,
-    find_sites,
-    linear_features,
-    refused_types,
-)
+from slimheads import family as family_files
+from slimheads.attention import find_sites, linear_features
 from slimheads.errors import ModelRefusedError, UsageError
+from slimheads.family import Family, ProjectionRow, SiteRow, families, family_of, refused_types
 from slimheads.scoring import ROLES, score
 from slimheads.selection import select
 from slimheads.surgery import prune
@@ -83,7 +75,7 @@ def test_every_feature_is_labelled_once(tiny: Tiny, model_type: str) -> None:
             assert set(projection.unit_of.tolist()) == set(range(site.total))
 
 
-@pytest.mark.parametrize("groups,heads", [(1, 8), (8, 8), (2, 8)])
+@pytest.mark.parametrize("groups,heads", [(4, 8), (8, 8), (2, 8)])
 def test_group_sizes_of_llama(tiny: Tiny, groups: int, heads: int) -> None:
     sites = find_sites(tiny("llama", num_key_value_heads=groups, num_attention_heads=heads))
     assert {(s.total, s.heads_per_unit, s.unit) for s in sites} == {
@@ -142,12 +134,16 @@ def test_a_norm_a_head_is_refused(tiny: Tiny, model_type: str, key: str) -> None
         family_of(config)
 
 
-def test_a_multi_query_model_has_one_unit_a_site(tiny: Tiny) -> None:
-    """All queries share one KV head: the whole block is one group, and the last group of a block always stays."""
+def test_a_multi_query_model_gives_up_query_heads(tiny: Tiny) -> None:
+    """All queries share one KV head, which stays."""
     model = tiny("gemma", num_key_value_heads=1)
-    assert {(site.total, site.heads_per_unit) for site in find_sites(model)} == {(1, 8)}
-    with pytest.raises(UsageError, match=r"removes nothing here; every attention block is one unit that stays"):
-        select(score(model), 0.25, "layer")
+    assert {(site.total, site.unit, site.heads_per_unit) for site in find_sites(model)} == {(8, "head", 1)}
+    values = [model.get_submodule(f"{site.name}.v_proj").weight.clone() for site in find_sites(model)]
+    prune(model, select(score(model), 0.25, "layer"))
+    after = find_sites(model)
+    assert {(site.total, site.members) for site in after} == {(6, 6)}
+    for site, before in zip(after, values, strict=True):
+        assert torch.equal(model.get_submodule(f"{site.name}.v_proj").weight, before)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "gpt2"])
@@ -195,7 +191,7 @@ def test_a_family_file_that_does_not_describe_the_model_is_an_error(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, family: Family, where: str, what: str
 ) -> None:
     model = tiny("bert")
-    monkeypatch.setattr(attention, "families", lambda: {"bert": family})
+    monkeypatch.setattr(family_files, "families", lambda: {"bert": family})
     with pytest.raises(ModelRefusedError, match=what) as refused:
         find_sites(model)
     assert any(refused.value.where.startswith(w) or refused.value.where.endswith(w) for w in where.split("|"))
@@ -230,8 +226,8 @@ def test_a_typo_in_a_family_file_is_refused() -> None:
 
 def test_a_damaged_family_file_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "odd.yaml"
-    lines = (Path(attention.__file__).parent / "families" / "bert.yaml").read_text(encoding="utf-8").splitlines()
+    lines = (Path(family_files.__file__).parent / "families" / "bert.yaml").read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join([*lines, "unitz: heads"]), encoding="utf-8")
     with pytest.raises(UsageError, match="unitz") as error:
-        attention.validate(Family, *attention.read_yaml(path))
+        family_files.validate(Family, *family_files.read_yaml(path))
     assert f"odd.yaml:{len(lines) + 1}:" in str(error.value)

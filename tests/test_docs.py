@@ -13,8 +13,8 @@ import pytest
 import typer
 
 from slimheads import cli, errors, recipe
-from slimheads.attention import families
 from slimheads.checkpoint import TASKS
+from slimheads.family import families
 from slimheads.recipe import Recipe, recipe_schema
 from slimheads.recipe_yaml import parse_yaml
 from slimheads.selection import Counts, Normalize, Scope, select

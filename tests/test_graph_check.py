@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from slimheads.attention import Projection, Site
+from slimheads.attention import Projection, Site, Unit
 from slimheads.errors import UsageError
 from slimheads.graph_check import fused_faults, graph_faults, quantized_faults
 from slimheads.selection import Plan, SitePlan
@@ -21,10 +21,11 @@ PLAN = Plan((SitePlan("m.attn", "head", UNITS, (0, 2, 3)),))
 
 def site(name: str = "m.attn", heads_per_unit: int = 1) -> Site:
     """Four heads of two features."""
-    labels = np.repeat(np.arange(UNITS), DIM)
-    query = Projection(f"{name}.q", labels, np.array(["query"] * 8))
-    output = Projection(f"{name}.o", labels, np.array(["output"] * 8))
-    return Site(name, 0, "head", UNITS, heads_per_unit, DIM, (query, output), ())
+    labels, one = np.repeat(np.arange(UNITS), DIM), np.ones(8, np.int64)
+    query = Projection(f"{name}.q", labels, 0 * one, np.array(["query"] * 8), one)
+    output = Projection(f"{name}.o", labels, 0 * one, np.array(["output"] * 8), one)
+    unit: Unit = "head" if heads_per_unit == 1 else "kv_group"
+    return Site(name, 0, unit, UNITS, heads_per_unit, DIM, (query, output), ())
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], nodes: Sequence[onnx.NodeProto] = ()) -> Path:
@@ -116,8 +117,9 @@ def fused(path: Path, kind: str, counts: Sequence[Mapping[str, int]]) -> Path:
 
 
 def two_sites(heads_per_unit: int = 1) -> tuple[list[Site], Plan]:
-    plan = Plan((SitePlan("a", "head", UNITS, (0, 2, 3)), SitePlan("b", "head", UNITS, (1,))))
-    return [site("a", heads_per_unit), site("b", heads_per_unit)], plan
+    sites = [site("a", heads_per_unit), site("b", heads_per_unit)]
+    unit = sites[0].unit
+    return sites, Plan((SitePlan("a", unit, UNITS, (0, 2, 3)), SitePlan("b", unit, UNITS, (1,))))
 
 
 @pytest.mark.parametrize("kind", ["Attention", "MultiHeadAttention", "QAttention"])

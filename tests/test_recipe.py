@@ -75,6 +75,8 @@ def test_the_contracts_defaults(written: Any) -> None:
             "keep_at_least": 1,
             "multiple_of": 1,
             "counts": "any",
+            "within_groups": False,
+            "sites": "*",
         },
         "recover": {"method": "none"},
         "export": {"precisions": ["fp32"], "kv_axes": "symbolic"},

@@ -13,7 +13,8 @@ import transformers
 from tiny import DECODERS
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from slimheads.attention import families, find_sites
+from slimheads.attention import find_sites
+from slimheads.family import families
 from slimheads.model import load, save
 from slimheads.reload import reload_tier, same_attributes, same_weights
 from slimheads.selection import Plan

@@ -14,9 +14,10 @@ from layouts import unit_tensors
 from tiny import DECODERS
 from transformers import AutoConfig, PreTrainedModel
 
-from slimheads.attention import families, family_of, find_sites
+from slimheads.attention import find_sites
 from slimheads.checkpoint import TASKS
 from slimheads.errors import UsageError
+from slimheads.family import families, family_of
 from slimheads.gating import gated
 from slimheads.model import load, save
 from slimheads.selection import Plan, SitePlan

@@ -296,7 +296,7 @@ SITE = {"site": "encoder.layer.0.attention", "unit": "head", "total": 4, "kept":
         {"sites": [SITE, SITE, SITE]},
         {"sites": [SITE | {"kept": "02"}]},
         {"dense": None},
-        {"dense": {}},
+        {"dense": {"num_attention_heads": 4}},
         {"dense": {"num_attention_heads": "4"}},
         {"dense": {"num_attention_heads": 4, "model_type": 3}},
         {"dense": {"num_attention_heads": 8}},

@@ -1,0 +1,263 @@
+"""families/: one small data file a family, read and checked; which model types are covered, which refused and why."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from transformers import PretrainedConfig
+
+from slimheads.errors import ModelRefusedError
+from slimheads.layout import blocks_of
+from slimheads.recipe_yaml import read_yaml, validate
+
+Reload = Literal["pruned_heads", "head_counts"]
+Counted = Literal["units", "heads", "members", "width"]
+PLAN_KEY = "slimheads"  # where config.json keeps the plan
+
+_FOLDER = cast(Path, files("slimheads") / "families")
+_REFUSED = _FOLDER / "refused.yaml"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ProjectionRow(_Strict):
+    """A linear module of a site and how its features are laid out."""
+
+    module: str
+    layout: str
+
+    @field_validator("layout")
+    @classmethod
+    def _parses(cls, layout: str) -> str:
+        blocks_of(layout)
+        return layout
+
+
+class TableRow(_Strict):
+    """A parameter or buffer of a site that has one entry a query head along one axis."""
+
+    tensor: str
+    axis: int
+    optional: bool = Field(default=False, description="whether some sites or configurations go without it")
+
+
+class Refusal(_Strict):
+    """A configuration of the family that is not covered, and why."""
+
+    key: str
+    value: bool | int | str
+    reason: str
+
+
+class RefusedTypes(_Strict):
+    """Model types that no family file can describe, and why."""
+
+    model_types: tuple[str, ...]
+    reason: str
+
+
+class RefusedTable(_Strict):
+    """families/refused.yaml."""
+
+    refused: tuple[RefusedTypes, ...]
+
+
+class SiteRow(_Strict):
+    """A kind of attention block: the modules whose name ends in `match`, `*` standing for an index.
+
+    Config keys may be dotted, to reach into a part's own configuration. A list is taken by the first index (head
+    counts) or added up (`count`); `a * b` is a product.
+    """
+
+    match: str
+    count: str = Field(description="config key that says how many such sites a model has")
+    units: str | None = Field(default=None, description="where it differs from the family's")
+    heads: str | None = Field(default=None, description="where it differs from the family's")
+    projections: tuple[ProjectionRow, ...]
+    tables: tuple[TableRow, ...] = ()
+    keep: tuple[str, ...] = ()
+    attributes: Mapping[str, Counted] = Field(default_factory=dict)
+    adapter: str | None = Field(default=None, description="what data cannot say: a function of slimheads.adapters")
+
+
+class Family(_Strict):
+    """One file of families/."""
+
+    title: str
+    model_types: tuple[str, ...]
+    units: str | None = Field(default=None, description="config key with the number of units of a dense site")
+    heads: str | None = Field(default=None, description="config key with the number of query heads, where it differs")
+    reload: Reload | None = Field(default=None, description="what lets the stock library rebuild the smaller modules")
+    refuse: tuple[Refusal, ...] = ()
+    sites: tuple[SiteRow, ...]
+
+    @model_validator(mode="after")
+    def _names_units(self) -> Family:
+        if self.units is None and any(row.units is None for row in self.sites):
+            raise ValueError("neither the family nor each of its sites names units")
+        return self
+
+    def keys(self, row: SiteRow) -> tuple[str, str]:
+        """The config keys with a row's number of units (heads, or KV heads) and of query heads."""
+        own = row if row.units else self
+        return cast(str, own.units), cast(str, own.heads or own.units)
+
+    @property
+    def count_keys(self) -> tuple[str, ...]:
+        """Every config key that holds a number of heads, sorted."""
+        return tuple(sorted({key for row in self.sites for key in self.keys(row)}))
+
+    @property
+    def recorded_keys(self) -> tuple[str, ...]:
+        """Those that a slim configuration overwrites, so that their dense values have to be recorded."""
+        return self.count_keys if self.reload == "head_counts" else ()
+
+
+@cache
+def families() -> Mapping[str, Family]:
+    """Every family by its file's name. A damaged family file raises `UsageError` with file and line."""
+    paths = sorted(path for path in _FOLDER.glob("*.yaml") if path != _REFUSED)
+    return {path.stem: validate(Family, *read_yaml(path)) for path in paths}
+
+
+@cache
+def refused_types() -> Mapping[str, str]:
+    """Why a model type is refused, by model type. A damaged table raises `UsageError` with file and line."""
+    table = validate(RefusedTable, *read_yaml(_REFUSED))
+    return {model_type: row.reason for row in table.refused for model_type in row.model_types}
+
+
+def family_of(config: PretrainedConfig) -> tuple[str, Family]:
+    """The family that covers a configuration.
+
+    Raises:
+        ModelRefusedError: no family covers its model type or can, or the family refuses this configuration.
+    """
+    known = {model_type: name for name, family in families().items() for model_type in family.model_types}
+    if config.model_type in refused_types():
+        raise ModelRefusedError(
+            f"model type '{config.model_type}' is refused: {refused_types()[config.model_type]}",
+            where="config.json",
+            hint="see `slimheads families` for what is covered",
+        )
+    if config.model_type not in known:
+        near = difflib.get_close_matches(str(config.model_type), known, n=1, cutoff=0.0)[0]
+        raise ModelRefusedError(
+            f"model type '{config.model_type}' is not covered (the nearest covered one is '{near}')",
+            hint="see `slimheads families` for what is",
+        )
+    name = known[config.model_type]
+    family = families()[name]
+    for refusal in family.refuse:
+        found = getattr(config, refusal.key, None)
+        if (bool(found) if isinstance(refusal.value, bool) else found) == refusal.value:
+            raise ModelRefusedError(
+                f"{refusal.key}: {refusal.value} is refused, for {refusal.reason}",
+                where=f"config.json ({config.model_type})",
+                hint="use a checkpoint without it",
+            )
+    return name, family
+
+
+def family_rows() -> list[dict[str, Any]]:
+    """What `slimheads families` lists: one row a family file, as JSON data."""
+    return [
+        {
+            "family": name,
+            "title": family.title,
+            "model_types": list(family.model_types),
+            "unit": "kv_group (head where every head has its own keys and values)"
+            if any(len(set(family.keys(row))) > 1 for row in family.sites)
+            else "head",
+            "layout": "fused"
+            if any(mark in p.layout for mark in "|[" for site in family.sites for p in site.projections)
+            else "separate",
+            "reload": {
+                None: "slimheads",
+                "pruned_heads": "stock transformers 4, slimheads",
+                "head_counts": "stock with equal counts, slimheads",
+            }[family.reload],
+        }
+        for name, family in families().items()
+    ]
+
+
+def is_projection(family: Family, tensor: str) -> bool:
+    """Whether a checkpoint's tensor is, by its name, a projection's weight or bias in some layer of the family."""
+    owner = tensor.rpartition(".")[0]
+    return any(
+        owner.endswith(f".{p.module}") and bool(site_pattern(row).fullmatch(owner.removesuffix(f".{p.module}")))
+        for row in family.sites
+        for p in row.projections
+    )
+
+
+def site_pattern(row: SiteRow) -> re.Pattern[str]:
+    """What the qualified name of a row's module looks like; the groups are its indices."""
+    return re.compile(r"(?:.*\.)?" + re.escape(row.match).replace(r"\*", r"(\d+)"))
+
+
+def site_count(config: PretrainedConfig, row: SiteRow) -> int:
+    """How many sites of a row's kind a configuration asks for."""
+    factors = (_lookup(config, key.strip()) for key in row.count.split(" * "))
+    return math.prod(sum(factor) if isinstance(factor, list | tuple) else int(factor) for factor in factors)
+
+
+def head_count(config: PretrainedConfig, key: str, index: int) -> int:
+    """The dense number of heads that a config key gives for the site with this first index."""
+    value = dense_value(config, key)
+    return int(value[index] if isinstance(value, list | tuple) else value)
+
+
+def dense_value(config: PretrainedConfig, key: str) -> Any:
+    """A config key as it was before any deletion (a slim config may carry smaller head counts)."""
+    recorded = getattr(config, PLAN_KEY, None) or {}
+    return recorded["dense"][key] if key in recorded.get("dense", {}) else _lookup(config, key)
+
+
+def _lookup(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def check_head_counts(config: PretrainedConfig, family: Family) -> None:
+    """Refuses head counts that no model can have: transformers itself accepts -4 heads.
+
+    Raises:
+        ModelRefusedError: naming the config key.
+    """
+
+    def refuse(what: str) -> None:
+        raise ModelRefusedError(what, where="config.json", hint="the configuration is damaged: fetch the model again")
+
+    for row in family.sites:
+        units_key, heads_key = family.keys(row)
+        for key in (units_key, heads_key):
+            for value in _each(dense_value(config, key)):
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                    refuse(f"{key} is {value!r} where a whole number of at least 1 belongs")
+        pairs = zip(_each(dense_value(config, heads_key)), _each(dense_value(config, units_key)), strict=True)
+        for heads, units in pairs:
+            if heads % units:
+                refuse(f"{heads} query heads cannot share {units} key-value heads evenly")
+        heads = dense_value(config, heads_key)
+        owner = _lookup(config, heads_key.rpartition(".")[0]) if "." in heads_key else config
+        hidden = getattr(owner, "hidden_size", None)
+        fixed = getattr(owner, "head_dim", None)
+        if isinstance(heads, int) and hidden is not None and not fixed and hidden % heads:
+            refuse(f"hidden_size {hidden} is not a multiple of {heads} heads")
+
+
+def _each(value: Any) -> Iterator[Any]:
+    yield from value if isinstance(value, list | tuple) else (value,)
