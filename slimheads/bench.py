@@ -22,10 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy import stats
 
 from slimheads.errors import EnvironmentLackError, UsageError
+from slimheads.inputs import without_length
 from slimheads.sessions import ORT_ERRORS, Array, Interface, inputs_for, open_session, read_interface, require_provider
+from slimheads.wording import shape_text
 
 Verdict = Literal["faster", "slower", "no difference shown", "inconclusive", "not measured"]
-Shape = tuple[int, ...]  # (batch, length) or (batch, length, past)
+Shape = tuple[int, ...]  # (batch, length) or (batch, length, past), or (batch,) where inputs have no length
 Floats = NDArray[np.float64]
 
 SETS = 10  # session sets before a measurement is judged; at most EXTENSION times as many where it is prolonged
@@ -106,7 +108,7 @@ def bench(
     Args:
         dense: the file to compare against; it is measured twice, the second time as the control.
         slim: the file in question.
-        shapes: (batch, length) or (batch, length, past) of each measurement.
+        shapes: (batch, length) or (batch, length, past) of each measurement; (batch,) where inputs have no length.
         provider: `cpu` or `cuda`.
         threads: threads within an operator.
         precision: a label for the report.
@@ -118,7 +120,7 @@ def bench(
         on_progress: called with one line of text after each session set of a shape.
 
     Returns:
-        One row a shape, in the order of `shapes`.
+        One row a shape, in the order of `shapes`; where the files' inputs have no length, one row a batch size.
 
     Raises:
         UsageError: a file cannot be opened or fed, or does not run at a shape.
@@ -131,6 +133,8 @@ def bench(
             hint="give a positive time and at least one pair",
         )
     shapes = tuple(tuple(shape) for shape in shapes)
+    if not read_interface(dense).has_length:
+        shapes = without_length(shapes)
     ratios = {shape: dense_flops / slim_flops for shape, (dense_flops, slim_flops) in (flops or {}).items()}
     row = partial(Latency, provider=provider, threads=threads, precision=precision)
     pair = _Pair(Path(dense), Path(slim), provider, threads, seed)
@@ -298,17 +302,17 @@ def _measure(
                 ) from error
             del runs
             series[shape].consider(min_seconds, pair.seed)
-            on_progress(f"latency {'x'.join(map(str, shape))}: session set {len(series[shape].sets)}")
+            on_progress(f"latency {shape_text(shape)}: session set {len(series[shape].sets)}")
         del sessions  # before the next are opened: three at a time are enough for the memory
     return series
 
 
 def _feed(interface: Interface, shape: Shape, seed: int) -> dict[str, Array]:
-    if len(shape) not in (2, 3):
+    if len(shape) not in ((2, 3) if interface.has_length else (1,)):
         raise UsageError(
             f"{list(shape)} is not a shape", where="shapes", hint="give [batch, length] or [batch, length, past]"
         )
-    batch, length, past = (*shape, 0)[:3]
+    batch, length, past = (*shape, *(1, 0)[len(shape) - 1 :])[:3]
     return inputs_for(interface, batch, length, past, seed)
 
 

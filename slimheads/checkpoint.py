@@ -20,14 +20,19 @@ from slimheads.errors import EnvironmentLackError, ModelRefusedError, UsageError
 from slimheads.family import check_head_counts, dense_value, family_of, site_count
 from slimheads.surgery import recorded_plan
 
-# The tasks slimheads proves, by the suffix of the architecture's class name, with the Auto class that loads each.
-TASKS: Mapping[str, tuple[str, str]] = {
-    "text-generation": ("ForCausalLM|LMHeadModel", "AutoModelForCausalLM"),
-    "fill-mask": ("ForMaskedLM", "AutoModelForMaskedLM"),
-    "text-classification": ("ForSequenceClassification", "AutoModelForSequenceClassification"),
-    "token-classification": ("ForTokenClassification", "AutoModelForTokenClassification"),
-    "question-answering": ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
-    "feature-extraction": ("Model", "AutoModel"),  # last: every LMHeadModel ends in Model
+# The tasks slimheads proves, by optimum's names, with the Auto class that loads each. An architecture that several Auto
+# classes list has the first of their tasks.
+TASKS: Mapping[str, str] = {
+    "text-generation": "AutoModelForCausalLM",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "image-classification": "AutoModelForImageClassification",
+    "zero-shot-image-classification": "AutoModelForZeroShotImageClassification",
+    "audio-classification": "AutoModelForAudioClassification",
+    "automatic-speech-recognition": "AutoModelForCTC",
+    "feature-extraction": "AutoModel",
 }
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -241,15 +246,21 @@ def _without_implementation_keys(data: Any, path: Path) -> Any:
 
 def _task_of(config: PretrainedConfig) -> str:
     for name in config.architectures or ():
-        for task, (suffixes, _) in TASKS.items():
-            if str(name).endswith(tuple(suffixes.split("|"))):
+        for task, auto in TASKS.items():
+            if name in _classes(auto, config):
                 return task
     return "feature-extraction"
 
 
+def _classes(auto: str, config: PretrainedConfig) -> tuple[str, ...]:
+    """Names of the classes that an Auto class builds from such a configuration, the one it prefers first."""
+    names = getattr(transformers, auto)._model_mapping._model_mapping.get(config.model_type, ())
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def _architecture(config: PretrainedConfig, task: str) -> type[PreTrainedModel]:
-    auto = getattr(transformers, TASKS[task][1])
-    try:
-        return cast(type[PreTrainedModel], auto._model_mapping[type(config)])
-    except KeyError as error:
-        raise UsageError(f"{config.model_type} has no model for '{task}'", hint="use task: auto") from error
+    names = _classes(TASKS[task], config)
+    if not names:
+        raise UsageError(f"{config.model_type} has no model for '{task}'", hint="use task: auto")
+    name = next((name for name in config.architectures or () if name in names), names[0])
+    return cast(type[PreTrainedModel], getattr(transformers, name))

@@ -20,6 +20,7 @@ from slimheads.recipe_yaml import read_yaml, validate
 
 Reload = Literal["pruned_heads", "head_counts"]
 Counted = Literal["units", "heads", "members", "width"]
+Inputs = Literal["text", "image", "text and image", "waveform", "spectrogram"]
 PLAN_KEY = "slimheads"  # where config.json keeps the plan
 
 _FOLDER = cast(Path, files("slimheads") / "families")
@@ -98,6 +99,7 @@ class Family(_Strict):
     units: str | None = Field(default=None, description="config key with the number of units of a dense site")
     heads: str | None = Field(default=None, description="config key with the number of query heads, where it differs")
     reload: Reload | None = Field(default=None, description="what lets the stock library rebuild the smaller modules")
+    inputs: Inputs = Field(default="text", description="what the models are fed")
     refuse: tuple[Refusal, ...] = ()
     sites: tuple[SiteRow, ...]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from slimheads.errors import UsageError
+from slimheads.inputs import make_inputs, to_torch
 
 
 def parameters(model: PreTrainedModel) -> int:
@@ -21,20 +23,24 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def flops(model: PreTrainedModel, batch: int, length: int) -> int:
-    """Floating-point operations of one forward on [batch, length] tokens: 2 a multiply-add, matrix products only.
+def flops(model: PreTrainedModel, batch: int, length: int = 1) -> int:
+    """Floating-point operations of one forward: 2 a multiply-add, matrix products and convolutions only.
+
+    Args:
+        batch: texts, images or recordings.
+        length: tokens or frames of each; of no effect where inputs have no length.
 
     Counted by torch's own FlopCounterMode while the model runs, so nothing is assumed about the architecture.
 
     Raises:
         UsageError: the model does not run at this shape.
     """
-    ids = torch.zeros((batch, length), dtype=torch.long)
+    feed = to_torch(make_inputs(model.config, batch, length, np.random.default_rng(0)), model)
     # torch counts the attention of GPUs but not its CPU kernel.
     cpu_attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
         try:
-            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            model(**feed)
         except (IndexError, RuntimeError) as error:  # past the end of a position table, say
             said = " ".join(str(error).split())[:200]
             raise UsageError(

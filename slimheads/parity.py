@@ -2,13 +2,15 @@
 
 Cases are batch {1, 4} x length {1, 8, 128}; batches of four have rows of different lengths, padded left and right;
 decoders also continue a cache of seven positions. Each form builds its own cache by running the first seven positions
-itself, so the cache inputs and outputs of an ONNX file are part of what is compared.
+itself, so the cache inputs and outputs of an ONNX file are part of what is compared. Images and spectrograms have one
+size, and waveforms no padding: the exported graphs take no mask for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -16,29 +18,47 @@ import onnxruntime
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from slimheads.inputs import has_length, make_inputs, takes_text, text_config, to_torch
 from slimheads.sessions import ORT_ERRORS
 
 Padding = Literal["no", "left", "right"]
 BATCHES, LENGTHS, PAST = (1, 4), (1, 8, 128), 7
 REFUSALS: tuple[type[Exception], ...] = (*ORT_ERRORS, ValueError, IndexError)
 Outputs = dict[str, np.ndarray]
+_NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
 Form = Callable[["Case"], Outputs]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One input: ids and mask are int64 [batch, past + length]; the first `past` positions go through the cache."""
+    """One input: `inputs` by name; texts' first `past` positions go through the cache."""
 
     batch: int
-    length: int
+    length: int  # 0 where inputs have no length
     padding: Padding
     past: int
-    ids: np.ndarray
-    mask: np.ndarray
+    inputs: Mapping[str, np.ndarray]
 
     def __str__(self) -> str:
+        length = f", length {self.length}" if self.length else ""
+        padding = f", {self.padding} padding" if "attention_mask" in self.inputs else ""
         past = f", past {self.past}" if self.past else ""
-        return f"batch {self.batch}, length {self.length}, {self.padding} padding{past}"
+        return f"batch {self.batch}{length}{padding}{past}"
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int64 [batch, past + length], of texts."""
+        return self.inputs["input_ids"]
+
+    @property
+    def mask(self) -> np.ndarray:
+        """int64 [batch, past + length], of texts: 1 where there is no padding."""
+        return self.inputs["attention_mask"]
+
+    @property
+    def others(self) -> dict[str, np.ndarray]:
+        """What is fed besides token ids and their mask."""
+        return {name: array for name, array in self.inputs.items() if name not in ("input_ids", "attention_mask")}
 
     @property
     def positions(self) -> np.ndarray:
@@ -60,6 +80,8 @@ class Comparison:
 def cases(config: PretrainedConfig, task: str, seed: int = 0) -> tuple[Case, ...]:
     """The contract's cases for a model, shortened where its position table is."""
     rng = np.random.default_rng(seed)
+    if not has_length(config):
+        return tuple(Case(batch, 0, "no", 0, make_inputs(config, batch, 1, rng)) for batch in BATCHES)
     limit = position_limit(config)
     pasts = (0, min(PAST, limit // 2)) if task == "text-generation" else (0,)
     return tuple(
@@ -67,22 +89,25 @@ def cases(config: PretrainedConfig, task: str, seed: int = 0) -> tuple[Case, ...
         for past in pasts
         for batch in BATCHES
         for length in sorted({min(length, limit - past) for length in LENGTHS})
-        for padding in _paddings(batch, length, past)
+        for padding in (_paddings(batch, length, past) if takes_text(config) else ("no",))
     )
 
 
 def position_limit(config: PretrainedConfig) -> int:
     """Longest input that every covered model with this position table takes."""
-    return (getattr(config, "max_position_embeddings", None) or 10_000) - 2  # RoBERTa's table starts at 2
+    table = getattr(text_config(config), "max_position_embeddings", None)
+    return (table or 10_000) - 2  # RoBERTa's table starts at 2
 
 
 def torch_form(model: PreTrainedModel) -> Form:
     """A torch model as a function from a case to its float outputs by name."""
 
     def run(case: Case) -> Outputs:
-        ids, mask, positions = (torch.from_numpy(a) for a in (case.ids, case.mask, case.positions))
-        cache: dict[str, Any] = {}
+        others, cache = to_torch(case.others, model), dict[str, Any]()
         with torch.no_grad():
+            if "input_ids" not in case.inputs:
+                return _floats(model(**others))
+            ids, mask, positions = (torch.from_numpy(a) for a in (case.ids, case.mask, case.positions))
             if case.past:
                 p = case.past
                 first = model(
@@ -91,10 +116,13 @@ def torch_form(model: PreTrainedModel) -> Form:
                 cache = {"past_key_values": first.past_key_values, "position_ids": positions[:, p:]}
             elif model.can_generate():
                 cache = {"position_ids": positions}
-            made = model(input_ids=ids[:, case.past :], attention_mask=mask, **cache)
-        return {k: v.numpy() for k, v in made.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+            return _floats(model(input_ids=ids[:, case.past :], attention_mask=mask, **cache, **others))
 
     return run
+
+
+def _floats(made: Mapping[str, Any]) -> Outputs:
+    return {k: v.numpy() for k, v in made.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
 
 
 def onnx_form(session: onnxruntime.InferenceSession, kv_shapes: tuple[tuple[int, int, int], ...]) -> Form:
@@ -102,10 +130,13 @@ def onnx_form(session: onnxruntime.InferenceSession, kv_shapes: tuple[tuple[int,
     step = _cached_step(session, kv_shapes)
 
     def run(case: Case) -> Outputs:
+        if "input_ids" not in case.inputs:
+            names = [output.name for output in session.get_outputs()]
+            return dict(zip(names, session.run(None, dict(case.inputs)), strict=True))
         cache: Outputs | None = None
         if case.past:
             _, cache = step(case.ids[:, : case.past], case.mask[:, : case.past], None)
-        return step(case.ids[:, case.past :], case.mask, cache)[0]
+        return step(case.ids[:, case.past :], case.mask, cache, case.others)[0]
 
     return run
 
@@ -136,12 +167,14 @@ def onnx_greedy(
 
 def _cached_step(
     session: onnxruntime.InferenceSession, kv_shapes: tuple[tuple[int, int, int], ...]
-) -> Callable[[np.ndarray, np.ndarray, Outputs | None], tuple[Outputs, Outputs]]:
-    """(new ids, mask of all positions so far, cache or None) -> (outputs, cache with the new positions)."""
+) -> Callable[..., tuple[Outputs, Outputs]]:
+    """(new ids, mask of all positions so far, cache or None, others) -> (outputs, cache with the new positions)."""
     wanted = {i.name for i in session.get_inputs()}
     names = [o.name for o in session.get_outputs()]
 
-    def step(ids: np.ndarray, mask: np.ndarray, cache: Outputs | None) -> tuple[Outputs, Outputs]:
+    def step(
+        ids: np.ndarray, mask: np.ndarray, cache: Outputs | None, others: Mapping[str, np.ndarray] = _NOTHING
+    ) -> tuple[Outputs, Outputs]:
         if cache is None:
             cache = {
                 f"past_key_values.{layer}.{kind}": np.zeros((len(ids), heads, 0, dim), np.float32)
@@ -154,7 +187,7 @@ def _cached_step(
             "position_ids": _positions(mask)[:, -ids.shape[1] :],
             "token_type_ids": np.zeros_like(ids),
         }
-        fed = {k: v for k, v in feed.items() if k in wanted} | cache
+        fed = {k: v for k, v in (feed | dict(others)).items() if k in wanted} | cache
         outputs = dict(zip(names, session.run(None, fed), strict=True))
         return outputs, {name: outputs[name.replace("past_key_values", "present")] for name in cache}
 
@@ -208,13 +241,9 @@ def _compare_one(name: str, a: np.ndarray, b: np.ndarray, case: Case, atol: floa
 
     if a.shape != b.shape:
         return failed(f"shapes {list(a.shape)} and {list(b.shape)} differ")
-    real = case.mask.astype(bool)
-    # A cache is [batch, KV heads, positions, head_dim], past positions included; a window drops the first ones.
-    if name.startswith("present."):
-        real = real[:, real.shape[1] - a.shape[2] :]
-        a, b = (cached.swapaxes(1, 2)[real] for cached in (a, b))
-    elif a.ndim == 3 or name in ("start_logits", "end_logits"):  # the others have no axis of positions
-        a, b = a[real[:, case.past :]], b[real[:, case.past :]]
+    mask = case.inputs.get("attention_mask")
+    if mask is not None:
+        a, b = (_unpadded(name, array, mask.astype(bool), case.past) for array in (a, b))
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return failed("a value is NaN or infinite")
     a, b = a.astype(np.float64), b.astype(np.float64)
@@ -224,6 +253,15 @@ def _compare_one(name: str, a: np.ndarray, b: np.ndarray, case: Case, atol: floa
     if (max_rel > rtol) if atol is None else (off > atol + rtol * np.abs(a)).any():
         return failed(f"differs by {max_abs:.3g}", max_abs, max_rel)
     return Comparison(str(case), max_abs, max_rel, True, None)
+
+
+def _unpadded(name: str, array: np.ndarray, real: np.ndarray, past: int) -> np.ndarray:
+    # A cache is [batch, KV heads, positions, head_dim], past positions included; a window drops the first ones.
+    if name.startswith("present."):
+        kept: np.ndarray = array.swapaxes(1, 2)[real[:, real.shape[1] - array.shape[2] :]]
+        return kept
+    has_positions = array.ndim == 3 or name in ("start_logits", "end_logits")
+    return array[real[:, past:]] if has_positions else array
 
 
 def _positions(mask: np.ndarray) -> np.ndarray:
@@ -243,16 +281,16 @@ def _paddings(batch: int, length: int, past: int) -> tuple[Padding, ...]:
 def _case(
     rng: np.random.Generator, config: PretrainedConfig, batch: int, length: int, padding: Padding, past: int
 ) -> Case:
-    pad = getattr(config, "pad_token_id", None)
     whole = past + length
-    ids = rng.integers(0, config.vocab_size, (batch, whole))
-    if pad is not None:
-        ids[ids == pad] = (pad + 1) % config.vocab_size  # RoBERTa derives positions from which ids are padding
-    mask = np.ones((batch, whole), np.int64)
+    inputs = make_inputs(config, batch, whole, rng)
+    if not takes_text(config):
+        return Case(batch, length, padding, past, inputs)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    pad = getattr(text_config(config), "pad_token_id", None)
     room = past or length
     for row in range(1, batch if padding != "no" else 1):
         gone = min(room - 1, 1 + row * room // (batch + 1))
         where = np.s_[:gone] if padding == "left" else np.s_[whole - gone :]
         mask[row, where] = 0
         ids[row, where] = 0 if pad is None else pad
-    return Case(batch, length, padding, past, ids.astype(np.int64), mask)
+    return Case(batch, length, padding, past, inputs)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from slimheads import flops
 from slimheads.checkpoint import find
+from slimheads.inputs import measured_shapes
 from slimheads.model import load
 from slimheads.recipe import Recipe
 from slimheads.scoring import score
@@ -48,7 +49,7 @@ def preview(recipe: Recipe) -> Preview:
     require_usable(recipe, source)
     model = load(source.folder, source.task)
     plan = choose(score(model, recipe.score.method), recipe)
-    shape = recipe.bench.shapes[-1]
+    shape = measured_shapes(model.config, recipe.bench.shapes)[-1]
 
     def cost(units: int) -> Cost:
         return Cost(

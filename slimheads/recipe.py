@@ -20,6 +20,10 @@ Task = Literal[
     "text-classification",
     "token-classification",
     "question-answering",
+    "image-classification",
+    "zero-shot-image-classification",
+    "audio-classification",
+    "automatic-speech-recognition",
 ]
 Precision = Literal["fp32", "fp16", "int8"]
 Provider = Literal["cpu", "cuda"]
@@ -129,7 +133,9 @@ class Bench(_Section):
 
     providers: Providers = Field(("cpu",), description="ONNX Runtime providers to measure on: cpu, cuda")
     threads: PositiveInt = Field(2, description="threads inside an operator, at least 1")
-    shapes: Shapes = Field(((1, 16), (1, 128)), description="inputs to measure, each [batch, length]")
+    shapes: Shapes = Field(
+        ((1, 16), (1, 128)), description="inputs to measure, each [batch, length]; images have no length"
+    )
     min_seconds: PositiveFloat = Field(3.0, description="seconds to measure each shape for, above 0")
     on_missing: Literal["fail", "skip"] = Field(
         "fail", description="a provider that is not there: fail ends with code 5, skip reports not measured"

@@ -23,7 +23,7 @@ def reload_tier(folder: Path, model: PreTrainedModel, task: str) -> tuple[Tier, 
     Returns:
         The tier, and one sentence that says why.
     """
-    auto = TASKS[task][1]
+    auto = TASKS[task]
     try:
         with quiet_transformers():
             stock = getattr(transformers, auto).from_pretrained(

@@ -30,6 +30,7 @@ from slimheads.report import (
 from slimheads.stages import Job, certificate_of
 from slimheads.store import Source
 from slimheads.tables import short_name
+from slimheads.wording import shape_text
 
 _REMEDIES = {
     "latency_ratio": "delete more heads, or measure on a machine that does nothing else",
@@ -158,7 +159,7 @@ def _latency_gate(limit: float, latency: Sequence[Latency]) -> GateResult:
     doubtful = next((row for row in measured if row.verdict in noise), None)
     worst = doubtful or min(measured, key=lambda row: row.speedup.estimate if row.speedup else 0.0)
     ratio = 1 / worst.speedup.estimate if worst.speedup else None
-    where = f"{'x'.join(map(str, worst.shape))} ({worst.provider}, {worst.precision})"
+    where = f"{shape_text(worst.shape)} ({worst.provider}, {worst.precision})"
     met = doubtful is None and ratio is not None and ratio <= limit
     said = f"{worst.verdict} at {where}" if doubtful else f"slim / dense latency {ratio:.3f} at {where}"
     return GateResult(

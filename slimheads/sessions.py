@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -28,6 +28,8 @@ Provider = Literal["cpu", "cuda"]
 
 PROVIDERS = MappingProxyType({"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"})
 KV_SHAPES_KEY = "slimheads.kv_shapes"  # metadata_props: JSON [[kv_heads, head_dim_k, head_dim_v], ...], one a layer
+# metadata_props: JSON {input: [[size at length 1, more for each further token or frame], ...]}, axes after the batch
+AXES_KEY = "slimheads.axes"
 UNKNOWN_VOCABULARY = 100
 
 # ONNX Runtime's exceptions share no base class but Exception.
@@ -161,13 +163,26 @@ class Interface:
     """What an ONNX file says about its own inputs.
 
     `vocabulary` is the number of rows of the table that input_ids index, where the graph shows it. `kv_shapes` holds
-    (kv_heads, head_dim of keys, head_dim of values) of every layer, where the file's metadata carries them.
+    (kv_heads, head_dim of keys, head_dim of values) of every layer, and `axes` the sizes of images' and sounds' axes
+    (see AXES_KEY), where the file's metadata carries them.
     """
 
     where: str
     inputs: tuple[Input, ...]
     vocabulary: int | None = None
     kv_shapes: tuple[tuple[int, int, int], ...] = ()
+    axes: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+
+    @property
+    def has_length(self) -> bool:
+        """Whether any input's size depends on a length; images and spectrograms have one size."""
+        return any(self._varies(wanted) for wanted in self.inputs)
+
+    def _varies(self, wanted: Input) -> bool:
+        if wanted.name in self.axes:
+            return any(more for _, more in self.axes[wanted.name])
+        free = [dim for dim in wanted.dims[1:] if isinstance(dim, str)]
+        return _FILLERS.get(wanted.name) is not _normal or any(dim.endswith("sequence_length") for dim in free)
 
 
 def read_interface(source: str | Path | onnxruntime.InferenceSession) -> Interface:
@@ -178,7 +193,8 @@ def read_interface(source: str | Path | onnxruntime.InferenceSession) -> Interfa
     """
     if isinstance(source, onnxruntime.InferenceSession):
         inputs = tuple(Input(i.name, _ort_dtype(i.type), tuple(i.shape)) for i in source.get_inputs())
-        return Interface("session", inputs, None, _kv_shapes(source.get_modelmeta().custom_metadata_map, "session"))
+        metadata = source.get_modelmeta().custom_metadata_map
+        return Interface("session", inputs, None, _kv_shapes(metadata, "session"), _axes(metadata, "session"))
     try:
         model = onnx.load(str(source), load_external_data=False)
     except (OSError, DecodeError) as error:
@@ -194,7 +210,8 @@ def read_interface(source: str | Path | onnxruntime.InferenceSession) -> Interfa
         if value.name not in stored
     )
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    return Interface(str(source), inputs, _vocabulary(model.graph), _kv_shapes(metadata, str(source)))
+    where = str(source)
+    return Interface(where, inputs, _vocabulary(model.graph), _kv_shapes(metadata, where), _axes(metadata, where))
 
 
 def _dims(value: onnx.ValueInfoProto) -> Iterator[int | str | None]:
@@ -220,6 +237,18 @@ def _kv_shapes(metadata: dict[str, str], where: str) -> tuple[tuple[int, int, in
     except (ValueError, TypeError) as error:
         raise UsageError(
             f"metadata {KV_SHAPES_KEY} is not a list of [kv_heads, head_dim_k, head_dim_v]",
+            where=where,
+            hint="export it again",
+        ) from error
+
+
+def _axes(metadata: dict[str, str], where: str) -> dict[str, tuple[tuple[int, int], ...]]:
+    try:
+        stored = json.loads(metadata.get(AXES_KEY, "{}"))
+        return {str(name): tuple((int(first), int(more)) for first, more in axes) for name, axes in stored.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"metadata {AXES_KEY} is not a table of [size, more for each length] by input",
             where=where,
             hint="export it again",
         ) from error
@@ -272,7 +301,8 @@ def inputs_for(
     Args:
         source: the file, an open session, or what `read_interface` gave for one. From a session, ids stay under 100.
         batch: sequences (or images, or clips).
-        length: new tokens a sequence; the encoder's tokens too where a decoder takes encoder states.
+        length: new tokens a sequence; the encoder's tokens too where a decoder takes encoder states; frames of a
+            waveform where the file says how many samples these take (AXES_KEY), otherwise samples.
         past: tokens already in the KV cache; 0 gives caches with a zero-length axis 2.
         seed: the same seed gives the same values, input by input, whatever other inputs a file has.
 
@@ -348,9 +378,13 @@ _FREE_AXES = MappingProxyType(
 
 def _normal(wanted: Input, request: _Request) -> Array:
     sizes = [request.batch]
+    stated = request.interface.axes.get(wanted.name, ())
     for axis, dim in enumerate(wanted.dims[1:], start=1):
         if isinstance(dim, int):
             sizes.append(dim)
+        elif len(stated) == len(wanted.dims) - 1:
+            first, more = stated[axis - 1]
+            sizes.append(first + more * (request.length - 1))
         elif dim is not None and dim in _FREE_AXES:
             sizes.append(_FREE_AXES[dim])
         elif dim is not None and dim.endswith("sequence_length"):

@@ -29,6 +29,7 @@ from slimheads.environment import environment, installed
 from slimheads.errors import EnvironmentLackError, SlimheadsError, UsageError
 from slimheads.export import FILES, export
 from slimheads.gating import gated
+from slimheads.inputs import measured_shapes, text_config
 from slimheads.model import load, save
 from slimheads.recipe import Recipe
 from slimheads.reload import reload_tier
@@ -308,7 +309,7 @@ def require_usable(recipe: Recipe, source: Source) -> None:
     """
     if recipe.verify.text:
         read_texts(Path(recipe.verify.text))
-    limit = getattr(read_config(source.folder), "max_position_embeddings", None)
+    limit = getattr(text_config(read_config(source.folder)), "max_position_embeddings", None)
     for batch, length in recipe.bench.shapes:
         if limit and length > limit:
             raise UsageError(
@@ -320,8 +321,9 @@ def require_usable(recipe: Recipe, source: Source) -> None:
 
 def _bench(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
     section = job.recipe.bench
+    shapes = measured_shapes(job.dense().config, section.shapes)
     counted: dict[tuple[int, ...], tuple[float, float]] = {
-        shape: (flops.flops(job.dense(), *shape), flops.flops(job.slim(), *shape)) for shape in section.shapes
+        shape: (flops.flops(job.dense(), *shape), flops.flops(job.slim(), *shape)) for shape in shapes
     }
     rows: list[Latency] = []
     for provider in section.providers:
@@ -329,7 +331,7 @@ def _bench(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
             rows += bench(
                 job.onnx("dense", precision),
                 job.onnx("slim", precision),
-                shapes=section.shapes,
+                shapes=shapes,
                 provider=provider,
                 threads=section.threads,
                 precision=precision,
@@ -338,7 +340,7 @@ def _bench(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
                 on_missing=section.on_missing,
                 on_progress=job.tell,
             )
-    shape = section.shapes[-1]
+    shape = shapes[-1]
     result = {
         "latency": [row.model_dump(mode="json") for row in rows],
         "flops": {"shape": list(shape), "dense": counted[shape][0], "slim": counted[shape][1]},

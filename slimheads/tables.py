@@ -24,6 +24,13 @@ LOADERS = {
     "text-classification": ("AutoModelForSequenceClassification", "ORTModelForSequenceClassification"),
     "token-classification": ("AutoModelForTokenClassification", "ORTModelForTokenClassification"),
     "question-answering": ("AutoModelForQuestionAnswering", "ORTModelForQuestionAnswering"),
+    "image-classification": ("AutoModelForImageClassification", "ORTModelForImageClassification"),
+    "zero-shot-image-classification": (
+        "AutoModelForZeroShotImageClassification",
+        "ORTModelForZeroShotImageClassification",
+    ),
+    "audio-classification": ("AutoModelForAudioClassification", "ORTModelForAudioClassification"),
+    "automatic-speech-recognition": ("AutoModelForCTC", "ORTModelForCTC"),
 }
 
 NONE = "not measured"

@@ -43,7 +43,7 @@ def print_preview(found: Preview) -> None:
         ("heads" if plan.sites[0].unit == "head" else "KV groups", "heads", wording.whole),
         ("parameters", "parameters", wording.whole),
         ("weights", "bytes", wording.size),
-        (f"FLOPs at {'x'.join(map(str, found.shape))}", "flops", wording.flops),
+        (f"FLOPs at {wording.shape_text(found.shape)}", "flops", wording.flops),
     )
     for label, name, form in rows:
         before, after = getattr(found.dense, name), getattr(found.slim, name)
@@ -86,7 +86,7 @@ def print_latency(rows: Sequence[Latency]) -> None:
     """One row a shape: medians, and the ratio with its interval and verdict."""
     table = Table("shape", "first", "second", "speedup (95% interval)", "control", "verdict", box=None, pad_edge=False)
     for row in rows:
-        shape = "x".join(map(str, row.shape))
+        shape = wording.shape_text(row.shape)
         if row.dense is None or row.slim is None or row.speedup is None or row.control is None:
             table.add_row(shape, "", "", "", "", f"{row.verdict}: {row.reason}")
             continue

@@ -181,7 +181,7 @@ def latency_line(row: Latency, *, setup: bool = True) -> str:
 
 
 def latency_place(row: Latency) -> str:
-    """1x128, or 1x1 past 512."""
+    """1x128, 1x1 past 512, or batch 1 where inputs have no length."""
     return shape_text(row.shape)
 
 
@@ -191,7 +191,9 @@ def latency_setup(row: Latency) -> str:
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """Batch x length, and the cache's length where there is one."""
+    """Batch x length, and the cache's length where there is one; the batch alone where inputs have no length."""
+    if len(shape) == 1:
+        return f"batch {shape[0]}"
     text = "x".join(str(number) for number in shape[:2])
     return f"{text} past {shape[2]}" if len(shape) > 2 and shape[2] else text
 

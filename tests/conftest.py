@@ -13,20 +13,22 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tiny import CONFIGS, DECODERS, tiny_model
+from tiny import CONFIGS, DECODERS, ENCODERS, tiny_model
 from transformers import PreTrainedModel
 
 from slimheads.attention import find_sites
 from slimheads.family import families
+from slimheads.inputs import has_length, make_inputs, takes_text, to_torch
 from slimheads.model import load
 from slimheads.selection import Plan, SitePlan
 
 MODEL_TYPES = sorted(model_type for family in families().values() for model_type in family.model_types)
 PARAMETERS = {
     "model_type": MODEL_TYPES,
-    "encoder_type": [m for m in MODEL_TYPES if m not in DECODERS],
+    "encoder_type": [m for m in MODEL_TYPES if m in ENCODERS],  # of texts
     "decoder_type": [m for m in MODEL_TYPES if m in DECODERS],
 }
 
@@ -95,18 +97,40 @@ def equal() -> Callable[..., Plan]:
 
 
 @pytest.fixture(scope="session")
-def batches() -> Mapping[str, dict[str, torch.Tensor]]:
-    """Token batches by name: single and several texts, without a mask, padded right and padded left."""
+def batches() -> Callable[[PreTrainedModel], dict[str, dict[str, torch.Tensor]]]:
+    """`batches(model)`: what the model can be fed, by name, floating-point inputs in its dtype; "one" is always there.
+
+    Texts: a single token, one text, several padded right and padded left. Images and recordings: one, and several.
+    """
+
+    def made(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
+        if not takes_text(model.config):
+            return _of_one_size(model)
+        return _texts(model)
+
+    return made
+
+
+def _of_one_size(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
+    draw = np.random.default_rng(5)
+    sizes = {"one": (1, 9), "several": (3, 9)} | ({"one frame": (1, 1)} if has_length(model.config) else {})
+    return {name: to_torch(make_inputs(model.config, *size, draw), model) for name, size in sizes.items()}
+
+
+def _texts(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
     draw = torch.Generator().manual_seed(5)
     lengths = torch.tensor([7, 3, 9])
     made = {
         "one token": {"input_ids": torch.randint(3, 120, (1, 1), generator=draw)},
-        "one text": {"input_ids": torch.randint(3, 120, (1, 9), generator=draw)},
+        "one": {"input_ids": torch.randint(3, 120, (1, 9), generator=draw)},
     }
     for side, place in (("right", torch.arange(9)), ("left", torch.arange(8, -1, -1))):
         mask = (place < lengths[:, None]).long()
         ids = torch.randint(3, 120, (3, 9), generator=draw)
         made[f"padded {side}"] = {"input_ids": ids * mask + (1 - mask), "attention_mask": mask}
+    for batch in made.values():  # one image to each text, where images are taken too
+        others = make_inputs(model.config, len(batch["input_ids"]), 1, np.random.default_rng(5))
+        batch |= to_torch({name: array for name, array in others.items() if array.dtype.kind == "f"}, model)
     return made
 
 

@@ -16,6 +16,8 @@ BERT_LIKE = {
     *("bert", "camembert", "data2vec-text", "electra", "megatron-bert", "rembert", "roberta", "roformer"),
     "xlm-roberta",
 }
+WAV2VEC2_LIKE = {"data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"}
+VIT_LIKE = {"vit"}
 LLAMA_LIKE = {
     *("arcee", "cohere", "gemma", "gemma2", "gemma3_text", "glm", "granite", "helium", "llama", "mistral", "nemotron"),
     *("olmo", "qwen2", "qwen3", "smollm3", "stablelm"),
@@ -48,6 +50,12 @@ def unit_tensors(model: PreTrainedModel, counts: Sequence[int] | None = None) ->
     if kind in BERT_LIKE:
         blocks = [layer.attention for layer in base.encoder.layer]
         linears = [(a.self.query, a.self.key, a.self.value, a.output.dense) for a in blocks]
+    elif kind in VIT_LIKE:
+        blocks = [layer.attention for layer in base.encoder.layer]
+        linears = [(a.attention.query, a.attention.key, a.attention.value, a.output.dense) for a in blocks]
+    elif kind in WAV2VEC2_LIKE:
+        blocks = [layer.attention for layer in base.encoder.layers]
+        linears = [(a.q_proj, a.k_proj, a.v_proj, a.out_proj) for a in blocks]
     elif kind == "distilbert":
         blocks = [layer.attention for layer in base.transformer.layer]
         linears = [(a.q_lin, a.k_lin, a.v_lin, a.out_lin) for a in blocks]

@@ -67,12 +67,12 @@ def wide(tiny: Tiny) -> Tiny:
 
 
 def assert_deleted_equals_gated(
-    model: PreTrainedModel, plan: Plan, batches: Any, answers: Callable[..., Any], atol: float
+    model: PreTrainedModel, plan: Plan, fed: Mapping[str, Any], answers: Callable[..., Any], atol: float
 ) -> None:
     with gated(model, plan):
-        expected = {name: answers(model, batch) for name, batch in batches.items()}
+        expected = {name: answers(model, batch) for name, batch in fed.items()}
     prune(model, plan)
-    for name, batch in batches.items():
+    for name, batch in fed.items():
         for key, value in answers(model, batch).items():
             torch.testing.assert_close(value, expected[name][key], rtol=0, atol=atol)
 
@@ -83,10 +83,10 @@ def test_deleted_equals_gated_within_groups(
     wide: Tiny, batches: Any, answers: Any, model_type: str, implementation: str
 ) -> None:
     model = wide(model_type, attn_implementation=implementation)
-    assert_deleted_equals_gated(model, within(model), batches, answers, 1e-5)
+    assert_deleted_equals_gated(model, within(model), batches(model), answers, 1e-5)
     if implementation == "sdpa":
         model = wide(model_type, attn_implementation=implementation).double()
-        assert_deleted_equals_gated(model, within(model, 1), batches, answers, 1e-12)
+        assert_deleted_equals_gated(model, within(model, 1), batches(model), answers, 1e-12)
 
 
 @pytest.mark.parametrize("model_type", GROUPED)
@@ -151,13 +151,13 @@ def test_prunings_of_both_kinds_compose(
     dense = copy.deepcopy(model)
     first, second = (lambda m: equal(m, 3), within) if order == "groups first" else (within, lambda m: equal(m, 3))
     prune(model, first(model))
-    assert_deleted_equals_gated(model, second(model), batches, answers, 1e-5)
+    assert_deleted_equals_gated(model, second(model), batches(model), answers, 1e-5)
     save(model, tmp_path / "slim")
     again = load(tmp_path / "slim")
     record = again.config.slimheads["sites"]
     assert {site["unit"] for site in record} == {"head"} and {site["total"] for site in record} == {16}
     assert len({len(site["kept"]) for site in record}) > 1
-    for name, batch in batches.items():
+    for name, batch in batches(model).items():
         assert all(torch.equal(v, answers(model, batch)[k]) for k, v in answers(again, batch).items()), name
     # The record alone, applied to the dense model at once, gives the same model.
     at_once = prune(dense, Plan.from_json(model.config.slimheads))

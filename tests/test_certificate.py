@@ -15,7 +15,7 @@ from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 from safetensors.torch import load_file, save_file
 from shipped import ALL_PRECISIONS, Shipped, edit_tensor, ship
-from tiny import DECODERS
+from tiny import task_of
 from transformers import PreTrainedModel
 
 from slimheads import certificate
@@ -78,7 +78,7 @@ def test_all_links_hold_with_another_count_in_every_site(
     model_type: str, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
 ) -> None:
     dense = tiny(model_type)
-    task = "text-generation" if model_type in DECODERS else "feature-extraction"
+    task = task_of(model_type)
     told: list[str] = []
     made = ship(dense, ragged(dense), tmp_path, task=task, precisions=ALL_PRECISIONS)
     found = certificate.verify(
@@ -359,6 +359,6 @@ def test_equal_tensors_that_the_exporter_stores_once_are_no_fault(
                 parameter.zero_()
     sites = find_sites(dense)
     plan = Plan(tuple(SitePlan(s.name, s.unit, s.total, tuple(range(1 + i, s.total))) for i, s in enumerate(sites)))
-    task = "text-generation" if model_type in DECODERS else "feature-extraction"
+    task = task_of(model_type)
     certificate = ship(dense, plan, tmp_path, task=task).certificate()
     assert certificate.passed, certificate.error()

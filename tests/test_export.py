@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
-from tiny import DECODERS
+from tiny import task_of
 from transformers import GenerationConfig, PreTrainedModel
 
 from slimheads.attention import find_sites
@@ -34,10 +34,6 @@ def slim(tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan]) -> C
         return prune(model, ragged(model))
 
     return made
-
-
-def task_of(model_type: str) -> str:
-    return "text-generation" if model_type in DECODERS else "feature-extraction"
 
 
 def initializer_types(path: Path) -> set[int]:

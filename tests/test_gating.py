@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from slimheads.attention import find_sites
 from slimheads.errors import UsageError
 from slimheads.gating import gated
+from slimheads.inputs import takes_text
 from slimheads.selection import Plan, SitePlan
 
 Tiny = Callable[..., PreTrainedModel]
 Ragged = Callable[..., Plan]
-Batches = Mapping[str, dict[str, torch.Tensor]]
+Batches = Callable[[PreTrainedModel], dict[str, dict[str, torch.Tensor]]]
 Answers = Callable[..., dict[str, torch.Tensor]]
 
 
@@ -43,7 +44,7 @@ def test_a_closed_gate_equals_a_zeroed_slice_of_the_output_projection(
         assert [gate.tolist() for gate in gates.values()] == [
             [float(unit in site.kept) for unit in range(site.total)] for site in plan.sites
         ]
-        for batch in batches.values():
+        for batch in batches(model).values():
             for name, value in answers(zeroed, batch).items():
                 torch.testing.assert_close(answers(model, batch)[name], value, rtol=0, atol=1e-6)
 
@@ -56,13 +57,13 @@ def test_gradients_of_gates_and_kept_weights_equal_finite_differences(
     plan = ragged(model)
     site = next(s for s in plan.sites if s.removed)
     unit = (site.removed, site.kept)[opened][0]
-    directions = torch.randn(3, 9, 120, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    batch = batches(model)["padded right" if takes_text(model.config) else "several"]
+    counted = batch.get("attention_mask", torch.ones(3, 1))[..., None]
 
     def loss() -> torch.Tensor:
-        output = model(**batches["padded right"])[0]
-        return (
-            output * directions[..., : output.shape[-1]] * batches["padded right"]["attention_mask"][..., None]
-        ).sum()
+        output = model(**batch)[0]
+        directions = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        return (output * directions * counted).sum()
 
     def slope(tensor: torch.Tensor, index: Any) -> float:
         values = []
@@ -116,17 +117,17 @@ def test_leaving_restores_every_bit_and_leaves_no_hook(
 ) -> None:
     model = tiny(model_type)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    outputs = {name: answers(model, batch) for name, batch in batches.items()}
+    outputs = {name: answers(model, batch) for name, batch in batches(model).items()}
     with gated(model, ragged(model)):
         assert hooks_of(model)
         assert any(
             not torch.equal(value, outputs[name][key])
-            for name, batch in batches.items()
+            for name, batch in batches(model).items()
             for key, value in answers(model, batch).items()
         )
     assert not hooks_of(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    for name, batch in batches.items():
+    for name, batch in batches(model).items():
         assert all(torch.equal(outputs[name][key], value) for key, value in answers(model, batch).items())
 
 
@@ -142,8 +143,8 @@ def test_hooks_of_others_stay(tiny: Tiny, ragged: Ragged, batches: Batches) -> N
     seen: list[int] = []
     model.encoder.layer[0].attention.output.dense.register_forward_pre_hook(lambda *_: seen.append(1))
     with gated(model, ragged(model)):
-        model(**batches["one text"])
-    model(**batches["one text"])
+        model(**batches(model)["one"])
+    model(**batches(model)["one"])
     assert len(seen) == 2 and len(hooks_of(model)) == 1
 
 
@@ -151,28 +152,28 @@ def test_writing_a_gate_in_place_acts(
     tiny: Tiny, ragged: Ragged, batches: Batches, answers: Answers, model_type: str
 ) -> None:
     model = tiny(model_type)
-    dense = answers(model, batches["one text"])
+    dense = answers(model, batches(model)["one"])
     with gated(model, ragged(model)) as gates:
         with torch.no_grad():
             for gate in gates.values():
                 gate.fill_(1.0)
-        opened = answers(model, batches["one text"])
+        opened = answers(model, batches(model)["one"])
     assert all(torch.equal(dense[name], value) for name, value in opened.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_gates_take_the_models_dtype(tiny: Tiny, batches: Batches, answers: Answers, dtype: torch.dtype) -> None:
     model = tiny("bert").to(dtype)
-    dense = answers(model, batches["one text"])
+    dense = answers(model, batches(model)["one"])
     with gated(model, keep_all(model)) as gates:
         assert {gate.dtype for gate in gates.values()} == {dtype}
-        assert all(torch.equal(dense[k], v) for k, v in answers(model, batches["one text"]).items())
+        assert all(torch.equal(dense[k], v) for k, v in answers(model, batches(model)["one"]).items())
 
 
 def test_a_frozen_model_still_gives_its_gates_gradients(tiny: Tiny, batches: Batches) -> None:
     model = tiny("gpt2").requires_grad_(False)
     with gated(model, keep_all(model)) as gates:
-        model(**batches["one text"]).logits.square().sum().backward()
+        model(**batches(model)["one"]).logits.square().sum().backward()
         assert all(gate.grad is not None and bool(gate.grad.any()) for gate in gates.values())
 
 

@@ -8,20 +8,22 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from layouts import unit_tensors
 from safetensors.torch import load_file, save_file
-from tiny import DECODERS
+from tiny import AUDIO, DECODERS, VISION, task_of
 from transformers import AutoModel, PreTrainedModel
 
 from slimheads.checkpoint import TASKS, find
 from slimheads.errors import EnvironmentLackError, ModelRefusedError, UsageError
 from slimheads.family import families
+from slimheads.inputs import make_inputs, to_torch
 from slimheads.model import load, save
 from slimheads.selection import Plan, SitePlan
 from slimheads.surgery import prune
@@ -29,7 +31,7 @@ from slimheads.surgery import prune
 Tiny = Callable[..., PreTrainedModel]
 Ragged = Callable[..., Plan]
 Equal = Callable[[PreTrainedModel, int], Plan]
-Batches = Mapping[str, dict[str, torch.Tensor]]
+Batches = Callable[[PreTrainedModel], dict[str, dict[str, torch.Tensor]]]
 Answers = Callable[..., dict[str, torch.Tensor]]
 RELOAD = {model_type: family.reload for family in families().values() for model_type in family.model_types}
 
@@ -147,8 +149,8 @@ def test_a_slim_decoder_loads_without_its_language_model_head(
     save(prune(model, ragged(model)), tmp_path / "slim")
     body = load(tmp_path / "slim", task="feature-extraction")
     with torch.no_grad():
-        expected = model.base_model(**batches["one text"]).last_hidden_state
-        assert torch.equal(body(**batches["one text"]).last_hidden_state, expected)
+        expected = model.base_model(**batches(model)["one"]).last_hidden_state
+        assert torch.equal(body(**batches(model)["one"]).last_hidden_state, expected)
     save(body, tmp_path / "body")  # and the plan's site names follow the class
     assert_same(load(tmp_path / "body"), body)
 
@@ -160,18 +162,26 @@ def test_a_sharded_slim_checkpoint_loads(tiny: Tiny, ragged: Ragged, tmp_path: P
     assert_same(load(tmp_path / "slim"), model)
 
 
+def task_to_tune(model_type: str) -> str:
+    if model_type in VISION:
+        return "image-classification"
+    if model_type in AUDIO:
+        return "audio-classification"
+    return "text-generation" if model_type in DECODERS else "fill-mask"
+
+
 def test_a_slim_model_is_fine_tuned_with_plain_torch(
     tiny: Tiny, ragged: Ragged, tmp_path: Path, model_type: str
 ) -> None:
-    task = "text-generation" if model_type in DECODERS else "fill-mask"
-    dense = tiny(model_type, task=task)
+    dense = tiny(model_type, task=task_to_tune(model_type))
     save(prune(dense, ragged(dense)), tmp_path / "slim")
     model = load(tmp_path / "slim").train()
-    ids = torch.randint(3, 120, (4, 12), generator=torch.Generator().manual_seed(0))
+    feed = to_torch(make_inputs(model.config, 4, 12, np.random.default_rng(0)), model)
+    labels = feed.get("input_ids", torch.tensor([0, 1, 0, 1]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(5):
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(**feed, labels=labels).loss
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -210,11 +220,12 @@ def test_the_stock_library_alone_reloads_what_the_family_promises(
             prune(model, equal(model, 2) if kind == "equal" else ragged(model))
             folder = tmp_path / f"{model_type}-{kind}"
             save(model, folder / "slim")
-            task = "text-generation" if model_type in DECODERS else "feature-extraction"
-            (folder / "auto.json").write_text(json.dumps(TASKS[task][1]), encoding="utf-8")
-            save_file(batches["padded right"], folder / "in.safetensors")
+            task = task_of(model_type)
+            (folder / "auto.json").write_text(json.dumps(TASKS[task]), encoding="utf-8")
+            *_, batch = batches(model).values()
+            save_file(batch, folder / "in.safetensors")
             with torch.no_grad():
-                outputs = model(**batches["padded right"])
+                outputs = model(**batch)
             expected[folder] = {k: v for k, v in outputs.items() if isinstance(v, torch.Tensor)}
     subprocess.run(
         [sys.executable, "-c", STOCK, str(tmp_path)], check=True, cwd=tmp_path, capture_output=True, text=True
@@ -378,6 +389,7 @@ HUB = """
 import sys
 from slimheads.errors import SlimheadsError
 from slimheads.checkpoint import find
+from slimheads.inputs import make_inputs, to_torch
 from slimheads.model import load
 
 found = find("someone/tiny-bert")

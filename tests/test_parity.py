@@ -77,7 +77,7 @@ def test_padding_is_what_it_says(config: Any) -> None:
 
 def test_positions_are_counted_from_each_rows_first_token() -> None:
     mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0]])
-    case = Case(3, 4, "left", 0, np.zeros_like(mask), mask)
+    case = Case(3, 4, "left", 0, {"input_ids": np.zeros_like(mask), "attention_mask": mask})
     assert case.positions.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1], [0, 1, 1, 1]]
 
 
@@ -88,7 +88,8 @@ def test_the_same_seed_gives_the_same_cases() -> None:
 
 # ------------------------------------------------------------------------------------------------------- compare
 
-PADDED = Case(2, 3, "left", 2, np.zeros((2, 5), np.int64), np.array([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]))
+MASK = np.array([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
+PADDED = Case(2, 3, "left", 2, {"input_ids": np.zeros((2, 5), np.int64), "attention_mask": MASK})
 
 
 def agree_one_by_one(a: np.ndarray, b: np.ndarray, atol: float, rtol: float) -> tuple[bool, float]:

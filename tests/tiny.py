@@ -19,6 +19,31 @@ _SIZES: dict[str, Any] = {
 }
 _GROUPED: dict[str, Any] = _SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256}
 
+_IMAGE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 30,
+    "patch_size": 6,
+}
+
+_WAVEFORM: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 32,
+    "conv_dim": [16, 16],
+    "conv_kernel": [4, 3],
+    "conv_stride": [2, 2],
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 4,
+    "classifier_proj_size": 16,
+    "apply_spec_augment": False,  # it masks frames at random in training, and wants long recordings
+    "layerdrop": 0.0,
+}
+
 _WIDE_HEADS: dict[str, Any] = _GROUPED | {"head_dim": 6}  # not hidden_size / num_attention_heads, which is 4
 _WINDOWS: dict[str, Any] = {  # far shorter than the longest texts, in some layers
     "sliding_window": 5,
@@ -95,12 +120,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm": _GROUPED | {"head_dim": 8, "pad_token_id": 1},
     "helium": _GROUPED | {"head_dim": 4},  # its output projection takes no other
     "nemotron": _GROUPED | {"head_dim": 8},
+    "vit": _IMAGE,
+    "wav2vec2": _WAVEFORM,
+    "hubert": _WAVEFORM,
+    "data2vec-audio": _WAVEFORM,
+    "unispeech": _WAVEFORM,
+    "unispeech-sat": _WAVEFORM,
 }
 ENCODERS = {
     *("bert", "camembert", "data2vec-text", "distilbert", "electra", "megatron-bert", "modernbert", "rembert"),
     *("roberta", "roformer", "xlm-roberta"),
 }
-DECODERS = CONFIGS.keys() - ENCODERS
+VISION = {"vit"}
+AUDIO = {"data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"}
+DECODERS = CONFIGS.keys() - ENCODERS - VISION - AUDIO
+
+
+def task_of(model_type: str) -> str:
+    """What the tests use a model type for, unless they say otherwise."""
+    return "text-generation" if model_type in DECODERS else "feature-extraction"
 
 
 def tiny_model(
@@ -111,8 +149,8 @@ def tiny_model(
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **CONFIGS[model_type] | changes)
-    task = task or ("text-generation" if model_type in DECODERS else "feature-extraction")
-    model = getattr(transformers, TASKS[task][1]).from_config(config, attn_implementation=attn_implementation)
+    auto = getattr(transformers, TASKS[task or task_of(model_type)])
+    model = auto.from_config(config, attn_implementation=attn_implementation)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -7,7 +7,6 @@ symbolic) axes 1 and 3 of every past input are made free: ONNX Runtime's Concat 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ import onnx
 import torch
 from transformers import PreTrainedModel
 
+from slimheads.export.metadata import set_metadata
 from slimheads.sessions import KV_SHAPES_KEY
 
 KvAxes = Literal["symbolic", "static"]
@@ -51,9 +51,7 @@ def true_cache_config(config_class: type[Any], shapes: Sequence[KvShape]) -> typ
 def label_cache(path: Path, shapes: Sequence[KvShape], axes: KvAxes) -> None:
     """Records the true cache shapes in the metadata and, for "symbolic", frees axes 1 and 3 of the past inputs."""
     proto = onnx.load(str(path), load_external_data=False)
-    onnx.helper.set_model_props(
-        proto, {p.key: p.value for p in proto.metadata_props} | {KV_SHAPES_KEY: json.dumps(shapes)}
-    )
+    set_metadata(proto, KV_SHAPES_KEY, shapes)
     if axes == "symbolic":
         for value in proto.graph.input:
             if value.name.startswith("past_key_values."):

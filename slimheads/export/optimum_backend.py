@@ -19,6 +19,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from slimheads.errors import ModelRefusedError
 from slimheads.export.kv_cache import KvAxes, kv_shapes, label_cache, true_cache_config
+from slimheads.export.metadata import label_axes
+from slimheads.inputs import float_axes
 
 
 def to_onnx(model: PreTrainedModel, path: Path, task: str, axes: KvAxes) -> None:
@@ -56,6 +58,8 @@ def to_onnx(model: PreTrainedModel, path: Path, task: str, axes: KvAxes) -> None
             made.rename(path.parent / made.name)
     if with_cache:
         label_cache(path, shapes, axes)
+    if sizes := float_axes(model.config):
+        label_axes(path, sizes)
 
 
 def greedy_tokens(folder: Path, input_ids: torch.Tensor, attention_mask: torch.Tensor, new_tokens: int) -> torch.Tensor:

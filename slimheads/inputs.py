@@ -1,0 +1,151 @@
+"""What a model is fed: texts, images or sound of the kind that its family file names, as arrays by input name.
+
+Texts and waveforms have a length (tokens, or frames after the convolutions). Images and spectrograms have the one size
+that the configuration fixes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from transformers import PretrainedConfig, PreTrainedModel
+
+from slimheads.errors import UsageError
+from slimheads.family import Inputs, family_of
+
+Arrays = dict[str, NDArray[Any]]
+# The noun for one input, in messages and reports.
+NOUNS: Mapping[Inputs, str] = MappingProxyType(
+    {
+        "text": "text",
+        "image": "image",
+        "text and image": "pair of text and image",
+        "waveform": "recording",
+        "spectrogram": "recording",
+    }
+)
+
+
+class Axis(NamedTuple):
+    """Size of an input's axis: `first` at length 1, and `more` for every further token or frame."""
+
+    first: int
+    more: int
+
+
+def inputs_kind(config: PretrainedConfig) -> Inputs:
+    """What the family file says a model is fed."""
+    return family_of(config)[1].inputs
+
+
+def takes_text(config: PretrainedConfig) -> bool:
+    """Whether token ids are among a model's inputs."""
+    return inputs_kind(config) in ("text", "text and image")
+
+
+def has_length(config: PretrainedConfig) -> bool:
+    """Whether a model's inputs may be of any length."""
+    return inputs_kind(config) not in ("image", "spectrogram")
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a configuration that its text side is built from: the whole, unless there are several sides."""
+    part: PretrainedConfig = getattr(config, "text_config", config)
+    return part
+
+
+def float_axes(config: PretrainedConfig) -> dict[str, tuple[Axis, ...]]:
+    """The axes after the batch of each floating-point input of a model, by input name."""
+    kind = inputs_kind(config)
+    if kind in ("image", "text and image"):
+        vision = getattr(config, "vision_config", config)
+        side = vision.image_size
+        height, width = side if isinstance(side, list | tuple) else (side, side)
+        return {"pixel_values": (Axis(vision.num_channels, 0), Axis(height, 0), Axis(width, 0))}
+    if kind == "waveform":
+        # Backwards through the convolutions: how many samples one frame sees, and how far the next one lies.
+        seen = 1
+        for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+            seen = (seen - 1) * stride + kernel
+        return {"input_values": (Axis(seen, math.prod(config.conv_stride)),)}
+    if kind == "spectrogram":
+        return {"input_values": (Axis(config.max_length, 0), Axis(config.num_mel_bins, 0))}
+    return {}
+
+
+def make_inputs(config: PretrainedConfig, batch: int, length: int, rng: np.random.Generator) -> Arrays:
+    """Random inputs without padding: int64 ids [batch, length] with their mask, standard normal images and sound.
+
+    Args:
+        length: tokens, or frames of a waveform; of no effect where inputs have no length.
+    """
+    made: Arrays = {}
+    if takes_text(config):
+        words, pad = text_config(config).vocab_size, getattr(text_config(config), "pad_token_id", None)
+        ids = rng.integers(0, words, (batch, length)).astype(np.int64)
+        if pad is not None:
+            ids[ids == pad] = (pad + 1) % words  # RoBERTa derives positions from which ids are padding
+        made = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    for name, axes in float_axes(config).items():
+        sizes = [batch, *(axis.first + axis.more * (length - 1) for axis in axes)]
+        made[name] = rng.standard_normal(sizes, dtype=np.float32)
+    return made
+
+
+def to_torch(arrays: Mapping[str, NDArray[Any]], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The inputs as tensors, floating-point ones in the model's own dtype."""
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def measured_shapes(config: PretrainedConfig, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """The shapes that differ for this model: those of inputs without a length are [batch] alone, each once."""
+    return tuple(shapes) if has_length(config) else without_length(shapes)
+
+
+def without_length(shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """Each batch size of the shapes once, as [batch]."""
+    return tuple(dict.fromkeys(shape[:1] for shape in shapes))
+
+
+def read_inputs(path: Path, config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """A model's own inputs from a safetensors file, as many of each: `pixel_values` [n, 3, 224, 224], say.
+
+    Raises:
+        UsageError: the file is missing or damaged, or does not hold what the model is fed.
+    """
+
+    def refuse(what: str) -> UsageError:
+        wanted = " and ".join(make_inputs(config, 1, 1, np.random.default_rng(0)))
+        return UsageError(what, where=str(path), hint=f"give a safetensors file with {wanted}, as many of each")
+
+    try:
+        arrays = safetensors.numpy.load_file(path)
+    except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy lacks
+        raise refuse(f"the inputs cannot be read ({' '.join(str(error).split())[:200]})") from error
+    expected = make_inputs(config, 1, 1, np.random.default_rng(0))
+    if arrays.keys() != expected.keys():
+        raise refuse(f"the file holds {', '.join(sorted(arrays)) or 'nothing'}, the model takes {', '.join(expected)}")
+    for name, array in arrays.items():
+        like, free = expected[name], [bool(axis.more) for axis in float_axes(config).get(name, (Axis(1, 1),))]
+        fits = array.ndim == like.ndim and all(
+            any_size or size == own for size, own, any_size in zip(array.shape[1:], like.shape[1:], free, strict=True)
+        )
+        if not fits or not array.size:
+            raise refuse(f"{name} is {list(array.shape)}, the model takes {['n', *like.shape[1:]]}")
+        if array.dtype.kind != like.dtype.kind:
+            raise refuse(f"{name} holds {array.dtype}, the model takes {like.dtype}")
+        if not np.isfinite(array).all():
+            raise refuse(f"{name} holds a value that is NaN or infinite")
+    if len({len(array) for array in arrays.values()}) > 1:
+        raise refuse(f"{' and '.join(arrays)} hold different numbers of inputs")
+    return {name: torch.from_numpy(array.astype(expected[name].dtype)) for name, array in arrays.items()}
