@@ -10,8 +10,9 @@ is always seen by query head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -149,6 +150,7 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
             )
         for layer, (name, index) in enumerate(found):
             sites.append(_read_site(model.config, family, row, modules, _Place(name, layer, index)))
+    _claim_blocks(family, modules, [site.name for site in sites])
     return tuple(sites)
 
 
@@ -237,6 +239,27 @@ def _read_tables(row: SiteRow, modules: Mapping[str, torch.nn.Module], site: str
                 hint="the family file does not describe this model",
             )
         yield Table(owner, name, table.axis)
+
+
+def _claim_blocks(family: Family, modules: Mapping[str, torch.nn.Module], sites: Sequence[str]) -> None:
+    """An attention module that is no site, in none and around none, would keep its heads without a word."""
+    inside, around = set(sites), {parent for site in sites for parent in _parents(site)}
+    for name, module in modules.items():
+        attends = "attention" in type(module).__name__.lower() and any(True for _ in module.parameters())
+        claimed = name in around or not inside.isdisjoint((name, *_parents(name)))
+        if attends and not claimed and not any(fnmatchcase(name, glob) for glob in family.untouched):
+            raise ModelRefusedError(
+                f"an attention block ({type(module).__name__}) that no line of the family file describes",
+                where=name,
+                hint="give it a row under sites, or name it under untouched",
+            )
+
+
+def _parents(name: str) -> Iterator[str]:
+    """Qualified names of the modules around one, from the inside out."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def linear_features(module: torch.nn.Module) -> tuple[int, int]:

@@ -102,6 +102,7 @@ class Family(_Strict):
     inputs: Inputs = Field(default="text", description="what the models are fed")
     refuse: tuple[Refusal, ...] = ()
     sites: tuple[SiteRow, ...]
+    untouched: tuple[str, ...] = Field(default=(), description="globs of attention modules that keep all heads")
 
     @model_validator(mode="after")
     def _names_units(self) -> Family:

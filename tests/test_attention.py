@@ -231,3 +231,14 @@ def test_a_damaged_family_file_is_named_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unitz") as error:
         family_files.validate(Family, *family_files.read_yaml(path))
     assert f"odd.yaml:{len(lines) + 1}:" in str(error.value)
+
+
+def test_an_attention_block_that_no_row_describes_is_an_error(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole blocks are claimed as single tensors are: nothing keeps its heads without a word."""
+    model = tiny("bert")
+    model.pooler.attention = torch.nn.MultiheadAttention(32, 4)
+    with pytest.raises(ModelRefusedError, match="no line of the family file describes") as refused:
+        find_sites(model)
+    assert refused.value.where == "pooler.attention"
+    monkeypatch.setattr(family_files, "families", lambda: {"bert": bert_family(untouched=("pooler.attention",))})
+    assert len(find_sites(model)) == 3
