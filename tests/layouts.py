@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 BERT_LIKE = {
-    *("bert", "camembert", "data2vec-text", "electra", "megatron-bert", "rembert", "roberta", "roformer"),
-    "xlm-roberta",
+    *("bert", "camembert", "data2vec-text", "electra", "megatron-bert", "mobilebert", "rembert", "roberta"),
+    *("roformer", "splinter", "xlm-roberta"),
 }
 WAV2VEC2_LIKE = {"data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"}
 VIT_LIKE = {"vit"}

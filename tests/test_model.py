@@ -8,7 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 from layouts import unit_tensors
 from safetensors.torch import load_file, save_file
-from tiny import AUDIO, DECODERS, VISION, task_of
+from tiny import task_of, tasks_of
 from transformers import AutoModel, PreTrainedModel
 
 from slimheads.checkpoint import TASKS, find
@@ -162,26 +162,28 @@ def test_a_sharded_slim_checkpoint_loads(tiny: Tiny, ragged: Ragged, tmp_path: P
     assert_same(load(tmp_path / "slim"), model)
 
 
-def task_to_tune(model_type: str) -> str:
-    if model_type in VISION:
-        return "image-classification"
-    if model_type in AUDIO:
-        return "audio-classification"
-    return "text-generation" if model_type in DECODERS else "fill-mask"
+CLASSES = torch.tensor([0, 1, 0, 1])
+LABELS: Mapping[str, Callable[[Any], dict[str, torch.Tensor]]] = {  # what each head can learn from four inputs
+    "text-generation": lambda feed: {"labels": feed["input_ids"]},
+    "fill-mask": lambda feed: {"labels": feed["input_ids"]},
+    "question-answering": lambda feed: {"start_positions": CLASSES, "end_positions": CLASSES + 5},
+    "image-classification": lambda feed: {"labels": CLASSES},
+    "audio-classification": lambda feed: {"labels": CLASSES},
+}
 
 
 def test_a_slim_model_is_fine_tuned_with_plain_torch(
     tiny: Tiny, ragged: Ragged, tmp_path: Path, model_type: str
 ) -> None:
-    dense = tiny(model_type, task=task_to_tune(model_type))
+    task = next(task for task in tasks_of(model_type) if task in LABELS)
+    dense = tiny(model_type, task=task)
     save(prune(dense, ragged(dense)), tmp_path / "slim")
     model = load(tmp_path / "slim").train()
     feed = to_torch(make_inputs(model.config, 4, 12, np.random.default_rng(0)), model)
-    labels = feed.get("input_ids", torch.tensor([0, 1, 0, 1]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(5):
-        loss = model(**feed, labels=labels).loss
+        loss = model(**feed, **LABELS[task](feed)).loss
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()

@@ -11,11 +11,10 @@ import pytest
 import torch
 import transformers
 from layouts import unit_tensors
-from tiny import DECODERS
-from transformers import AutoConfig, PreTrainedModel
+from tiny import DECODERS, tasks_of
+from transformers import PreTrainedModel
 
 from slimheads.attention import find_sites
-from slimheads.checkpoint import TASKS
 from slimheads.errors import UsageError
 from slimheads.family import families, family_of
 from slimheads.gating import gated
@@ -28,14 +27,7 @@ Ragged = Callable[..., Plan]
 Batch = dict[str, torch.Tensor]
 Batches = Callable[[PreTrainedModel], dict[str, Batch]]
 Answers = Callable[..., dict[str, torch.Tensor]]
-HEADS = [
-    (model_type, task)
-    for family in families().values()
-    for model_type in family.model_types
-    for task, auto in TASKS.items()
-    if type(AutoConfig.for_model(model_type)) in getattr(transformers, auto)._model_mapping
-    and not (task == "text-generation" and model_type not in DECODERS)
-]
+HEADS = [(m, task) for family in families().values() for m in family.model_types for task in tasks_of(m)]
 # Their eager attention casts a float64 mask to float32: rows that see only padding become NaN, dense or slim. With a
 # window those are also the rows of padding that stand far behind the text.
 NAN_WHEN_PADDED_LEFT = DECODERS - {"gpt2", "gpt_neo", "gptj"} | {"modernbert"}

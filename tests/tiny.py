@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from slimheads.checkpoint import TASKS
@@ -57,8 +58,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "camembert": _SIZES | {"pad_token_id": 1},
     "data2vec-text": _SIZES | {"pad_token_id": 1},
     "megatron-bert": _SIZES,
+    "mobilebert": _SIZES  # whose relu would kink finite differences: no norm stands between
+    | {"embedding_size": 16, "intra_bottleneck_size": 24, "hidden_act": "gelu"},
     "rembert": _SIZES | {"input_embedding_size": 16},
     "roformer": _SIZES | {"embedding_size": 16},
+    "splinter": _SIZES,
     "modernbert": _SIZES
     | {"global_attn_every_n_layers": 2, "local_attention": 6, "reference_compile": False}
     | {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3},
@@ -128,8 +132,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "unispeech-sat": _WAVEFORM,
 }
 ENCODERS = {
-    *("bert", "camembert", "data2vec-text", "distilbert", "electra", "megatron-bert", "modernbert", "rembert"),
-    *("roberta", "roformer", "xlm-roberta"),
+    *("bert", "camembert", "data2vec-text", "distilbert", "electra", "megatron-bert", "mobilebert", "modernbert"),
+    *("rembert", "roberta", "roformer", "splinter", "xlm-roberta"),
 }
 VISION = {"vit"}
 AUDIO = {"data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"}
@@ -141,12 +145,21 @@ def task_of(model_type: str) -> str:
     return "text-generation" if model_type in DECODERS else "feature-extraction"
 
 
+def tasks_of(model_type: str) -> list[str]:
+    """The tasks that transformers has a class for, the ones that name a model best first."""
+    config_class = type(AutoConfig.for_model(model_type))
+    return [
+        task
+        for task, auto in TASKS.items()
+        if config_class in getattr(transformers, auto)._model_mapping
+        and not (task == "text-generation" and model_type not in DECODERS)
+    ]
+
+
 def tiny_model(
     model_type: str, *, task: str | None = None, seed: int = 0, attn_implementation: str | None = None, **changes: Any
 ) -> PreTrainedModel:
     """A random float32 model in eval mode whose biases and norms are random too, so that none of them can hide."""
-    import transformers
-
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **CONFIGS[model_type] | changes)
     auto = getattr(transformers, TASKS[task or task_of(model_type)])
