@@ -72,11 +72,16 @@ class Projection:
 
 @dataclass(frozen=True)
 class Table:
-    """A parameter or buffer with one entry a query head along `axis`."""
+    """A parameter or buffer that is divided among the query heads along `axis`, `entries` for each."""
 
     module: str  # qualified name of its owner
     name: str
     axis: int
+    entries: int
+
+    def kept_entries(self, heads: tuple[int, ...]) -> list[int]:
+        """Indices of the entries that stay when only the query heads `heads` stay."""
+        return [head * self.entries + entry for head in heads for entry in range(self.entries)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +173,8 @@ def _read_site(
     dense_units, dense_heads = (head_count(config, key, place.index) for key in family.keys(row))
     units, members = _counts_now(config, name, dense_units, dense_heads // dense_units)
     sizes = {"unit": units, "member": members}
-    projections = tuple(_read_projection(p, modules, name, sizes) for p in row.projections)
+    present = [p for p in row.projections if not (p.optional and f"{name}.{p.module}" not in modules)]
+    projections = tuple(_read_projection(p, modules, name, sizes) for p in present)
     _claim_all(row, modules[name], name)
     site = Site(
         name=name,
@@ -179,7 +185,7 @@ def _read_site(
         head_dim=sizes["dim"],
         projections=projections,
         attributes=tuple((*_split(f"{name}.{path}"), what) for path, what in row.attributes.items()),
-        tables=tuple(_read_tables(row, modules, name, units * members)),
+        tables=tuple(_read_tables(row, modules, name, units * members, sizes["dim"])),
         adapter=row.adapter,
     )
     return site.by_head() if dense_units == 1 else site
@@ -225,20 +231,23 @@ def _read_projection(
     return Projection(qualified, unit_of, member_of, role_of, np.ones_like(unit_of))
 
 
-def _read_tables(row: SiteRow, modules: Mapping[str, torch.nn.Module], site: str, heads: int) -> Iterator[Table]:
+def _read_tables(
+    row: SiteRow, modules: Mapping[str, torch.nn.Module], site: str, heads: int, head_dim: int
+) -> Iterator[Table]:
     for table in row.tables:
         owner, name = _split(f"{site}.{table.tensor}")
         tensor = getattr(modules.get(owner), name, None)
         if tensor is None and table.optional:
             continue
-        if not isinstance(tensor, torch.Tensor) or tensor.ndim <= table.axis or tensor.shape[table.axis] != heads:
+        each = head_dim if table.entries == "head_dim" else 1
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape[table.axis : table.axis + 1]) != (heads * each,):
             size = f"a tensor of {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else "nothing"
             raise ModelRefusedError(
-                f"expected {heads} heads along axis {table.axis}, found {size}",
+                f"expected {heads} heads times {each} along axis {table.axis}, found {size}",
                 where=f"{owner}.{name}",
                 hint="the family file does not describe this model",
             )
-        yield Table(owner, name, table.axis)
+        yield Table(owner, name, table.axis, each)
 
 
 def _claim_blocks(family: Family, modules: Mapping[str, torch.nn.Module], sites: Sequence[str]) -> None:

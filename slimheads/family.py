@@ -36,6 +36,7 @@ class ProjectionRow(_Strict):
 
     module: str
     layout: str
+    optional: bool = Field(default=False, description="whether some configurations go without it")
 
     @field_validator("layout")
     @classmethod
@@ -45,10 +46,11 @@ class ProjectionRow(_Strict):
 
 
 class TableRow(_Strict):
-    """A parameter or buffer of a site that has one entry a query head along one axis."""
+    """A parameter or buffer of a site that is divided among its query heads along one axis."""
 
     tensor: str
     axis: int
+    entries: Literal["one", "head_dim"] = Field(default="one", description="how many belong to a head")
     optional: bool = Field(default=False, description="whether some sites or configurations go without it")
 
 

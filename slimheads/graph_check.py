@@ -10,6 +10,7 @@ queries of one site to another head costs 0.09 to 0.28 of the largest output, an
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,12 +47,37 @@ def graph_faults(dense: Path, slim: Path, sites: Sequence[Site], plan: Plan) -> 
                 yield f"{projection.module}: the dense graph has no weight under this name"
             elif Counter(new) != expected:
                 yield f"{projection.module}: tensors {_words(new)} where the plan says {_words(expected)}"
+        if site.tables:
+            yield from _table_faults(before, after, site, kept)
     targeted = [projection.module for site in sites for projection in site.projections]
+    targeted += [site.name for site in sites if site.tables]  # what is left of these was compared site by site
     others = before.shapes_outside(targeted), after.shapes_outside(targeted)
     if others[0] != others[1]:
         gone, new_ones = others[0] - others[1], others[1] - others[0]
         yield f"tensors outside the plan changed: {_words(gone)} became {_words(new_ones)}"
     yield from fused_faults(slim, sites, plan)
+
+
+def _table_faults(before: _Graph, after: _Graph, site: Site, kept: tuple[int, ...]) -> Iterator[str]:
+    """Beside its projections, a site reads its tables, perhaps folded into other shapes; each loses the same heads."""
+    dense, slim = (len(site.kept_heads(units)) for units in (tuple(range(site.total)), kept))
+    modules = [projection.module for projection in site.projections]
+    old, new = (graph.shapes_outside(modules, within=site.name) for graph in (before, after))
+    changed, unmatched = list((old - new).elements()), list((new - old).elements())
+    for shape in changed:
+        divided = (
+            (*shape[:axis], size // dense * slim, *shape[axis + 1 :])
+            for axis, size in enumerate(shape)
+            if size % dense == 0
+        )
+        found = next((other for other in divided if other in unmatched), None)
+        if found is None:
+            yield f"{site.name}: no {_words([shape])} with {slim} of {dense} heads, but {_words(unmatched)}"
+            return
+        unmatched.remove(found)
+    fewest = len(site.tables) if slim < dense else 0
+    if unmatched or len(changed) < fewest:
+        yield f"{site.name}: {len(changed)} of at least {fewest} tables shrank, and {_words(unmatched)} is new"
 
 
 def fused_faults(path: Path, sites: Sequence[Site], plan: Plan) -> Iterator[str]:
@@ -121,23 +147,32 @@ class _Graph:
 
     def shapes_in(self, module: str) -> list[Shape]:
         """Shapes of the tensors that the module's own nodes read."""
-        prefix = self._prefix(module)
-        return [self.shapes[n] for n, users in self.users.items() if any(u.startswith(prefix) for u in users)]
+        own = self._scope(module)
+        return [self.shapes[n] for n, users in self.users.items() if any(own.match(u) for u in users)]
 
-    def shapes_outside(self, modules: Sequence[str]) -> Counter[Shape]:
-        """Shapes of the tensors that some node outside these modules reads, each once a reader."""
-        prefixes = tuple(self._prefix(module) for module in modules)
+    def shapes_outside(self, modules: Sequence[str], within: str | None = None) -> Counter[Shape]:
+        """Shapes of the tensors that some node outside these modules reads, each once a reader.
+
+        Args:
+            within: count only the readers inside this module.
+        """
+        scopes = [self._scope(module) for module in modules]
+        around = self._scope(within) if within else re.compile("")
         return Counter(
-            self.shapes[name] for name, users in self.users.items() for user in users if not user.startswith(prefixes)
+            self.shapes[name]
+            for name, users in self.users.items()
+            for user in users
+            if around.match(user) and not any(scope.match(user) for scope in scopes)
         )
 
-    def _prefix(self, module: str) -> str:
-        """How the names of a module's nodes begin."""
+    def _scope(self, module: str) -> re.Pattern[str]:
+        """How the names of a module's nodes begin. A module that is called again has a number after its name."""
         # OPT's head class calls `model.decoder` past `model`, and the exporter names only what was called.
-        whole, called = f"{module}.", f"{module.partition('.')[2]}."
+        whole, called = module, module.partition(".")[2]
         scopes = [scope for users in self.users.values() for scope in users]
-        missing = not any(scope.startswith(whole) for scope in scopes)
-        return called if missing and any(scope.startswith(called) for scope in scopes) else whole
+        missing = not any(scope.startswith(f"{whole}.") for scope in scopes)
+        name = called if missing and any(scope.startswith(f"{called}.") for scope in scopes) else whole
+        return re.compile(re.escape(name) + r"(_\d+)?\.")
 
 
 def _read(path: Path, *, weights: bool = False) -> onnx.GraphProto:

@@ -48,7 +48,13 @@ def load(source: str | Path, task: str = "auto", *, attn_implementation: str | N
     config = read_config(found.folder)
     build = _load_slim if hasattr(config, PLAN_KEY) else _from_pretrained
     model = build(getattr(transformers, found.architecture), found.folder, config, attn_implementation)
-    find_sites(model)  # a family file that does not describe this model is an error here, not later
+    # A family file that does not describe this model is an error here, not later.
+    for site in find_sites(model):
+        dtype = model.get_submodule(site.output.module).get_parameter("weight").dtype
+        for table in site.tables:  # DeBERTa declares its as float32, and then cannot run in half precision
+            tensor = getattr(model.get_submodule(table.module), table.name)
+            if isinstance(tensor, torch.nn.Parameter):
+                tensor.data = tensor.data.to(dtype)
     return model.eval()
 
 

@@ -166,7 +166,9 @@ def _keep(module: torch.nn.Module, name: str, dim: int, features: torch.Tensor) 
 
 
 def _keep_entries(module: torch.nn.Module, table: Table, heads: tuple[int, ...]) -> None:
-    index = torch.tensor(heads, device="cpu")  # not on the meta device where the model is built there
+    index = torch.tensor(
+        table.kept_entries(heads), device="cpu"
+    )  # not on the meta device where the model is built there
     if table.name in module._buffers:
         old = getattr(module, table.name)
         setattr(module, table.name, old.index_select(table.axis, index.to(old.device)).contiguous())

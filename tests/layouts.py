@@ -6,7 +6,7 @@ The oracle for everything that the package reads from families/: nothing here im
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -33,12 +33,13 @@ class UnitTensors:
     value: torch.Tensor
     output: torch.Tensor
     biases: tuple[torch.Tensor, ...]
+    others: tuple[torch.Tensor, ...] = ()  # what else goes with it: its entries in tables, its projections of positions
 
     @property
     def elements(self) -> int:
         """Numbers that go when the unit goes."""
         weights = (self.query, self.key, self.value, self.output)
-        return sum(tensor.numel() for tensor in (*weights, *self.biases))
+        return sum(tensor.numel() for tensor in (*weights, *self.biases, *self.others))
 
 
 def unit_tensors(model: PreTrainedModel, counts: Sequence[int] | None = None) -> list[list[UnitTensors]]:
@@ -46,7 +47,8 @@ def unit_tensors(model: PreTrainedModel, counts: Sequence[int] | None = None) ->
     kind, config = model.config.model_type, model.config
     base = getattr(model, model.base_model_prefix, model)
     dense = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    counts = counts or [dense] * config.num_hidden_layers
+    layers = config.num_hidden_layers if kind != "albert" else config.num_hidden_groups * config.inner_group_num
+    counts = counts or [dense] * layers
     if kind in BERT_LIKE:
         blocks = [layer.attention for layer in base.encoder.layer]
         linears = [(a.self.query, a.self.key, a.self.value, a.output.dense) for a in blocks]
@@ -56,6 +58,15 @@ def unit_tensors(model: PreTrainedModel, counts: Sequence[int] | None = None) ->
     elif kind in WAV2VEC2_LIKE:
         blocks = [layer.attention for layer in base.encoder.layers]
         linears = [(a.q_proj, a.k_proj, a.v_proj, a.out_proj) for a in blocks]
+    elif kind == "albert":
+        blocks = [layer.attention for group in base.encoder.albert_layer_groups for layer in group.albert_layers]
+        linears = [(a.query, a.key, a.value, a.dense) for a in blocks]
+    elif kind == "mpnet":
+        linears = [(a.q, a.k, a.v, a.o) for a in (layer.attention.attn for layer in base.encoder.layer)]
+    elif kind == "deberta":
+        return [_deberta(layer.attention, count) for layer, count in zip(base.encoder.layer, counts, strict=True)]
+    elif kind == "deberta-v2":
+        return [_deberta_v2(layer.attention, count) for layer, count in zip(base.encoder.layer, counts, strict=True)]
     elif kind == "distilbert":
         blocks = [layer.attention for layer in base.transformer.layer]
         linears = [(a.q_lin, a.k_lin, a.v_lin, a.out_lin) for a in blocks]
@@ -103,6 +114,29 @@ def _separate(
             )
         )
     return units
+
+
+def _deberta(block: torch.nn.Module, count: int) -> list[UnitTensors]:
+    """Rows of the first head's query, key and value, then of the second's, without a bias; two biases apart."""
+    own, out = block.self, block.output.dense
+    rows = own.in_proj.weight.data.view(count, 3, -1, own.in_proj.in_features)
+    columns = out.weight.data.view(out.out_features, count, -1)
+    biases = [(own.q_bias.data.view(count, -1)[head], own.v_bias.data.view(count, -1)[head]) for head in range(count)]
+    positions = _rows_by_head((own.pos_proj, own.pos_q_proj), count)
+    return [UnitTensors(*rows[h], columns[:, h], biases[h], positions[h]) for h in range(count)]
+
+
+def _deberta_v2(block: torch.nn.Module, count: int) -> list[UnitTensors]:
+    own = block.self
+    positions = _rows_by_head((own.pos_key_proj, own.pos_query_proj), count)
+    units = _separate(own.query_proj, own.key_proj, own.value_proj, block.output.dense, count)
+    return [replace(unit, others=positions[head]) for head, unit in enumerate(units)]
+
+
+def _rows_by_head(linears: Sequence[torch.nn.Linear], count: int) -> list[tuple[torch.Tensor, ...]]:
+    """The weight rows and bias entries of each head in every one of these."""
+    tensors = [t.data.view(count, -1, *t.shape[1:]) for m in linears for t in (m.weight, m.bias) if t is not None]
+    return [tuple(tensor[head] for tensor in tensors) for head in range(count)]
 
 
 def _fused(c_attn: torch.nn.Module, c_proj: torch.nn.Module, count: int) -> list[UnitTensors]:

@@ -78,6 +78,13 @@ def test_deleted_equals_gated(
         ("bert", {"position_embedding_type": "relative_key"}),
         ("roberta", {"position_embedding_type": "relative_key_query"}),
         ("electra", {"position_embedding_type": "relative_key_query"}),
+        ("albert", {"num_hidden_groups": 1, "inner_group_num": 1}),
+        ("albert", {"position_embedding_type": "relative_key_query"}),
+        ("deberta", {"pos_att_type": ["p2c"]}),
+        ("deberta", {"relative_attention": False, "pos_att_type": None}),
+        ("deberta-v2", {"share_att_key": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm"}),
+        ("deberta-v2", {"pos_att_type": ["c2p"]}),
+        ("deberta-v2", {"relative_attention": False, "pos_att_type": None}),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
         ("gpt2", {"reorder_and_upcast_attn": True, "attn_implementation": "eager"}),
         ("llama", {"num_key_value_heads": 8}),
@@ -121,24 +128,25 @@ def test_deleted_equals_gated_on_minilm(
 def test_what_is_kept_is_the_dense_models_own(tiny: Tiny, ragged: Ragged, model_type: str) -> None:
     model = tiny(model_type)
     dense, plan = unit_tensors(copy.deepcopy(model)), ragged(model)
-    others = {name: t.clone() for name, t in model.state_dict().items() if not in_projection(model, name)}
+    others = {name: t.clone() for name, t in model.state_dict().items() if not is_divided(model, name)}
     prune(model, plan)
     slim = unit_tensors(model, [len(site.kept) for site in plan.sites])
     for before, after, site in zip(dense, slim, plan.sites, strict=True):
         for old, new in zip((before[unit] for unit in site.kept), after, strict=True):
             for role in ("query", "key", "value", "output"):
                 assert torch.equal(getattr(old, role), getattr(new, role))
-            assert all(torch.equal(a, b) for a, b in zip(old.biases, new.biases, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(old.biases + old.others, new.biases + new.others, strict=True))
     state = model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in others.items())
 
 
-def in_projection(model: PreTrainedModel, parameter: str) -> bool:
+def is_divided(model: PreTrainedModel, parameter: str) -> bool:
+    """Whether some entries of a parameter belong to one head and some to another."""
     return any(
-        parameter.startswith(p.module) and not (p.divides_inputs and parameter.endswith("bias"))
+        parameter.startswith(f"{p.module}.") and not (p.divides_inputs and parameter.endswith("bias"))
         for site in find_sites(model)
         for p in site.projections
-    )
+    ) or any(parameter == f"{t.module}.{t.name}" for site in find_sites(model) for t in site.tables)
 
 
 @pytest.mark.parametrize("model_type", STOCK_PRUNES)
@@ -211,7 +219,7 @@ def test_modules_keep_identity_hooks_dtype_and_requires_grad(
     assert [p.requires_grad for p in (after[0].weight, after[1].weight)] == [False, True]
     assert not model.training
     model(**batches(model)["one"])
-    assert calls == [1]
+    assert set(calls) == {1}  # ALBERT calls it again and again
 
 
 def damaged_plans(plan: Plan) -> dict[str, Plan]:

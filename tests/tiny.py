@@ -67,6 +67,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"global_attn_every_n_layers": 2, "local_attention": 6, "reference_compile": False}
     | {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3},
     "electra": _SIZES | {"embedding_size": 16},
+    "albert": _SIZES | {"embedding_size": 16, "num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 2},
+    "mpnet": _SIZES | {"pad_token_id": 1},
+    "deberta": _SIZES | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 20},
+    "deberta-v2": _SIZES | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 20},
     "distilbert": {
         "dim": 32,
         "n_layers": 3,
@@ -132,8 +136,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "unispeech-sat": _WAVEFORM,
 }
 ENCODERS = {
-    *("bert", "camembert", "data2vec-text", "distilbert", "electra", "megatron-bert", "mobilebert", "modernbert"),
-    *("rembert", "roberta", "roformer", "splinter", "xlm-roberta"),
+    *("albert", "bert", "camembert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra"),
+    *("megatron-bert", "mobilebert", "modernbert", "mpnet", "rembert", "roberta", "roformer", "splinter"),
+    "xlm-roberta",
 }
 VISION = {"vit"}
 AUDIO = {"data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"}
