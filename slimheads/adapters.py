@@ -38,7 +38,50 @@ class _PicksPositionBias(torch.nn.Module):
         return super().forward(hidden_states, *before, position_bias, *after, **options)
 
 
-ADAPTERS: Mapping[str, Adapter] = MappingProxyType({"pick_position_bias": pick_position_bias})
+def pass_position_bias_on(model: torch.nn.Module, blocks: Blocks) -> None:
+    """For T5, whose first layer makes the biases of all heads: each layer takes those of its heads, and hands on all."""
+    for site, kept in blocks:
+        module = _attention(model, site)
+        _compose_kept_heads(module, site.kept_heads(kept))
+        _mix_in(module, _PassesPositionBiasOn)
+
+
+class _PassesPositionBiasOn(torch.nn.Module):
+    kept_heads: list[int]
+    compute_bias: Callable[..., torch.Tensor]  # T5Attention's
+
+    def forward(
+        self, hidden_states: torch.Tensor, *, mask: Any = None, position_bias: Any = None, **options: Any
+    ) -> tuple[Any, ...]:
+        if position_bias is None:
+            position_bias = self._whole_bias(hidden_states, mask, **options)
+        own = position_bias[:, self.kept_heads]
+        states, _, *weights = super().forward(hidden_states, mask=mask, position_bias=own, **options)
+        return (states, position_bias, *weights)
+
+    def _whole_bias(self, hidden_states: torch.Tensor, mask: Any, **options: Any) -> torch.Tensor:
+        """As T5Attention makes it of its table, but before the scores, whose heads are fewer."""
+        new, cache = hidden_states.shape[1], options.get("past_key_values")
+        seen = mask.shape[-1] if mask is not None else new + (0 if cache is None else cache.get_seq_length())
+        bias = self.compute_bias(seen, seen, hidden_states.device, options.get("cache_position"))[:, :, -new:]
+        return bias if mask is None else bias + mask
+
+
+def pass_mask_on(model: torch.nn.Module, blocks: Blocks) -> None:
+    """For T5's cross-attention, whose first layer makes zeros and the mask for as many heads as it has itself."""
+    for site, _ in blocks:
+        _mix_in(_attention(model, site), _PassesMaskOn)
+
+
+class _PassesMaskOn(torch.nn.Module):
+    def forward(self, hidden_states: torch.Tensor, *, position_bias: Any = None, **options: Any) -> Any:
+        same_for_all = None if position_bias is None else position_bias[:, :1]
+        return super().forward(hidden_states, position_bias=same_for_all, **options)
+
+
+ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
+    {f.__name__: f for f in (pass_mask_on, pass_position_bias_on, pick_position_bias)}
+)
 
 
 def _attention(model: torch.nn.Module, site: Site) -> torch.nn.Module:

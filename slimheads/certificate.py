@@ -5,40 +5,29 @@
 3. each further graph against the fp32 one it came from, each with its own tolerance
 4. the graph itself: every targeted tensor shrank by what the plan says, fused nodes carry their own layer's head count
 5. decoders: greedy tokens through ONNX Runtime with the cache == torch, token for token
+
+An encoder-decoder ships as four files, and links 2 to 5 have a row for each that they concern.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
-from slimheads.attention import find_sites
+from slimheads.chain import Chain, Generation, Shipped, Structure, Subject, chain_of
 from slimheads.errors import CertificateError, SlimheadsError
-from slimheads.export import FILES, Graph, Precision, greedy_options, greedy_tokens
-from slimheads.export.kv_cache import kv_shapes
+from slimheads.export import Precision
 from slimheads.gating import gated
-from slimheads.graph_check import fused_faults, graph_faults, quantized_faults
-from slimheads.parity import (
-    REFUSALS,
-    Case,
-    Comparison,
-    Form,
-    Outputs,
-    cases,
-    compare_all,
-    in_short,
-    onnx_form,
-    onnx_greedy,
-    position_limit,
-    torch_form,
-)
+from slimheads.graph_check import quantized_faults
+from slimheads.parity import REFUSALS, Comparison, Outputs, compare_all, in_short
 from slimheads.selection import Plan
-from slimheads.sessions import open_session, read_interface
 
 # Deleting equals gating up to the order of additions: 0.0 on small models, 3e-6 on BERT-base (float32).
 SURGERY_TOLERANCE = 1e-5
@@ -46,7 +35,6 @@ SURGERY_TOLERANCE = 1e-5
 # 0.15 (MiniLM at 128 tokens). A wrong head can cost less than that: int8 weights are also held one by one against those
 # they were rounded from. What is lost in quality is drift.
 PRECISION_TOLERANCES: dict[Precision, float] = {"fp16": 0.01, "int8": 0.3}
-PROMPT_TOKENS, NEW_TOKENS = 8, 16
 # How a model, a file or a runtime says that it cannot do what a link asks of it.
 _FAILURES: tuple[type[Exception], ...] = (SlimheadsError, OSError, *REFUSALS)
 
@@ -127,8 +115,8 @@ def verify(
         slim: the pruned model as reloaded from `folder`, float32.
         plan: what was deleted.
         folder: the slim folder, with config.json and onnx/.
-        dense_onnx: the dense graph, exported the same way.
-        task: a key of `slimheads.checkpoint.TASKS`.
+        dense_onnx: the folder of the dense graphs, exported the same way.
+        task: as `slimheads.checkpoint` names tasks.
         precisions: the graphs in `folder/onnx` to hold against the fp32 one.
         atol, rtol: for link 2.
         on_progress: called with each link's name before it is tried.
@@ -136,141 +124,107 @@ def verify(
     Returns:
         The certificate; a link that fails is in it, nothing is raised for it.
     """
-    onnx_folder = Path(folder) / "onnx"
-    chain = _Chain(dense, slim, plan, onnx_folder, Path(dense_onnx), task, cases(dense.config, task))
+    chain = chain_of(Shipped(dense, slim, plan, Path(dense_onnx), Path(folder), task))
     tell = on_progress or (lambda _: None)
     tell("link 1: gated dense torch == slim torch")
-    links = [_surgery(chain)]
+    links = [_surgery(chain, dense, slim, plan)]
     tell("link 2: slim torch == slim ONNX")
-    links.append(_exported(chain, atol, rtol))
+    links += [_exported(chain, slim, subject, atol, rtol) for subject in chain.subjects("fp32")]
     further = [p for p in precisions if p != "fp32"]
     for precision in further:
-        tell(f"link 3: {FILES[precision]} against {FILES['fp32']}")
-        links.append(_derived(chain, Graph(precision, onnx_folder / FILES[precision])))
+        tell(f"link 3: {precision} against fp32")
+        pairs = zip(chain.subjects("fp32"), chain.subjects(precision), strict=True)
+        links += [_derived(precision, plain, made) for plain, made in pairs]
     tell("link 4: the graph itself")
-    links.append(_structure(chain, [onnx_folder / FILES[p] for p in further]))
+    links += [_structure(structure) for structure in chain.structures(further)]
     skipped = [] if further else [SkippedLink(link=3, reason="no graph beyond fp32 was asked for")]
-    if task == "text-generation":
+    generations = chain.generations()
+    if generations:
         tell("link 5: greedy tokens with the cache")
-        links.append(_tokens(chain, Path(folder)))
+        by_file = groupby(generations, key=lambda generation: generation.path)
+        links += [_tokens(path, list(group)) for path, group in by_file]
     else:
         skipped.append(SkippedLink(link=5, reason="not a decoder: it generates no tokens"))
     return Certificate(tuple(links), tuple(skipped))
 
 
-@dataclass(frozen=True)
-class _Chain:
-    dense: PreTrainedModel
-    slim: PreTrainedModel
-    plan: Plan
-    onnx_folder: Path
-    dense_onnx: Path
-    task: str
-    cases: tuple[Case, ...]
+def _surgery(chain: Chain, dense: PreTrainedModel, slim: PreTrainedModel, plan: Plan) -> Link:
+    whole = chain.torch_form(dense)
 
-    def onnx(self, path: Path) -> Form:
-        shapes = kv_shapes(self.slim) if self.task == "text-generation" else ()
-        return onnx_form(open_session(path), shapes)
+    def gated_dense(case: Any) -> Outputs:
+        with gated(dense, plan):
+            return whole(case)
 
-    def tokens(self, folder: Path, case: Case, new_tokens: int) -> torch.Tensor:
-        """Through the client that users have; without it where the file fixes its cache axes, which it cannot feed."""
-        path = self.onnx_folder / FILES["fp32"]
-        caches = [i for i in read_interface(path).inputs if i.name.startswith("past_key_values.")]
-        if any(isinstance(i.dims[1], int) for i in caches):
-            made = onnx_greedy(open_session(path), kv_shapes(self.slim), case.ids, case.mask, new_tokens)
-            return torch.from_numpy(made)
-        return greedy_tokens(folder, torch.from_numpy(case.ids), torch.from_numpy(case.mask), new_tokens)
-
-
-def _surgery(chain: _Chain) -> Link:
-    def gated_dense(case: Case) -> Outputs:
-        with gated(chain.dense, chain.plan):
-            return torch_form(chain.dense)(case)
-
-    found = compare_all(gated_dense, torch_form(chain.slim), chain.cases, SURGERY_TOLERANCE, SURGERY_TOLERANCE)
+    found = compare_all(gated_dense, chain.torch_form(slim), chain.cases, SURGERY_TOLERANCE, SURGERY_TOLERANCE)
     name = "gated dense torch == slim torch"
     return _link(1, name, "model.safetensors", found, SURGERY_TOLERANCE, SURGERY_TOLERANCE)
 
 
-def _exported(chain: _Chain, atol: float, rtol: float) -> Link:
-    name, subject = "slim torch == slim ONNX fp32", f"onnx/{FILES['fp32']}"
+def _exported(chain: Chain, slim: PreTrainedModel, subject: Subject, atol: float, rtol: float) -> Link:
+    name, shown = "slim torch == slim ONNX fp32", _shown(subject.path)
     try:
-        found = compare_all(
-            torch_form(chain.slim), chain.onnx(chain.onnx_folder / FILES["fp32"]), chain.cases, atol, rtol
-        )
+        found = compare_all(chain.torch_form(slim), subject.open(), subject.cases, atol, rtol)
     except _FAILURES as error:
-        return _broken(2, name, subject, error)
-    return _link(2, name, subject, found, atol, rtol)
+        return _broken(2, name, shown, error)
+    return _link(2, name, shown, found, atol, rtol)
 
 
-def _derived(chain: _Chain, graph: Graph) -> Link:
-    rtol = PRECISION_TOLERANCES[graph.precision]
-    name, subject = f"slim ONNX fp32 == slim ONNX {graph.precision}", f"onnx/{graph.path.name}"
-    plain = chain.onnx_folder / FILES["fp32"]
+def _derived(precision: Precision, plain: Subject, made: Subject) -> Link:
+    rtol = PRECISION_TOLERANCES[precision]
+    name, shown = f"slim ONNX fp32 == slim ONNX {precision}", _shown(made.path)
     try:
-        found = compare_all(chain.onnx(plain), chain.onnx(graph.path), chain.cases, None, rtol)
-        faults = list(quantized_faults(plain, graph.path)) if graph.precision == "int8" else []
+        found = compare_all(plain.open(), made.open(), made.cases, None, rtol)
+        faults = list(quantized_faults(plain.path, made.path)) if precision == "int8" and made.converted else []
     except _FAILURES as error:
-        return _broken(3, name, subject, error)
-    link = _link(3, name, subject, found, None, rtol)
+        return _broken(3, name, shown, error)
+    link = _link(3, name, shown, found, None, rtol)
     if link.passed and faults:
         return link.model_copy(update={"passed": False, "worst_case": None, "reason": _first_of(faults)})
     return link
 
 
-def _structure(chain: _Chain, further: Sequence[Path]) -> Link:
-    sites = find_sites(chain.dense)
-    name, subject = "every targeted tensor shrank by what the plan says", f"onnx/{FILES['fp32']}"
+def _structure(structure: Structure) -> Link:
+    name, shown = "every targeted tensor shrank by what the plan says", _shown(structure.path)
     try:
-        faults = list(graph_faults(chain.dense_onnx, chain.onnx_folder / FILES["fp32"], sites, chain.plan))
-        for path in further:
-            faults += fused_faults(path, sites, chain.plan)
+        faults = list(structure.faults())
     except SlimheadsError as error:
-        return _broken(4, name, subject, error)
-    return Link(
-        link=4,
-        name=name,
-        subject=subject,
-        cases=sum(len(site.projections) for site in sites),
-        passed=not faults,
-        reason=_first_of(faults) if faults else None,
-    )
+        return _broken(4, name, shown, error)
+    reason = _first_of(faults) if faults else None
+    return Link(link=4, name=name, subject=shown, cases=structure.tensors, passed=not faults, reason=reason)
 
 
-def _tokens(chain: _Chain, folder: Path) -> Link:
-    limit = position_limit(chain.dense.config)
-    fresh = [case for case in chain.cases if case.padding in ("no", "left") and not case.past]
-    length = max(case.length for case in fresh if case.length <= min(PROMPT_TOKENS, limit // 2))
-    prompts = [case for case in fresh if case.length == length]
-    name, subject = "greedy tokens with the cache == torch", f"onnx/{FILES['fp32']}"
+def _tokens(path: Path, generations: Sequence[Generation]) -> Link:
     wrong: list[tuple[str, str]] = []
-    for case in prompts:
+    for generation in generations:
         try:
-            reason = _first_other_token(chain, folder, case, min(NEW_TOKENS, limit - length))
+            reason = _first_other_token(generation)
         except _FAILURES as error:
             reason = f"it does not run: {in_short(error)}"
         if reason:
-            wrong.append((str(case), reason))
+            wrong.append((generation.prompt, reason))
     return Link(
         link=5,
-        name=name,
-        subject=subject,
-        cases=len(prompts),
+        name="greedy tokens with the cache == torch",
+        subject=_shown(path),
+        cases=len(generations),
         passed=not wrong,
         worst_case=wrong[0][0] if wrong else None,
         reason=wrong[0][1] if wrong else None,
     )
 
 
-def _first_other_token(chain: _Chain, folder: Path, case: Case, new_tokens: int) -> str | None:
-    ids, mask = torch.from_numpy(case.ids), torch.from_numpy(case.mask)
+def _first_other_token(generation: Generation) -> str | None:
     with torch.no_grad():
-        expected = chain.slim.generate(input_ids=ids, attention_mask=mask, **greedy_options(new_tokens))
-    differs = (expected != chain.tokens(folder, case, new_tokens)).nonzero()
+        expected = generation.expected()
+    differs = (expected != generation.found()).nonzero()
     if not len(differs):
         return None
     row, column = differs[0].tolist()
-    return f"row {row} differs from new token {column - case.length + 1} on"
+    return f"row {row} differs from new token {column - (expected.shape[1] - generation.new_tokens) + 1} on"
+
+
+def _shown(path: Path) -> str:
+    return f"onnx/{path.name}"
 
 
 def _first_of(faults: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from slimheads.surgery import recorded_plan
 
 # The tasks slimheads proves, by optimum's names, with the Auto class that loads each. An architecture that several Auto
 # classes list has the first of their tasks.
-TASKS: Mapping[str, str] = {
+TASKS: dict[str, str] = {
     "text-generation": "AutoModelForCausalLM",
     "fill-mask": "AutoModelForMaskedLM",
     "text-classification": "AutoModelForSequenceClassification",
@@ -33,6 +33,11 @@ TASKS: Mapping[str, str] = {
     "audio-classification": "AutoModelForAudioClassification",
     "automatic-speech-recognition": "AutoModelForCTC",
     "feature-extraction": "AutoModel",
+}
+# The same for encoder-decoders, in the order of preference: nothing else of them is proven.
+SEQ2SEQ_TASKS: dict[str, str] = {
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
 }
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -60,7 +65,7 @@ def find(source: str, task: str = "auto") -> Source:
 
     Args:
         source: a folder, `pkg://package/folder` (a folder in an installed package) or a hub id.
-        task: "auto" (from the checkpoint's architecture) or a key of `TASKS`.
+        task: "auto" (from the checkpoint's architecture) or a key of `TASKS` or `SEQ2SEQ_TASKS`.
 
     Raises:
         UsageError: there is no such folder, package or hub id, or the task is unknown.
@@ -71,8 +76,8 @@ def find(source: str, task: str = "auto") -> Source:
     config = read_config(folder)
     family, _ = family_of(config)
     task = _task_of(config) if task == "auto" else task
-    if task not in TASKS:
-        raise UsageError(f"unknown task '{task}'", hint=f"use auto or one of {', '.join(TASKS)}")
+    if task not in TASKS | SEQ2SEQ_TASKS:
+        raise UsageError(f"unknown task '{task}'", hint=f"use auto or one of {', '.join(TASKS | SEQ2SEQ_TASKS)}")
     architecture = _architecture(config, task)
     from_hub = not source.startswith("pkg://") and folder != Path(source).expanduser()
     return Source(source, folder, task, str(config.model_type), family, architecture.__name__, from_hub)
@@ -91,6 +96,11 @@ def describe(source: Source) -> list[str]:
         blocks[words] = blocks.get(words, 0) + site_count(config, row)
     lines = [f"{count} attention blocks of {words}" for words, count in blocks.items()]
     return [f"{source.architecture} of the {family.title} family, used for {source.task}", *lines]
+
+
+def auto_classes(config: PretrainedConfig) -> Mapping[str, str]:
+    """The tasks that are proven of models of a kind, with the Auto class that loads each."""
+    return SEQ2SEQ_TASKS if config.is_encoder_decoder else TASKS
 
 
 def side_files(folder: Path) -> Iterator[Path]:
@@ -245,11 +255,21 @@ def _without_implementation_keys(data: Any, path: Path) -> Any:
 
 
 def _task_of(config: PretrainedConfig) -> str:
+    known = auto_classes(config)
     for name in config.architectures or ():
-        for task, auto in TASKS.items():
+        for task, auto in known.items():
             if name in _classes(auto, config):
                 return task
-    return "feature-extraction"
+    if not config.is_encoder_decoder:
+        return "feature-extraction"
+    others = set(config.architectures or ()) - set(_classes("AutoModel", config))
+    if others:
+        raise ModelRefusedError(
+            f"{min(others)} is not covered: of encoder-decoders only what generates text is",
+            where="config.json",
+            hint="name a task that generates text, if that is what the model is for",
+        )
+    return next(task for task, auto in known.items() if _classes(auto, config))
 
 
 def _classes(auto: str, config: PretrainedConfig) -> tuple[str, ...]:
@@ -259,7 +279,8 @@ def _classes(auto: str, config: PretrainedConfig) -> tuple[str, ...]:
 
 
 def _architecture(config: PretrainedConfig, task: str) -> type[PreTrainedModel]:
-    names = _classes(TASKS[task], config)
+    known = auto_classes(config)
+    names = _classes(known[task], config) if task in known else ()
     if not names:
         raise UsageError(f"{config.model_type} has no model for '{task}'", hint="use task: auto")
     name = next((name for name in config.architectures or () if name in names), names[0])

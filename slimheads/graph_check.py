@@ -13,6 +13,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +32,15 @@ _HEAD_COUNTS = ("num_heads", "kv_num_heads")
 _FUSED = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention", "PackedMultiHeadAttention"}
 
 
-def graph_faults(dense: Path, slim: Path, sites: Sequence[Site], plan: Plan) -> Iterator[str]:
+def graph_faults(
+    dense: Path, slim: Path, sites: Sequence[Site], plan: Plan, *, cached: bool = False
+) -> Iterator[str]:
     """Everything in which the slim graph is not the dense one less the plan, in words; nothing if it is.
 
     Args:
         dense, slim: ONNX files exported the same way, unfused.
-        sites: the dense model's.
+        sites: the dense model's, or those of them that are in the graph.
+        cached: whether keys and values may come from the cache alone, without projections in either graph.
     """
     before, after = _Graph(dense), _Graph(slim)
     for site, kept in match_plan(sites, plan):
@@ -43,6 +48,8 @@ def graph_faults(dense: Path, slim: Path, sites: Sequence[Site], plan: Plan) -> 
             features = len(projection.kept_features(kept))
             old, new = before.shapes_in(projection.module), after.shapes_in(projection.module)
             expected = Counter(_shrunk(shape, projection, features) for shape in old)
+            if cached and not old and not new and set(projection.role_of) <= {"key", "value"}:
+                continue
             if not old or not any(len(shape) == 2 for shape in old):
                 yield f"{projection.module}: the dense graph has no weight under this name"
             elif Counter(new) != expected:
@@ -96,6 +103,25 @@ def fused_faults(path: Path, sites: Sequence[Site], plan: Plan) -> Iterator[str]
             if count != expected[name]:
                 said = f"{node.name or node.op_type} of {site.name} says {name} {count}"
                 yield f"{path.name}: {said}, the plan {expected[name]}"
+
+
+def merged_faults(first: Path, following: Path, merged: Path) -> Iterator[str]:
+    """Tensors of two decoders' files that the file merged from them lacks, and tensors that it has from neither."""
+    parts, whole = _contents(first) | _contents(following), _contents(merged)
+    for fault, tensors in (("lacks", parts - whole), ("has from neither decoder", whole - parts)):
+        if tensors:
+            yield f"{merged.name} {fault} {len(tensors)} tensors: {_words([shape for _, shape, _ in tensors])}"
+
+
+def _contents(path: Path) -> set[tuple[int, Shape, bytes]]:
+    """Every tensor of a file by its type, shape and bytes, whatever its name; scalars say nothing."""
+    graph = _read(path, weights=True)
+    branches = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    return {
+        (t.data_type, tuple(t.dims), sha256(onnx.numpy_helper.to_array(t).tobytes()).digest())
+        for t in chain(graph.initializer, *(branch.initializer for branch in branches))
+        if len(t.dims)
+    }
 
 
 def quantized_faults(source: Path, quantized: Path) -> Iterator[str]:
@@ -167,12 +193,15 @@ class _Graph:
 
     def _scope(self, module: str) -> re.Pattern[str]:
         """How the names of a module's nodes begin. A module that is called again has a number after its name."""
-        # OPT's head class calls `model.decoder` past `model`, and the exporter names only what was called.
-        whole, called = module, module.partition(".")[2]
-        scopes = [scope for users in self.users.values() for scope in users]
-        missing = not any(scope.startswith(f"{whole}.") for scope in scopes)
-        name = called if missing and any(scope.startswith(f"{called}.") for scope in scopes) else whole
+        # The exporter names only what was called: OPT's head class calls `model.decoder` past `model`, and an encoder's
+        # own file begins below `model.encoder`.
+        path = module.split(".")
+        called = (".".join(path[start:]) for start in range(min(len(path), 3)))
+        name = next((name for name in called if self._has(f"{name}.")), module)
         return re.compile(re.escape(name) + r"(_\d+)?\.")
+
+    def _has(self, prefix: str) -> bool:
+        return any(scope.startswith(prefix) for users in self.users.values() for scope in users)
 
 
 def _read(path: Path, *, weights: bool = False) -> onnx.GraphProto:

@@ -77,6 +77,9 @@ def float_axes(config: PretrainedConfig) -> dict[str, tuple[Axis, ...]]:
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
             seen = (seen - 1) * stride + kernel
         return {"input_values": (Axis(seen, math.prod(config.conv_stride)),)}
+    if kind == "spectrogram" and config.is_encoder_decoder:
+        # The convolutions halve the frames.
+        return {"input_features": (Axis(config.num_mel_bins, 0), Axis(2 * config.max_source_positions, 0))}
     if kind == "spectrogram":
         return {"input_values": (Axis(config.max_length, 0), Axis(config.num_mel_bins, 0))}
     return {}
@@ -86,7 +89,8 @@ def make_inputs(config: PretrainedConfig, batch: int, length: int, rng: np.rando
     """Random inputs without padding: int64 ids [batch, length] with their mask, standard normal images and sound.
 
     Args:
-        length: tokens, or frames of a waveform; of no effect where inputs have no length.
+        length: tokens, or frames of a waveform; of no effect where inputs have no length. An encoder-decoder's decoder
+            is given as many tokens.
     """
     made: Arrays = {}
     if takes_text(config):
@@ -98,6 +102,8 @@ def make_inputs(config: PretrainedConfig, batch: int, length: int, rng: np.rando
     for name, axes in float_axes(config).items():
         sizes = [batch, *(axis.first + axis.more * (length - 1) for axis in axes)]
         made[name] = rng.standard_normal(sizes, dtype=np.float32)
+    if config.is_encoder_decoder:
+        made["decoder_input_ids"] = rng.integers(0, config.vocab_size, (batch, length)).astype(np.int64)
     return made
 
 

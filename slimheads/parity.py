@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnxruntime
@@ -26,7 +26,13 @@ BATCHES, LENGTHS, PAST = (1, 4), (1, 8, 128), 7
 REFUSALS: tuple[type[Exception], ...] = (*ORT_ERRORS, ValueError, IndexError)
 Outputs = dict[str, np.ndarray]
 _NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
-Form = Callable[["Case"], Outputs]
+Form = Callable[[Any], Outputs]  # of the case that the form is for
+
+
+class AnyCase(Protocol):
+    """What a comparison has to know of an input."""
+
+    def unpadded(self, name: str, output: np.ndarray) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,11 @@ class Case:
     def positions(self) -> np.ndarray:
         """int64 [batch, past + length]."""
         return _positions(self.mask)
+
+    def unpadded(self, name: str, output: np.ndarray) -> np.ndarray:
+        """An output's values at every position that is not padding."""
+        mask = self.inputs.get("attention_mask")
+        return output if mask is None else _unpadded(name, output, mask.astype(bool), self.past)
 
 
 @dataclass(frozen=True)
@@ -194,7 +205,7 @@ def _cached_step(
     return step
 
 
-def compare(reference: Outputs, other: Outputs, case: Case, atol: float | None, rtol: float) -> Comparison:
+def compare(reference: Outputs, other: Outputs, case: AnyCase, atol: float | None, rtol: float) -> Comparison:
     """Holds two outputs together at every unpadded position of every output that both have; finite values only.
 
     The reference a and the other b agree where |a - b| <= atol + rtol |a| everywhere; with `atol` None, where the
@@ -214,13 +225,13 @@ def compare(reference: Outputs, other: Outputs, case: Case, atol: float | None, 
 
 
 def compare_all(
-    reference: Form, other: Form, over: Iterable[Case], atol: float | None, rtol: float
+    reference: Form, other: Form, over: Iterable[AnyCase], atol: float | None, rtol: float
 ) -> tuple[Comparison, ...]:
     """`compare` over every case; a form that cannot run a case at all fails it, with the runtime's own words."""
     return tuple(_run_and_compare(reference, other, case, atol, rtol) for case in over)
 
 
-def _run_and_compare(reference: Form, other: Form, case: Case, atol: float | None, rtol: float) -> Comparison:
+def _run_and_compare(reference: Form, other: Form, case: AnyCase, atol: float | None, rtol: float) -> Comparison:
     outputs: list[Outputs] = []
     for form, called in ((reference, "the reference"), (other, "it")):
         try:
@@ -235,15 +246,13 @@ def in_short(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _compare_one(name: str, a: np.ndarray, b: np.ndarray, case: Case, atol: float | None, rtol: float) -> Comparison:
+def _compare_one(name: str, a: np.ndarray, b: np.ndarray, case: AnyCase, atol: float | None, rtol: float) -> Comparison:
     def failed(reason: str, max_abs: float = np.inf, max_rel: float = np.inf) -> Comparison:
         return Comparison(str(case), max_abs, max_rel, False, f"{name}: {reason}")
 
     if a.shape != b.shape:
         return failed(f"shapes {list(a.shape)} and {list(b.shape)} differ")
-    mask = case.inputs.get("attention_mask")
-    if mask is not None:
-        a, b = (_unpadded(name, array, mask.astype(bool), case.past) for array in (a, b))
+    a, b = case.unpadded(name, a), case.unpadded(name, b)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return failed("a value is NaN or infinite")
     a, b = a.astype(np.float64), b.astype(np.float64)

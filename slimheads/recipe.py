@@ -16,6 +16,7 @@ Task = Literal[
     "auto",
     "feature-extraction",
     "text-generation",
+    "text2text-generation",
     "fill-mask",
     "text-classification",
     "token-classification",

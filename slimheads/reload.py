@@ -11,7 +11,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from slimheads.attention import find_sites
-from slimheads.checkpoint import TASKS
+from slimheads.checkpoint import auto_classes
 from slimheads.model import quiet_transformers
 
 Tier = Literal["stock", "slimheads"]
@@ -23,7 +23,7 @@ def reload_tier(folder: Path, model: PreTrainedModel, task: str) -> tuple[Tier, 
     Returns:
         The tier, and one sentence that says why.
     """
-    auto = TASKS[task]
+    auto = auto_classes(model.config)[task]
     try:
         with quiet_transformers():
             stock = getattr(transformers, auto).from_pretrained(

@@ -28,6 +28,7 @@ Provider = Literal["cpu", "cuda"]
 
 PROVIDERS = MappingProxyType({"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"})
 KV_SHAPES_KEY = "slimheads.kv_shapes"  # metadata_props: JSON [[kv_heads, head_dim_k, head_dim_v], ...], one a layer
+CROSS_KV_SHAPES_KEY = "slimheads.cross_kv_shapes"  # the same for the cross-attention of an encoder-decoder
 # metadata_props: JSON {input: [[size at length 1, more for each further token or frame], ...]}, axes after the batch
 AXES_KEY = "slimheads.axes"
 UNKNOWN_VOCABULARY = 100
@@ -163,14 +164,16 @@ class Interface:
     """What an ONNX file says about its own inputs.
 
     `vocabulary` is the number of rows of the table that input_ids index, where the graph shows it. `kv_shapes` holds
-    (kv_heads, head_dim of keys, head_dim of values) of every layer, and `axes` the sizes of images' and sounds' axes
-    (see AXES_KEY), where the file's metadata carries them.
+    (kv_heads, head_dim of keys, head_dim of values) of every layer, `cross_kv_shapes` the same for what a decoder keeps
+    of its encoder, and `axes` the sizes of images' and sounds' axes (see AXES_KEY), where the file's metadata carries
+    them.
     """
 
     where: str
     inputs: tuple[Input, ...]
     vocabulary: int | None = None
     kv_shapes: tuple[tuple[int, int, int], ...] = ()
+    cross_kv_shapes: tuple[tuple[int, int, int], ...] = ()
     axes: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
 
     @property
@@ -194,7 +197,7 @@ def read_interface(source: str | Path | onnxruntime.InferenceSession) -> Interfa
     if isinstance(source, onnxruntime.InferenceSession):
         inputs = tuple(Input(i.name, _ort_dtype(i.type), tuple(i.shape)) for i in source.get_inputs())
         metadata = source.get_modelmeta().custom_metadata_map
-        return Interface("session", inputs, None, _kv_shapes(metadata, "session"), _axes(metadata, "session"))
+        return Interface("session", inputs, None, *_kv_shapes(metadata, "session"), _axes(metadata, "session"))
     try:
         model = onnx.load(str(source), load_external_data=False)
     except (OSError, DecodeError) as error:
@@ -211,7 +214,7 @@ def read_interface(source: str | Path | onnxruntime.InferenceSession) -> Interfa
     )
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     where = str(source)
-    return Interface(where, inputs, _vocabulary(model.graph), _kv_shapes(metadata, where), _axes(metadata, where))
+    return Interface(where, inputs, _vocabulary(model.graph), *_kv_shapes(metadata, where), _axes(metadata, where))
 
 
 def _dims(value: onnx.ValueInfoProto) -> Iterator[int | str | None]:
@@ -231,15 +234,16 @@ def _ort_dtype(name: str) -> np.dtype[Any]:
         return np.dtype(object)
 
 
-def _kv_shapes(metadata: dict[str, str], where: str) -> tuple[tuple[int, int, int], ...]:
-    try:
-        return tuple((int(h), int(k), int(v)) for h, k, v in json.loads(metadata.get(KV_SHAPES_KEY, "[]")))
-    except (ValueError, TypeError) as error:
-        raise UsageError(
-            f"metadata {KV_SHAPES_KEY} is not a list of [kv_heads, head_dim_k, head_dim_v]",
-            where=where,
-            hint="export it again",
-        ) from error
+def _kv_shapes(metadata: dict[str, str], where: str) -> Iterator[tuple[tuple[int, int, int], ...]]:
+    for key in (KV_SHAPES_KEY, CROSS_KV_SHAPES_KEY):
+        try:
+            yield tuple((int(h), int(k), int(v)) for h, k, v in json.loads(metadata.get(key, "[]")))
+        except (ValueError, TypeError) as error:
+            raise UsageError(
+                f"metadata {key} is not a list of [kv_heads, head_dim_k, head_dim_v]",
+                where=where,
+                hint="export it again",
+            ) from error
 
 
 def _axes(metadata: dict[str, str], where: str) -> dict[str, tuple[tuple[int, int], ...]]:
@@ -257,15 +261,27 @@ def _axes(metadata: dict[str, str], where: str) -> dict[str, tuple[tuple[int, in
 # Where an operator that looks rows up takes its indices and its table.
 _LOOKUPS = MappingProxyType({"Gather": (1, 0), "GatherBlockQuantized": (1, 0), "EmbedLayerNormalization": (0, 2)})
 
+_SAME_IDS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+
+
+def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Every node in topological order (by the ONNX standard), those of an If's branches and the like before itself."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from nodes_of(attribute.g)
+        yield node
+
 
 def _vocabulary(graph: onnx.GraphProto) -> int | None:
     """Rows of the table that input_ids are looked up in, or None where the graph does not show it."""
     tables = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims) == 2}
-    origin = {output: node for node in graph.node for output in node.output}
+    nodes = list(nodes_of(graph))
+    origin = {output: node for node in nodes for output in node.output}
     ids = {"input_ids", "decoder_input_ids"}
     rows = []
-    for node in graph.node:  # in topological order, by the ONNX standard
-        if node.op_type in {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"} and node.input[0] in ids:
+    for node in nodes:
+        if node.op_type in _SAME_IDS and node.input[0] in ids:
             ids.update(node.output)
         indices, data = _LOOKUPS.get(node.op_type, (0, 0))
         if indices != data and node.input[indices] in ids:
@@ -286,6 +302,7 @@ class _Request:
     batch: int
     length: int
     past: int
+    encoder_length: int
     seed: int
 
     def rng(self, name: str) -> np.random.Generator:
@@ -294,17 +311,23 @@ class _Request:
 
 
 def inputs_for(
-    source: str | Path | onnxruntime.InferenceSession | Interface, batch: int, length: int, past: int = 0, seed: int = 0
+    source: str | Path | onnxruntime.InferenceSession | Interface,
+    batch: int,
+    length: int,
+    past: int = 0,
+    seed: int = 0,
+    encoder_length: int | None = None,
 ) -> dict[str, Array]:
     """Inputs for a transformer ONNX file, unpadded, made from the file's own input metadata.
 
     Args:
         source: the file, an open session, or what `read_interface` gave for one. From a session, ids stay under 100.
         batch: sequences (or images, or clips).
-        length: new tokens a sequence; the encoder's tokens too where a decoder takes encoder states; frames of a
-            waveform where the file says how many samples these take (AXES_KEY), otherwise samples.
+        length: new tokens a sequence; frames of a waveform where the file says how many samples these take (AXES_KEY),
+            otherwise samples.
         past: tokens already in the KV cache; 0 gives caches with a zero-length axis 2.
         seed: the same seed gives the same values, input by input, whatever other inputs a file has.
+        encoder_length: positions that a decoder's encoder saw, `length` unless given.
 
     Returns:
         Arrays by input name: ids [batch, length], attention_mask [batch, past + length], caches
@@ -313,13 +336,14 @@ def inputs_for(
     Raises:
         UsageError: the shape is not a shape, the file fixes another one, or an input is not one that can be filled.
     """
-    if batch < 1 or length < 1 or past < 0:
+    encoder_length = length if encoder_length is None else encoder_length
+    if min(batch, length, encoder_length) < 1 or past < 0:
         raise UsageError(
-            f"shape (batch {batch}, length {length}, past {past}) is not possible",
-            hint="batch and length start at 1, past at 0",
+            f"shape (batch {batch}, length {length}, past {past}, encoder {encoder_length}) is not possible",
+            hint="batch and lengths start at 1, past at 0",
         )
     interface = source if isinstance(source, Interface) else read_interface(source)
-    request = _Request(interface, batch, length, past, seed)
+    request = _Request(interface, batch, length, past, encoder_length, seed)
     return {wanted.name: _fill(wanted, request) for wanted in interface.inputs}
 
 
@@ -354,7 +378,7 @@ def _ones(wanted: Input, request: _Request) -> Array:
 
 
 def _encoder_ones(wanted: Input, request: _Request) -> Array:
-    return np.ones((request.batch, request.length))
+    return np.ones((request.batch, request.encoder_length))
 
 
 def _zeros(wanted: Input, request: _Request) -> Array:
@@ -388,7 +412,7 @@ def _normal(wanted: Input, request: _Request) -> Array:
         elif dim is not None and dim in _FREE_AXES:
             sizes.append(_FREE_AXES[dim])
         elif dim is not None and dim.endswith("sequence_length"):
-            sizes.append(request.length)
+            sizes.append(request.encoder_length if dim.startswith("encoder") else request.length)
         else:
             raise _cannot_fill(wanted, request, f"the size of its axis {axis} ({dim}) is not known")
     return request.rng(wanted.name).standard_normal(sizes, dtype=np.float32)
@@ -398,17 +422,18 @@ def _cache(wanted: Input, request: _Request) -> Array:
     if len(wanted.dims) != 4:
         raise _cannot_fill(wanted, request, "a cache of [batch, heads, past, dim] is expected")
     heads, width = wanted.dims[1], wanted.dims[3]
+    parts = wanted.name.split(".")
+    cross = "encoder" in parts
     if not (isinstance(heads, int) and isinstance(width, int)):
-        parts, shapes = wanted.name.split("."), request.interface.kv_shapes
+        shapes = request.interface.cross_kv_shapes if cross else request.interface.kv_shapes
         layer = next((int(part) for part in parts if part.isdigit()), len(shapes))
-        if layer >= len(shapes) or parts[-1] not in {"key", "value"} or "encoder" in parts:
-            raise _cannot_fill(
-                wanted, request, f"its axes 1 and 3 are free and metadata {KV_SHAPES_KEY} does not give them"
-            )
+        if layer >= len(shapes) or parts[-1] not in {"key", "value"}:
+            key = CROSS_KV_SHAPES_KEY if cross else KV_SHAPES_KEY
+            raise _cannot_fill(wanted, request, f"its axes 1 and 3 are free and metadata {key} does not give them")
         kv_heads, key_width, value_width = shapes[layer]
         heads = heads if isinstance(heads, int) else kv_heads
         width = width if isinstance(width, int) else (key_width if parts[-1] == "key" else value_width)
-    past = request.length if "encoder" in wanted.name.split(".") else request.past
+    past = request.encoder_length if cross else request.past
     return request.rng(wanted.name).standard_normal((request.batch, heads, past, width), dtype=np.float32)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import CONFIGS, DECODERS, ENCODERS, tiny_model
+from tiny import CONFIGS, DECODERS, ENCODERS, SEQ2SEQ, tiny_model
 from transformers import PreTrainedModel
 
 from slimheads.attention import find_sites
@@ -30,6 +30,7 @@ PARAMETERS = {
     "model_type": MODEL_TYPES,
     "encoder_type": [m for m in MODEL_TYPES if m in ENCODERS],  # of texts
     "decoder_type": [m for m in MODEL_TYPES if m in DECODERS],
+    "seq2seq_type": [m for m in MODEL_TYPES if m in SEQ2SEQ],
 }
 
 
@@ -74,7 +75,12 @@ def ragged() -> Callable[..., Plan]:
         draw = random.Random(seed)
         sites = find_sites(model)
         counts = [1 + index % max(1, site.total - 1) for index, site in enumerate(sites)]
-        draw.shuffle(counts)
+        for total in dict.fromkeys(site.total for site in sites):
+            alike = [index for index, site in enumerate(sites) if site.total == total]
+            shuffled = [counts[index] for index in alike]
+            draw.shuffle(shuffled)
+            for index, count in zip(alike, shuffled, strict=True):
+                counts[index] = count
         return Plan(
             tuple(
                 SitePlan(site.name, site.unit, site.total, tuple(sorted(draw.sample(range(site.total), count))))
@@ -131,6 +137,8 @@ def _texts(model: PreTrainedModel) -> dict[str, dict[str, torch.Tensor]]:
     for batch in made.values():  # one image to each text, where images are taken too
         others = make_inputs(model.config, len(batch["input_ids"]), 1, np.random.default_rng(5))
         batch |= to_torch({name: array for name, array in others.items() if array.dtype.kind == "f"}, model)
+        if model.config.is_encoder_decoder:  # another length than the encoder's
+            batch["decoder_input_ids"] = torch.randint(3, 120, (len(batch["input_ids"]), 5), generator=draw)
     return made
 
 

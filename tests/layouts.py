@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ BERT_LIKE = {
 }
 WAV2VEC2_LIKE = {"data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"}
 VIT_LIKE = {"vit"}
+BART_LIKE = {"bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "pegasus", "whisper"}
 LLAMA_LIKE = {
     *("arcee", "cohere", "gemma", "gemma2", "gemma3_text", "glm", "granite", "helium", "llama", "mistral", "nemotron"),
     *("olmo", "qwen2", "qwen3", "smollm3", "stablelm"),
@@ -45,6 +47,8 @@ class UnitTensors:
 def unit_tensors(model: PreTrainedModel, counts: Sequence[int] | None = None) -> list[list[UnitTensors]]:
     """The units of every layer; `counts` says how many each layer of a slim model has left."""
     kind, config = model.config.model_type, model.config
+    if config.is_encoder_decoder:
+        return _two_stacks(model, counts)
     base = getattr(model, model.base_model_prefix, model)
     dense = getattr(config, "num_key_value_heads", config.num_attention_heads)
     layers = config.num_hidden_layers if kind != "albert" else config.num_hidden_groups * config.inner_group_num
@@ -93,6 +97,31 @@ def unit_tensors(model: PreTrainedModel, counts: Sequence[int] | None = None) ->
     else:
         pytest.fail(f"tests/layouts.py does not say where the heads of '{kind}' are")
     return [_separate(*four, count) for four, count in zip(linears, counts, strict=True)]
+
+
+def _two_stacks(model: PreTrainedModel, counts: Sequence[int] | None) -> list[list[UnitTensors]]:
+    """The encoder's blocks, then the decoder's self-attention, then its cross-attention."""
+    config, encoder, decoder = model.config, model.get_encoder(), model.get_decoder()
+    if config.model_type in {"mt5", "t5"}:
+        stacks = [
+            [block.layer[0].SelfAttention for block in encoder.block],
+            [block.layer[0].SelfAttention for block in decoder.block],
+            [block.layer[1].EncDecAttention for block in decoder.block],
+        ]
+        linears = [[(a.q, a.k, a.v, a.o) for a in stack] for stack in stacks]
+        heads = [config.num_heads] * 3
+    elif config.model_type in BART_LIKE:
+        stacks = [
+            [layer.self_attn for layer in encoder.layers],
+            [layer.self_attn for layer in decoder.layers],
+            [layer.encoder_attn for layer in decoder.layers],
+        ]
+        linears = [[(a.q_proj, a.k_proj, a.v_proj, a.out_proj) for a in stack] for stack in stacks]
+        heads = [config.encoder_attention_heads, config.decoder_attention_heads, config.decoder_attention_heads]
+    else:
+        pytest.fail(f"tests/layouts.py does not say where the heads of '{config.model_type}' are")
+    counts = counts or [count for stack, count in zip(linears, heads, strict=True) for _ in stack]
+    return [_separate(*four, count) for four, count in zip(chain(*linears), counts, strict=True)]
 
 
 def _separate(

@@ -57,7 +57,7 @@ class Shipped:
             self.slim,
             self.plan,
             self.folder,
-            self.dense_onnx,
+            self.dense_onnx.parent,
             task=self.task,
             precisions=("fp32", *precisions),
         )

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from slimheads import cli, errors, recipe
-from slimheads.checkpoint import TASKS
+from slimheads.checkpoint import SEQ2SEQ_TASKS, TASKS
 from slimheads.family import families
 from slimheads.recipe import Recipe, recipe_schema
 from slimheads.recipe_yaml import parse_yaml
@@ -58,7 +58,7 @@ def test_the_readme_names_every_covered_model_type() -> None:
 
 def test_the_recipe_offers_exactly_what_the_library_does() -> None:
     """recipe.py says these words again, since importing the modules that mean them would cost seconds at --help."""
-    assert set(get_args(recipe.Task)) == {"auto", *TASKS}
+    assert set(get_args(recipe.Task)) == {"auto", *TASKS, *SEQ2SEQ_TASKS}
     assert get_args(recipe.Precision) == get_args(export.Precision) == tuple(export.FILES)
     assert set(get_args(recipe.Provider)) == set(PROVIDERS)
     for key, words in {"scope": Scope, "normalize": Normalize, "counts": Counts}.items():

@@ -13,12 +13,12 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
-from tiny import task_of
+from tiny import SEQ2SEQ, task_of
 from transformers import GenerationConfig, PreTrainedModel
 
 from slimheads.attention import find_sites
 from slimheads.errors import ModelRefusedError
-from slimheads.export import FILES, KvAxes, export, greedy_options
+from slimheads.export import FILES, file_name, KvAxes, export, greedy_options
 from slimheads.parity import cases, compare_all, onnx_form, onnx_greedy, torch_form
 from slimheads.selection import Plan
 from slimheads.sessions import KV_SHAPES_KEY, open_session, read_interface
@@ -59,6 +59,10 @@ def test_the_exported_model_is_left_as_it_was_and_nothing_else_is_written(
     model = slim(model_type)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config, inner = copy.deepcopy(model.config.__dict__), model.config
+    parts = ("model",)
+    if model_type in SEQ2SEQ:
+        parts = ("encoder_model", "decoder_model", "decoder_with_past_model", "decoder_model_merged")
+        encoder, decoder = (copy.deepcopy(half.config.__dict__) for half in (model.get_encoder(), model.get_decoder()))
     generation = copy.deepcopy(model.generation_config.to_dict()) if model.can_generate() else None
     forward, attributes = model.forward, set(model.__dict__)
     trained = [p.requires_grad for p in model.parameters()]
@@ -66,13 +70,14 @@ def test_the_exported_model_is_left_as_it_was_and_nothing_else_is_written(
     graphs = export(model, tmp_path, task=task_of(model_type), precisions=("fp32", "int8"))
 
     assert [(graph.precision, graph.path) for graph in graphs] == [
-        ("fp32", tmp_path / "model.onnx"),
-        ("int8", tmp_path / "model_int8.onnx"),
+        (precision, tmp_path / file_name(part, precision)) for precision in ("fp32", "int8") for part in parts
     ]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model_int8.onnx"]
+    assert {path for path in tmp_path.iterdir()} == {graph.path for graph in graphs}
     after = model.state_dict()
     assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
     assert model.config is inner and model.config.__dict__ == config
+    if model_type in SEQ2SEQ:  # T5's have configurations of their own
+        assert (model.get_encoder().config.__dict__, model.get_decoder().config.__dict__) == (encoder, decoder)
     assert generation is None or model.generation_config.to_dict() == generation
     assert model.forward == forward and model.__dict__.keys() == attributes and not model.training
     assert [p.requires_grad for p in model.parameters()] == trained

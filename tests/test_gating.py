@@ -58,7 +58,8 @@ def test_gradients_of_gates_and_kept_weights_equal_finite_differences(
     site = next(s for s in plan.sites if s.removed)
     unit = (site.removed, site.kept)[opened][0]
     batch = batches(model)["padded right" if takes_text(model.config) else "several"]
-    counted = batch.get("attention_mask", torch.ones(3, 1))[..., None]
+    padded = takes_text(model.config) and not model.config.is_encoder_decoder  # whose decoder is not padded
+    counted = batch["attention_mask"][..., None] if padded else torch.ones(3, 1, 1)
 
     def loss() -> torch.Tensor:
         output = model(**batch)[0]

@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from slimheads.checkpoint import TASKS
+from slimheads.checkpoint import auto_classes
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -49,6 +49,34 @@ _WIDE_HEADS: dict[str, Any] = _GROUPED | {"head_dim": 6}  # not hidden_size / nu
 _WINDOWS: dict[str, Any] = {  # far shorter than the longest texts, in some layers
     "sliding_window": 5,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+_SEQ2SEQ: dict[str, Any] = {  # head_dim 6 in the encoder, 4 in the decoder
+    "d_model": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 6,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": 120,
+    "max_position_embeddings": 160,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+_T5: dict[str, Any] = {
+    "d_model": 32,
+    "d_kv": 6,  # not d_model / num_heads
+    "d_ff": 48,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "num_heads": 5,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "vocab_size": 120,
+    "decoder_start_token_id": 0,
 }
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -134,6 +162,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "data2vec-audio": _WAVEFORM,
     "unispeech": _WAVEFORM,
     "unispeech-sat": _WAVEFORM,
+    "bart": _SEQ2SEQ,
+    "blenderbot": _SEQ2SEQ,
+    "blenderbot-small": _SEQ2SEQ,
+    "m2m_100": _SEQ2SEQ,
+    "marian": _SEQ2SEQ | {"decoder_vocab_size": 120},
+    "mbart": _SEQ2SEQ,
+    "mt5": _T5,
+    "pegasus": _SEQ2SEQ,
+    "t5": _T5,
+    "whisper": _SEQ2SEQ | {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 140},
 }
 ENCODERS = {
     *("albert", "bert", "camembert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra"),
@@ -142,21 +180,26 @@ ENCODERS = {
 }
 VISION = {"vit"}
 AUDIO = {"data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"}
-DECODERS = CONFIGS.keys() - ENCODERS - VISION - AUDIO
+SEQ2SEQ = {
+    *("bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "whisper"),
+}
+DECODERS = CONFIGS.keys() - ENCODERS - VISION - AUDIO - SEQ2SEQ
 
 
 def task_of(model_type: str) -> str:
     """What the tests use a model type for, unless they say otherwise."""
+    if model_type in SEQ2SEQ:
+        return "automatic-speech-recognition" if model_type == "whisper" else "text2text-generation"
     return "text-generation" if model_type in DECODERS else "feature-extraction"
 
 
 def tasks_of(model_type: str) -> list[str]:
     """The tasks that transformers has a class for, the ones that name a model best first."""
-    config_class = type(AutoConfig.for_model(model_type))
+    config = AutoConfig.for_model(model_type)
     return [
         task
-        for task, auto in TASKS.items()
-        if config_class in getattr(transformers, auto)._model_mapping
+        for task, auto in auto_classes(config).items()
+        if type(config) in getattr(transformers, auto)._model_mapping
         and not (task == "text-generation" and model_type not in DECODERS)
     ]
 
@@ -167,9 +210,10 @@ def tiny_model(
     """A random float32 model in eval mode whose biases and norms are random too, so that none of them can hide."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **CONFIGS[model_type] | changes)
-    auto = getattr(transformers, TASKS[task or task_of(model_type)])
+    auto = getattr(transformers, auto_classes(config)[task or task_of(model_type)])
     model = auto.from_config(config, attn_implementation=attn_implementation)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+            if parameter.requires_grad:  # a table of sines is not saved, but made again
+                parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()

@@ -9,16 +9,32 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from slimheads.export.kv_cache import KvAxes
-from slimheads.export.optimum_backend import greedy_options, greedy_tokens, to_onnx
+from slimheads.export.kv_cache import KvAxes, label_cache
+from slimheads.export.optimum_backend import (
+    greedy_options,
+    greedy_tokens,
+    merge_decoders,
+    seq2seq_generate,
+    seq2seq_greedy_tokens,
+    to_onnx,
+)
 from slimheads.export.precisions import to_fp16, to_int8
+from slimheads.sessions import read_interface
 
 Precision = Literal["fp32", "fp16", "int8"]
 FILES: dict[Precision, str] = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}
+# An encoder-decoder's files by what clients call them; the merged decoder is both others behind one switch.
+ENCODER, FIRST_DECODER, NEXT_DECODER = "encoder_model", "decoder_model", "decoder_with_past_model"
+MERGED_DECODER = "decoder_model_merged"
+PARTS = (ENCODER, FIRST_DECODER, NEXT_DECODER, MERGED_DECODER)
 
-__all__ = ["FILES", "Graph", "KvAxes", "Precision", "export", "greedy_options", "greedy_tokens"]
+__all__ = [
+    *("ENCODER", "FILES", "FIRST_DECODER", "MERGED_DECODER", "NEXT_DECODER", "PARTS"),
+    *("Graph", "KvAxes", "Precision", "export", "file_name", "greedy_options", "greedy_tokens", "parts_of"),
+    *("seq2seq_generate", "seq2seq_greedy_tokens"),
+]
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,16 @@ class Graph:
 
     precision: Precision
     path: Path
+
+
+def parts_of(config: PretrainedConfig) -> tuple[str, ...]:
+    """What a model's graphs are called: "model", or the four of an encoder-decoder."""
+    return PARTS if config.is_encoder_decoder else ("model",)
+
+
+def file_name(part: str, precision: Precision) -> str:
+    """A graph's file: encoder_model.onnx, encoder_model_fp16.onnx."""
+    return FILES[precision].replace("model", part, 1)
 
 
 def export(
@@ -39,10 +65,13 @@ def export(
 ) -> tuple[Graph, ...]:
     """Exports a model to `folder`: model.onnx, and model_fp16.onnx and model_int8.onnx where asked for.
 
+    An encoder-decoder becomes encoder_model.onnx, decoder_model.onnx (its first pass), decoder_with_past_model.onnx
+    (one token more) and decoder_model_merged.onnx (both), each in every precision.
+
     Args:
         model: dense or slim, on the CPU. A half-precision model is exported from a float32 copy.
         folder: made if missing; files in it are replaced.
-        task: what the graph computes, a key of `slimheads.checkpoint.TASKS`.
+        task: what the graph computes, as `slimheads.checkpoint` names tasks.
         precisions: "fp32" is always made: the others start from it.
         kv_axes: whether the cache's head axes are free ("symbolic", for optimum) or fixed ("static", for genai).
 
@@ -53,12 +82,23 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     if model.dtype != torch.float32:
         model = copy.deepcopy(model).float()
-    plain = folder / FILES["fp32"]
-    to_onnx(model, plain, task, kv_axes)
-    graphs = [Graph("fp32", plain)]
-    makers = {"fp16": to_fp16, "int8": to_int8}
-    for precision in precisions:
-        if precision != "fp32":
-            makers[precision](plain, folder / FILES[precision])
-            graphs.append(Graph(precision, folder / FILES[precision]))
+    to_onnx(model, folder, task, kv_axes)
+    graphs: list[Graph] = []
+    for precision in ("fp32", *(p for p in precisions if p != "fp32")):
+        graphs += [_made(folder, part, precision, kv_axes) for part in parts_of(model.config)]
     return tuple(graphs)
+
+
+def _made(folder: Path, part: str, precision: Precision, kv_axes: KvAxes) -> Graph:
+    """A graph that is there in fp32, and is made from that one in the others."""
+    path, plain = folder / file_name(part, precision), folder / file_name(part, "fp32")
+    if precision == "fp32":
+        return Graph(precision, path)
+    if part == MERGED_DECODER:
+        # Converters do not look into the branches of the merged graph: its parts are converted, and merged again.
+        merge_decoders(*(folder / file_name(p, precision) for p in (FIRST_DECODER, NEXT_DECODER)), path)
+        interface = read_interface(plain)
+        label_cache(path, interface.kv_shapes, kv_axes, interface.cross_kv_shapes)
+    else:
+        {"fp16": to_fp16, "int8": to_int8}[precision](plain, path)
+    return Graph(precision, path)

@@ -7,34 +7,36 @@ import copy
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import optimum.onnx
 import torch
 from optimum.exporters.onnx import onnx_export_from_model
 from optimum.exporters.tasks import TasksManager
-from optimum.onnxruntime import ORTModelForCausalLM
-from transformers import GenerationConfig, PreTrainedModel
+from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForSeq2SeqLM, ORTModelForSpeechSeq2Seq
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from slimheads.errors import ModelRefusedError
-from slimheads.export.kv_cache import KvAxes, kv_shapes, label_cache, true_cache_config
+from slimheads.export.kv_cache import KvAxes, kv_shapes, label_cache, seq2seq_kv_shapes, true_cache_config
 from slimheads.export.metadata import label_axes
 from slimheads.inputs import float_axes
 
 
-def to_onnx(model: PreTrainedModel, path: Path, task: str, axes: KvAxes) -> None:
-    """Writes one float32 ONNX file; text generation gets a KV cache as inputs and outputs.
+def to_onnx(model: PreTrainedModel, folder: Path, task: str, axes: KvAxes) -> None:
+    """Writes float32 ONNX files: one, or the four of an encoder-decoder. What generates text has a KV cache.
 
     Args:
         model: in float32, on the CPU; its configuration is left as it was.
-        path: the file to write, in an existing folder; weights past 2 GB go beside it as `<name>_data`.
+        folder: an existing folder; weights past 2 GB go beside each file as `<name>_data`.
 
     Raises:
         ModelRefusedError: optimum has no export for this model type and task.
     """
-    with_cache = task == "text-generation"
-    full_task = "text-generation-with-past" if with_cache else task
+    two_halves = model.config.is_encoder_decoder
+    with_cache = two_halves or task == "text-generation"
+    full_task = f"{task}-with-past" if with_cache else task
     try:
         constructor = TasksManager.get_exporter_config_constructor(
             model=model, exporter="onnx", task=full_task, library_name="transformers"
@@ -43,23 +45,52 @@ def to_onnx(model: PreTrainedModel, path: Path, task: str, axes: KvAxes) -> None
         raise ModelRefusedError(
             f"optimum cannot export '{model.config.model_type}' for {task}", hint="choose another task"
         ) from error
+    own, cross = seq2seq_kv_shapes(model) if two_halves else (kv_shapes(model) if with_cache else (), ())
     custom: dict[str, Any] = {}
     if with_cache:
-        shapes = kv_shapes(model)
-        config_class = true_cache_config(constructor.func, shapes)
-        options = constructor.keywords | {"task": "text-generation", "use_past": True, "use_past_in_inputs": True}
-        custom["model"] = config_class(model.config, **options)
-    # The export's own file name is model.onnx, and its external data are named after it.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch, _quiet(), _restored(model):
+        config_class = true_cache_config(constructor.func, own, cross)
+        options = constructor.keywords | {"task": task, "use_past": True, "use_past_in_inputs": not two_halves}
+        whole = config_class(model.config, **options)
+        custom = _halves(whole) if two_halves else {"model": whole}
+    sizes = float_axes(model.config)
+    # The export's own file names are kept, for the external data are named after them.
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch, _quiet(), _restored(model):
         onnx_export_from_model(
-            model, Path(scratch), task=full_task, custom_onnx_configs=custom or None, do_validation=False
+            model,
+            Path(scratch),
+            task=full_task,
+            custom_onnx_configs=custom or None,
+            do_validation=False,
+            **_fixed_shapes(model.config),
         )
-        for made in Path(scratch).glob("model.onnx*"):
-            made.rename(path.parent / made.name)
-    if with_cache:
-        label_cache(path, shapes, axes)
-    if sizes := float_axes(model.config):
-        label_axes(path, sizes)
+        for made in sorted(Path(scratch).glob("*.onnx*")):
+            made.rename(folder / made.name)
+            if made.suffix == ".onnx" and with_cache and made.stem != "encoder_model":
+                label_cache(folder / made.name, own, axes, cross)
+            if made.suffix == ".onnx" and sizes and "decoder" not in made.stem:
+                label_axes(folder / made.name, sizes)
+
+
+def _fixed_shapes(config: PretrainedConfig) -> dict[str, int]:
+    """Sizes of dummy inputs that the model fixes: Whisper takes spectrograms of one length."""
+    positions = getattr(config, "max_source_positions", None)
+    return {} if positions is None else {"nb_max_frames": 2 * positions}
+
+
+def _halves(config: Any) -> dict[str, Any]:
+    """What optimum makes of an encoder-decoder's config by itself, but of the given class."""
+    return {
+        "encoder_model": config.with_behavior("encoder"),
+        "decoder_model": config.with_behavior("decoder", use_past=True, use_past_in_inputs=False),
+        "decoder_with_past_model": config.with_behavior("decoder", use_past=True, use_past_in_inputs=True),
+    }
+
+
+def merge_decoders(first: Path, following: Path, target: Path) -> None:
+    """Writes both decoders of an encoder-decoder as one graph; its input `use_cache_branch` chooses."""
+    with _quiet():
+        # The second hands no cross-attention cache on, for that does not change: strict=False fills the gap.
+        optimum.onnx.merge_decoders(first, following, save_path=target, strict=False)
 
 
 def greedy_tokens(folder: Path, input_ids: torch.Tensor, attention_mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
@@ -82,6 +113,35 @@ def greedy_tokens(folder: Path, input_ids: torch.Tensor, attention_mask: torch.T
     return torch.as_tensor(made)
 
 
+def seq2seq_greedy_tokens(
+    folder: Path, inputs: Mapping[str, torch.Tensor], start: int, new_tokens: int, *, merged: bool
+) -> torch.Tensor:
+    """The same through `ORTModelForSeq2SeqLM` or `ORTModelForSpeechSeq2Seq`, of an encoder-decoder.
+
+    Args:
+        folder: a folder with config.json and onnx/.
+        inputs: what the encoder takes: ids and mask, or features.
+        start: the decoder's first token.
+        merged: through the merged decoder, or through the other two.
+
+    Returns:
+        int64 [batch, 1 + new_tokens].
+    """
+    client = ORTModelForSpeechSeq2Seq if "input_features" in inputs else ORTModelForSeq2SeqLM
+    with _quiet():
+        model = client.from_pretrained(folder, subfolder="onnx", use_cache=True, use_merged=merged)
+        return torch.as_tensor(seq2seq_generate(model, inputs, start, new_tokens))
+
+
+def seq2seq_generate(model: Any, inputs: Mapping[str, torch.Tensor], start: int, new_tokens: int) -> torch.Tensor:
+    """Plain greedy search of an encoder-decoder, in torch or in ONNX Runtime; int64 [batch, 1 + new_tokens]."""
+    options = greedy_options(new_tokens)
+    options["generation_config"].decoder_start_token_id = start
+    # Whisper's own `generate` adds languages, timestamps and windows to this, from a config it may not have.
+    made: torch.Tensor = GenerationMixin.generate(model, **inputs, **options)
+    return made
+
+
 def greedy_options(new_tokens: int) -> dict[str, Any]:
     """What makes `generate` plain greedy search of a fixed length, whatever generation_config.json says."""
     return {
@@ -95,14 +155,17 @@ def greedy_options(new_tokens: int) -> dict[str, Any]:
 @contextlib.contextmanager
 def _restored(model: PreTrainedModel) -> Iterator[None]:
     """optimum writes into the model's configurations and leaves a forward of its own on Llama's kind; all put back."""
-    config = copy.deepcopy(model.config.__dict__)
+    # T5's encoder and decoder have configurations of their own.
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    before = [copy.deepcopy(config.__dict__) for config in configs]
     generation = copy.deepcopy(getattr(model, "generation_config", None))
     own_forward = {name: value for name, value in model.__dict__.items() if name == "forward"}
     try:
         yield
     finally:
-        model.config.__dict__.clear()
-        model.config.__dict__.update(config)
+        for config, values in zip(configs, before, strict=True):
+            config.__dict__.clear()
+            config.__dict__.update(values)
         model.__dict__.pop("forward", None)
         model.__dict__.update(own_forward)
         if generation is not None:

@@ -10,6 +10,7 @@ import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.registry import IntegerOpsRegistry
 from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
 
 # Convolutions stay: a weight that the graph computes (wav2vec 2.0 normalizes one) cannot be quantized beforehand.
 _QUANTIZED = sorted(IntegerOpsRegistry.keys() - {"Conv"})
@@ -17,8 +18,9 @@ _QUANTIZED = sorted(IntegerOpsRegistry.keys() - {"Conv"})
 
 def to_fp16(source: Path, target: Path) -> None:
     """float16 weights and arithmetic, float32 inputs and outputs (so that clients feed what they fed before)."""
-    proto = convert_float_to_float16(onnx.load(str(source)), keep_io_types=True)
-    onnx.save(proto, str(target))
+    made = OnnxModel(convert_float_to_float16(onnx.load(str(source)), keep_io_types=True))
+    made.topological_sort()  # the converter appends its casts, and a branch of the merged decoder takes no disorder
+    onnx.save(made.model, str(target))
 
 
 def to_int8(source: Path, target: Path) -> None:

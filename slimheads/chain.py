@@ -1,0 +1,237 @@
+"""What the certificate's links hold against each other: a model that ships as one file, or as an encoder-decoder's four."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from slimheads import seq2seq
+from slimheads.attention import Site, find_sites
+from slimheads.export import (
+    ENCODER,
+    FILES,
+    FIRST_DECODER,
+    MERGED_DECODER,
+    NEXT_DECODER,
+    PARTS,
+    Precision,
+    file_name,
+    greedy_options,
+    greedy_tokens,
+    seq2seq_generate,
+    seq2seq_greedy_tokens,
+)
+from slimheads.export.kv_cache import kv_shapes
+from slimheads.graph_check import fused_faults, graph_faults, merged_faults
+from slimheads.parity import AnyCase, Form, cases, onnx_form, onnx_greedy, position_limit, torch_form
+from slimheads.selection import Plan
+from slimheads.sessions import open_session, read_interface
+
+PROMPT_TOKENS, NEW_TOKENS = 8, 16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One file, the cases that run it, and how to open it as a function of them.
+
+    `converted` is false for a graph that no converter made from its float32 one.
+    """
+
+    path: Path
+    cases: Sequence[AnyCase]
+    open: Callable[[], Form]
+    converted: bool = True
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One file's structure: how much there is to hold against the plan, and how to find what is wrong."""
+
+    path: Path
+    tensors: int
+    faults: Callable[[], Iterator[str]]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Greedy search from one prompt: `expected` is torch's, `found` comes from a file. int64 [batch, positions]."""
+
+    path: Path
+    prompt: str
+    new_tokens: int
+    expected: Callable[[], torch.Tensor]
+    found: Callable[[], torch.Tensor]
+
+
+class Chain(Protocol):
+    """All that the links compare."""
+
+    @property
+    def cases(self) -> Sequence[AnyCase]: ...
+
+    def torch_form(self, model: PreTrainedModel) -> Form: ...
+
+    def subjects(self, precision: Precision) -> list[Subject]: ...
+
+    def structures(self, further: Sequence[Precision]) -> list[Structure]: ...
+
+    def generations(self) -> list[Generation]: ...
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """The models and the folders: `dense_onnx` and `onnx` hold the graphs, `folder` is what clients load."""
+
+    dense: PreTrainedModel
+    slim: PreTrainedModel
+    plan: Plan
+    dense_onnx: Path
+    folder: Path
+    task: str
+
+    @property
+    def onnx(self) -> Path:
+        """The slim graphs."""
+        return self.folder / "onnx"
+
+
+def chain_of(shipped: Shipped) -> Chain:
+    """The chain that fits the model."""
+    return _FourFiles(shipped) if shipped.dense.config.is_encoder_decoder else _OneFile(shipped)
+
+
+def fixed_cache_axes(path: Path) -> bool:
+    """Whether a file fixes its cache's axes: then optimum cannot feed it, for it sizes empty caches by config.json."""
+    caches = [i for i in read_interface(path).inputs if i.name.startswith("past_key_values.")]
+    return any(isinstance(i.dims[1], int) for i in caches)
+
+
+class _OneFile:
+    def __init__(self, shipped: Shipped) -> None:
+        self._shipped = shipped
+        self._with_cache = shipped.task == "text-generation"
+        self.cases = cases(shipped.dense.config, shipped.task)
+
+    def torch_form(self, model: PreTrainedModel) -> Form:
+        return torch_form(model)
+
+    def subjects(self, precision: Precision) -> list[Subject]:
+        path = self._shipped.onnx / FILES[precision]
+
+        def form() -> Form:
+            shapes = kv_shapes(self._shipped.slim) if self._with_cache else ()
+            return onnx_form(open_session(path), shapes)
+
+        return [Subject(path, self.cases, form)]
+
+    def structures(self, further: Sequence[Precision]) -> list[Structure]:
+        sites, plan, path = find_sites(self._shipped.dense), self._shipped.plan, self._shipped.onnx / FILES["fp32"]
+
+        def faults() -> Iterator[str]:
+            yield from graph_faults(self._shipped.dense_onnx / FILES["fp32"], path, sites, plan)
+            for precision in further:
+                yield from fused_faults(self._shipped.onnx / FILES[precision], sites, plan)
+
+        return [Structure(path, sum(len(site.projections) for site in sites), faults)]
+
+    def generations(self) -> list[Generation]:
+        if not self._with_cache:
+            return []
+        slim, path, limit = self._shipped.slim, self._shipped.onnx / FILES["fp32"], position_limit(self._shipped.dense.config)
+        fresh = [case for case in self.cases if case.padding in ("no", "left") and not case.past]
+        length = max(case.length for case in fresh if case.length <= min(PROMPT_TOKENS, limit // 2))
+        new_tokens = min(NEW_TOKENS, limit - length)
+        options = greedy_options(new_tokens)
+
+        def found(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            if fixed_cache_axes(path):
+                shapes = kv_shapes(slim)
+                return torch.from_numpy(onnx_greedy(open_session(path), shapes, ids.numpy(), mask.numpy(), new_tokens))
+            return greedy_tokens(self._shipped.folder, ids, mask, new_tokens)
+
+        made = []
+        for case in (case for case in fresh if case.length == length):
+            ids, mask = torch.from_numpy(case.ids), torch.from_numpy(case.mask)
+            expected = partial(slim.generate, input_ids=ids, attention_mask=mask, **options)
+            made.append(Generation(path, str(case), new_tokens, expected, partial(found, ids, mask)))
+        return made
+
+
+class _FourFiles:
+    def __init__(self, shipped: Shipped) -> None:
+        self._shipped = shipped
+        self.cases = seq2seq.cases(shipped.dense.config)
+
+    def torch_form(self, model: PreTrainedModel) -> Form:
+        return seq2seq.torch_form(model)
+
+    def subjects(self, precision: Precision) -> list[Subject]:
+        """Each file in turn, with the others in float32."""
+        fresh = [case for case in self.cases if not case.past]
+        run_by = {ENCODER: fresh, FIRST_DECODER: fresh, NEXT_DECODER: [case for case in self.cases if case.past]}
+
+        def form(part: str) -> Form:
+            run = seq2seq.Files.in_folder(self._shipped.onnx, part, precision).open().form
+            own = seq2seq.outputs_of(part)
+            return lambda case: {name: array for name, array in run(case).items() if own(name)}
+
+        return [
+            Subject(
+                self._shipped.onnx / file_name(part, precision),
+                run_by.get(part, self.cases),
+                partial(form, part),
+                converted=part != MERGED_DECODER,
+            )
+            for part in PARTS
+        ]
+
+    def structures(self, further: Sequence[Precision]) -> list[Structure]:
+        encoder = seq2seq.encoder_sites(self._shipped.dense)
+        decoder = tuple(site for site in find_sites(self._shipped.dense) if site.name not in {s.name for s in encoder})
+        own = {ENCODER: encoder, FIRST_DECODER: decoder, NEXT_DECODER: decoder}
+        return [self._structure(part, sites, further) for part, sites in own.items()] + [self._merged(further)]
+
+    def _structure(self, part: str, sites: tuple[Site, ...], further: Sequence[Precision]) -> Structure:
+        names = {site.name for site in sites}
+        plan = Plan(tuple(site for site in self._shipped.plan.sites if site.site in names))
+        files = [folder / file_name(part, "fp32") for folder in (self._shipped.dense_onnx, self._shipped.onnx)]
+
+        def faults() -> Iterator[str]:
+            yield from graph_faults(*files, sites, plan, cached=part == NEXT_DECODER)
+            for precision in further:
+                yield from fused_faults(self._shipped.onnx / file_name(part, precision), sites, plan)
+
+        return Structure(files[1], sum(len(site.projections) for site in sites), faults)
+
+    def _merged(self, further: Sequence[Precision]) -> Structure:
+        def faults() -> Iterator[str]:
+            for precision in ("fp32", *further):
+                parts = (FIRST_DECODER, NEXT_DECODER, MERGED_DECODER)
+                yield from merged_faults(*(self._shipped.onnx / file_name(part, precision) for part in parts))
+
+        return Structure(self._shipped.onnx / file_name(MERGED_DECODER, "fp32"), 1 + len(further), faults)
+
+    def generations(self) -> list[Generation]:
+        slim, folder = self._shipped.slim, self._shipped.onnx
+        start, new_tokens = seq2seq.decoder_start(slim), min(NEW_TOKENS, seq2seq.decoder_limit(slim.config) - 1)
+        fresh = [case for case in self.cases if not case.past]
+        length = max(case.length for case in fresh if case.length <= PROMPT_TOKENS)
+        made = []
+        for part in (MERGED_DECODER, NEXT_DECODER):
+            for case in (case for case in fresh if case.length == length):
+                inputs = {name: torch.from_numpy(array) for name, array in case.inputs.items()}
+                expected = partial(seq2seq_generate, slim, inputs, start, new_tokens)
+                if fixed_cache_axes(folder / file_name(part, "fp32")):
+                    found = partial(seq2seq.onnx_greedy, seq2seq.Files.in_folder(folder, part), case, start, new_tokens)
+                else:
+                    found = partial(
+                        seq2seq_greedy_tokens, self._shipped.folder, inputs, start, new_tokens, merged=part == MERGED_DECODER
+                    )
+                made.append(Generation(folder / file_name(part, "fp32"), str(case), new_tokens, expected, found))
+        return made

@@ -1,0 +1,226 @@
+"""Parity for encoder-decoders: the same inputs through torch and through the files that clients load.
+
+Cases are those of an encoder (batch {1, 4} x length {1, 8, 128}, padded left and right) with a decoder behind it: in the
+first pass it reads as many tokens as the encoder; and after seven tokens in its cache, one more. Sound has one length
+and no padding: there the decoder's length is what varies. Clients give the decoder no mask, so its tokens are not padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from slimheads import parity
+from slimheads.attention import Site, find_sites
+from slimheads.export import ENCODER, FIRST_DECODER, MERGED_DECODER, NEXT_DECODER, Precision, file_name
+from slimheads.inputs import make_inputs, takes_text
+from slimheads.parity import BATCHES, LENGTHS, PAST, Form, Outputs, Padding, position_limit
+from slimheads.sessions import open_session, read_interface
+
+ENCODED = "encoder_last_hidden_state"
+
+
+@dataclass(frozen=True)
+class Seq2SeqCase:
+    """One input: what the encoder takes, and int64 decoder ids [batch, past + new], the first `past` through the cache."""
+
+    batch: int
+    length: int
+    padding: Padding
+    past: int
+    inputs: Mapping[str, np.ndarray]  # input_ids and attention_mask [batch, length], or input_features
+    decoder_ids: np.ndarray
+
+    def __str__(self) -> str:
+        past = f", past {self.past}" if self.past else ""
+        return f"batch {self.batch}, length {self.length}, {self.padding} padding{past}"
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """The encoder's mask, int64 [batch, length]; sound has none."""
+        return self.inputs.get("attention_mask")
+
+    def unpadded(self, name: str, output: np.ndarray) -> np.ndarray:
+        """An output's values at every position that is not padding: only the encoder has any."""
+        if self.mask is None or not (name == ENCODED or ".encoder." in name):
+            return output
+        kept: np.ndarray = (output if name == ENCODED else output.swapaxes(1, 2))[self.mask.astype(bool)]
+        return kept
+
+
+def cases(config: PretrainedConfig, seed: int = 0) -> tuple[Seq2SeqCase, ...]:
+    """The contract's cases for an encoder-decoder, shortened where a position table is."""
+    make = _text_cases if takes_text(config) else _sound_cases
+    return tuple(make(config, np.random.default_rng(seed)))
+
+
+def _text_cases(config: PretrainedConfig, rng: np.random.Generator) -> Iterator[Seq2SeqCase]:
+    encoders = parity.cases(config, "feature-extraction")
+    for past in (0, min(PAST, position_limit(config) // 2)):
+        for case in encoders:
+            ids = rng.integers(0, config.vocab_size, (case.batch, past + 1 if past else case.length))
+            inputs = {name: case.inputs[name] for name in ("input_ids", "attention_mask")}
+            yield Seq2SeqCase(case.batch, case.length, case.padding, past, inputs, ids)
+
+
+def _sound_cases(config: PretrainedConfig, rng: np.random.Generator) -> Iterator[Seq2SeqCase]:
+    limit = decoder_limit(config)
+    for past in (0, min(PAST, limit // 2)):
+        for batch in BATCHES:
+            inputs = make_inputs(config, batch, 1, rng)
+            del inputs["decoder_input_ids"]
+            for length in (1,) if past else sorted({min(length, limit) for length in LENGTHS}):
+                ids = rng.integers(0, config.vocab_size, (batch, past + length))
+                yield Seq2SeqCase(batch, length, "no", past, inputs, ids)
+
+
+def encoder_sites(model: PreTrainedModel) -> tuple[Site, ...]:
+    """The sites inside the encoder; all others are the decoder's."""
+    encoder = model.get_encoder()
+    name = next(name for name, module in model.named_modules() if module is encoder)
+    return tuple(site for site in find_sites(model) if site.name.startswith(f"{name}."))
+
+
+def decoder_start(model: PreTrainedModel) -> int:
+    """The token that generation starts with; where the model names none, any will do for a proof."""
+    named = (
+        getattr(source, key, None)
+        for key in ("decoder_start_token_id", "bos_token_id")
+        for source in (model.generation_config, model.config)
+    )
+    return next((token for token in named if isinstance(token, int)), 0)
+
+
+def decoder_limit(config: PretrainedConfig) -> int:
+    """Longest text that the decoder takes."""
+    return int(getattr(config, "max_target_positions", None) or position_limit(config))
+
+
+def outputs_of(part: str) -> Callable[[str], bool]:
+    """Which outputs of a form say something about one file: the encoder's states, or all the others."""
+    return (lambda name: name == ENCODED) if part == ENCODER else (lambda name: name != ENCODED)
+
+
+def torch_form(model: PreTrainedModel) -> Form:
+    """A torch model as a function from a case to its encoder's states and its logits."""
+
+    def run(case: Seq2SeqCase) -> Outputs:
+        inputs = {name: torch.from_numpy(array) for name, array in case.inputs.items()}
+        ids = torch.from_numpy(case.decoder_ids)
+        with torch.no_grad():
+            given: dict[str, Any] = {"encoder_outputs": model.get_encoder()(**inputs), "use_cache": True}
+            if "attention_mask" in inputs:
+                given["attention_mask"] = inputs["attention_mask"]
+            if case.past:
+                first = model(**given, decoder_input_ids=ids[:, : case.past])
+                given["past_key_values"] = first.past_key_values
+            made = model(**given, decoder_input_ids=ids[:, case.past :])
+        return {ENCODED: given["encoder_outputs"].last_hidden_state.numpy(), "logits": made.logits.numpy()}
+
+    return run
+
+
+@dataclass(frozen=True)
+class Files:
+    """Which file plays which part; the merged decoder plays both of the decoder's."""
+
+    encoder: Path
+    first: Path
+    following: Path
+
+    @classmethod
+    def in_folder(cls, folder: Path, part: str | None = None, precision: Precision = "fp32") -> Files:
+        """The float32 files, with `part` in its own precision."""
+
+        def path(*parts: str) -> Path:
+            chosen = part if part in parts else parts[0]
+            return folder / file_name(chosen, precision if chosen == part else "fp32")
+
+        return cls(path(ENCODER), path(FIRST_DECODER, MERGED_DECODER), path(NEXT_DECODER, MERGED_DECODER))
+
+    def open(self) -> Decoding:
+        """Sessions on them."""
+        sessions = {path: open_session(path) for path in {self.encoder, self.first, self.following}}
+        return Decoding(sessions[self.encoder], sessions[self.first], sessions[self.following])
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Open sessions of an encoder-decoder's files and how they are fed."""
+
+    encoder: onnxruntime.InferenceSession
+    first: onnxruntime.InferenceSession
+    following: onnxruntime.InferenceSession
+
+    def encode(self, case: Seq2SeqCase) -> np.ndarray:
+        """float32 [batch, positions, hidden]."""
+        wanted = {i.name for i in self.encoder.get_inputs()}
+        states: np.ndarray = self.encoder.run(["last_hidden_state"], {k: v for k, v in case.inputs.items() if k in wanted})[0]
+        return states
+
+    def decode(self, states: np.ndarray, mask: np.ndarray | None, ids: np.ndarray, cache: Outputs | None) -> Outputs:
+        """One pass of the decoder: its logits, and the cache under the names of its outputs."""
+        session = self.first if cache is None else self.following
+        feed = {
+            "input_ids": ids,
+            "encoder_hidden_states": states,
+            "encoder_attention_mask": mask,
+            "use_cache_branch": np.array([cache is not None]),
+        } | {name.replace("present", "past_key_values"): array for name, array in (cache or {}).items()}
+        if cache is None:
+            feed |= self._empty(len(ids))
+        wanted = {i.name for i in session.get_inputs()}
+        names = [o.name for o in session.get_outputs()]
+        found = dict(zip(names, session.run(None, {k: v for k, v in feed.items() if k in wanted}), strict=True))
+        if cache is not None:
+            # Cross-attention's cache does not change: the file gives nothing for it, or something empty.
+            found |= {name: array for name, array in cache.items() if ".encoder." in name}
+        return found
+
+    def _empty(self, batch: int) -> Outputs:
+        """What the merged decoder takes for a cache where there is none."""
+        interface = read_interface(self.first)
+        return {
+            f"past_key_values.{layer}.{side}.{kind}": np.zeros((batch, heads, 0, dim), np.float32)
+            for side, shapes in (("decoder", interface.kv_shapes), ("encoder", interface.cross_kv_shapes))
+            for layer, (heads, *dims) in enumerate(shapes)
+            for kind, dim in zip(("key", "value"), dims, strict=True)
+        }
+
+    @property
+    def form(self) -> Form:
+        """The files as a function from a case to all they put out."""
+
+        def run(case: Seq2SeqCase) -> Outputs:
+            states = self.encode(case)
+            cache: Outputs | None = None
+            if case.past:
+                cache = self.decode(states, case.mask, case.decoder_ids[:, : case.past], None)
+                cache.pop("logits")
+            made = self.decode(states, case.mask, case.decoder_ids[:, case.past :], cache)
+            return {ENCODED: states} | made
+
+        return run
+
+
+def onnx_greedy(files: Files, case: Seq2SeqCase, start: int, new_tokens: int) -> torch.Tensor:
+    """Greedy search straight through the files: for those whose cache axes no client can size.
+
+    Returns:
+        int64 [batch, 1 + new_tokens].
+    """
+    decoding = files.open()
+    states, cache = decoding.encode(case), None
+    made = fresh = np.full((case.batch, 1), start, np.int64)
+    for _ in range(new_tokens):
+        cache = decoding.decode(states, case.mask, fresh, cache)
+        fresh = cache.pop("logits")[:, -1:].argmax(axis=-1)
+        made = np.concatenate([made, fresh], axis=1)
+    return torch.from_numpy(made)
