@@ -165,6 +165,8 @@ def test_a_sharded_slim_checkpoint_loads(tiny: Tiny, ragged: Ragged, tmp_path: P
 CLASSES = torch.tensor([0, 1, 0, 1])
 LABELS: Mapping[str, Callable[[Any], dict[str, torch.Tensor]]] = {  # what each head can learn from four inputs
     "text-generation": lambda feed: {"labels": feed["input_ids"]},
+    "text2text-generation": lambda feed: {"labels": feed["decoder_input_ids"]},
+    "automatic-speech-recognition": lambda feed: {"labels": feed["decoder_input_ids"]},
     "fill-mask": lambda feed: {"labels": feed["input_ids"]},
     "question-answering": lambda feed: {"start_positions": CLASSES, "end_positions": CLASSES + 5},
     "image-classification": lambda feed: {"labels": CLASSES},

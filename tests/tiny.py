@@ -168,7 +168,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "m2m_100": _SEQ2SEQ,
     "marian": _SEQ2SEQ | {"decoder_vocab_size": 120},
     "mbart": _SEQ2SEQ,
-    "mt5": _T5,
+    "mt5": _T5 | {"initializer_factor": 0.3},  # its vocabulary's matrix starts far larger than T5's
     "pegasus": _SEQ2SEQ,
     "t5": _T5,
     "whisper": _SEQ2SEQ | {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 140},
