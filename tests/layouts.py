@@ -11,7 +11,7 @@ from itertools import chain
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 BERT_LIKE = {
     *("bert", "camembert", "data2vec-text", "electra", "megatron-bert", "mobilebert", "rembert", "roberta"),
@@ -44,21 +44,46 @@ class UnitTensors:
         return sum(tensor.numel() for tensor in (*weights, *self.biases, *self.others))
 
 
+def dense_counts(config: PretrainedConfig) -> list[int]:
+    """How many units each block of a dense model has."""
+    if isinstance(config.num_attention_heads, list):  # by stage
+        return [heads for heads, blocks in zip(config.num_heads, config.depths, strict=True) for _ in range(blocks)]
+    shared = config.model_type == "albert"
+    layers = config.num_hidden_groups * config.inner_group_num if shared else config.num_hidden_layers
+    return [getattr(config, "num_key_value_heads", config.num_attention_heads)] * layers
+
+
 def unit_tensors(model: PreTrainedModel, counts: Sequence[int] | None = None) -> list[list[UnitTensors]]:
     """The units of every layer; `counts` says how many each layer of a slim model has left."""
     kind, config = model.config.model_type, model.config
     if config.is_encoder_decoder:
         return _two_stacks(model, counts)
     base = getattr(model, model.base_model_prefix, model)
-    dense = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    layers = config.num_hidden_layers if kind != "albert" else config.num_hidden_groups * config.inner_group_num
-    counts = counts or [dense] * layers
+    counts = counts or dense_counts(config)
     if kind in BERT_LIKE:
         blocks = [layer.attention for layer in base.encoder.layer]
         linears = [(a.self.query, a.self.key, a.self.value, a.output.dense) for a in blocks]
     elif kind in VIT_LIKE:
         blocks = [layer.attention for layer in base.encoder.layer]
         linears = [(a.attention.query, a.attention.key, a.attention.value, a.output.dense) for a in blocks]
+    elif kind in {"beit", "data2vec-vision"}:
+        blocks = [layer.attention for layer in base.encoder.layer]
+        return [
+            _with_table(
+                _separate(a.attention.query, a.attention.key, a.attention.value, a.output.dense, count),
+                a.attention.relative_position_bias.relative_position_bias_table.data,
+            )
+            for a, count in zip(blocks, counts, strict=True)
+        ]
+    elif kind in {"donut-swin", "swin"}:
+        blocks = [block.attention for stage in base.encoder.layers for block in stage.blocks]
+        return [
+            _with_table(
+                _separate(a.self.query, a.self.key, a.self.value, a.output.dense, count),
+                a.self.relative_position_bias_table.data,
+            )
+            for a, count in zip(blocks, counts, strict=True)
+        ]
     elif kind in WAV2VEC2_LIKE:
         blocks = [layer.attention for layer in base.encoder.layers]
         linears = [(a.q_proj, a.k_proj, a.v_proj, a.out_proj) for a in blocks]
@@ -143,6 +168,11 @@ def _separate(
             )
         )
     return units
+
+
+def _with_table(units: list[UnitTensors], table: torch.Tensor) -> list[UnitTensors]:
+    """`table` [positions, heads]"""
+    return [replace(unit, others=(table[:, head],)) for head, unit in enumerate(units)]
 
 
 def _deberta(block: torch.nn.Module, count: int) -> list[UnitTensors]:

@@ -132,11 +132,20 @@ def test_refused_model_types_are_real_ones_and_none_is_covered() -> None:
     assert refused_types().keys() <= set(CONFIG_MAPPING) - covered
 
 
-@pytest.mark.parametrize("model_type,key", [("cohere", "use_qk_norm"), ("stablelm", "qk_layernorm")])
-def test_a_norm_a_head_is_refused(tiny: Tiny, model_type: str, key: str) -> None:
+@pytest.mark.parametrize(
+    "model_type,key,reason",
+    [
+        ("cohere", "use_qk_norm", "every head has a norm of its own"),
+        ("stablelm", "qk_layernorm", "every head has a norm of its own"),
+        ("deberta", "talking_head", "heads are mixed"),
+    ],
+)
+def test_a_variant_whose_heads_do_not_stand_alone_is_refused(
+    tiny: Tiny, model_type: str, key: str, reason: str
+) -> None:
     config = tiny(model_type).config
     setattr(config, key, True)
-    with pytest.raises(ModelRefusedError, match=f"{key}: True is refused, for every head has a norm of its own"):
+    with pytest.raises(ModelRefusedError, match=f"{key}: True is refused, for {reason}"):
         family_of(config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from slimheads.attention import Projection, Site, Unit
+from slimheads.attention import Projection, Site, Table, Unit
 from slimheads.errors import UsageError
 from slimheads.graph_check import fused_faults, graph_faults, quantized_faults
 from slimheads.selection import Plan, SitePlan
@@ -61,6 +62,42 @@ def test_a_plan_that_keeps_everything_asks_for_the_dense_graph(tmp_path: Path) -
     whole = Plan((SitePlan("m.attn", "head", UNITS, (0, 1, 2, 3)),))
     assert faults(tmp_path, block(8), whole) == []
     assert faults(tmp_path, block(6), whole)
+
+
+def tables(entries: int) -> dict[str, np.ndarray]:
+    """A table of biases [5, heads], and one that the exporter folded to [1, heads, 1, DIM]."""
+    folded = np.zeros((1, entries, 1, DIM), np.float32)
+    return {"m/attn/Gather/table": np.zeros((5, entries), np.float32), "m/attn/Add/folded": folded}
+
+
+@pytest.mark.parametrize(
+    "slim,fault",
+    [
+        (tables(3), None),
+        (tables(4), "0 of at least 2 tables shrank"),
+        (tables(3) | {"m/attn/Add/folded": np.zeros((1, 2, 1, DIM), np.float32)}, "no 1x4x1x2 with 3 of 4 heads, but "),
+        (tables(3) | {"m/attn/Gather/table": np.zeros((4, 4), np.float32)}, "no 5x4 with 3 of 4 heads, but "),
+        (tables(3) | {"m/attn/Mul/more": np.zeros((7,), np.float32)}, "and 7 is new"),
+    ],
+    ids=["as planned", "all whole", "another count", "cut along another axis", "one too many"],
+)
+def test_tables_lose_the_entries_of_the_heads_that_go(
+    tmp_path: Path, slim: dict[str, np.ndarray], fault: str | None
+) -> None:
+    whole = replace(site(), tables=(Table("m.attn", "table", 1, 1), Table("m.attn", "bias", 0, DIM)))
+    dense = write(tmp_path / "dense.onnx", block(8) | tables(4))
+    found = list(graph_faults(dense, write(tmp_path / "slim.onnx", block(6) | slim), [whole], PLAN))
+    assert not found if fault is None else fault in "\n".join(found)
+    kept = Plan((SitePlan("m.attn", "head", UNITS, (0, 1, 2, 3)),))
+    assert list(graph_faults(dense, dense, [whole], kept)) == []
+
+
+def test_a_module_that_is_called_again_is_one_module(tmp_path: Path) -> None:
+    def shared(width: int) -> Path:
+        again = {name.replace("/q/", "/q_1/"): array for name, array in block(width).items() if "/q/" in name}
+        return write(tmp_path / f"{width}.onnx", block(width) | again)
+
+    assert list(graph_faults(shared(8), shared(6), [site()], PLAN)) == []
 
 
 def test_weights_stored_transposed_are_read_by_their_sizes(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ LABELS: Mapping[str, Callable[[Any], dict[str, torch.Tensor]]] = {  # what each 
 def test_a_slim_model_is_fine_tuned_with_plain_torch(
     tiny: Tiny, ragged: Ragged, tmp_path: Path, model_type: str
 ) -> None:
-    task = next(task for task in tasks_of(model_type) if task in LABELS)
+    task = next(task for task in LABELS if task in tasks_of(model_type))
     dense = tiny(model_type, task=task)
     save(prune(dense, ragged(dense)), tmp_path / "slim")
     model = load(tmp_path / "slim").train()

@@ -29,6 +29,15 @@ _IMAGE: dict[str, Any] = {
     "patch_size": 6,
 }
 
+_STAGES: dict[str, Any] = {
+    "image_size": 32,
+    "patch_size": 4,
+    "window_size": 3,  # does not divide the grid of patches
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [4, 4],
+}
+
 _WAVEFORM: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 3,
@@ -157,6 +166,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "helium": _GROUPED | {"head_dim": 4},  # its output projection takes no other
     "nemotron": _GROUPED | {"head_dim": 8},
     "vit": _IMAGE,
+    "swin": _STAGES,
+    "donut-swin": _STAGES,
+    "beit": _IMAGE | {"use_relative_position_bias": True, "layer_scale_init_value": 0.5},
+    "data2vec-vision": _IMAGE | {"use_relative_position_bias": True, "layer_scale_init_value": 0.5},
     "wav2vec2": _WAVEFORM,
     "hubert": _WAVEFORM,
     "data2vec-audio": _WAVEFORM,
@@ -178,7 +191,7 @@ ENCODERS = {
     *("megatron-bert", "mobilebert", "modernbert", "mpnet", "rembert", "roberta", "roformer", "splinter"),
     "xlm-roberta",
 }
-VISION = {"vit"}
+VISION = {"beit", "data2vec-vision", "donut-swin", "swin", "vit"}
 AUDIO = {"data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"}
 SEQ2SEQ = {
     *("bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "whisper"),
