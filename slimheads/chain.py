@@ -143,7 +143,11 @@ class _OneFile:
     def generations(self) -> list[Generation]:
         if not self._with_cache:
             return []
-        slim, path, limit = self._shipped.slim, self._shipped.onnx / FILES["fp32"], position_limit(self._shipped.dense.config)
+        slim, path, limit = (
+            self._shipped.slim,
+            self._shipped.onnx / FILES["fp32"],
+            position_limit(self._shipped.dense.config),
+        )
         fresh = [case for case in self.cases if case.padding in ("no", "left") and not case.past]
         length = max(case.length for case in fresh if case.length <= min(PROMPT_TOKENS, limit // 2))
         new_tokens = min(NEW_TOKENS, limit - length)
@@ -231,7 +235,12 @@ class _FourFiles:
                     found = partial(seq2seq.onnx_greedy, seq2seq.Files.in_folder(folder, part), case, start, new_tokens)
                 else:
                     found = partial(
-                        seq2seq_greedy_tokens, self._shipped.folder, inputs, start, new_tokens, merged=part == MERGED_DECODER
+                        seq2seq_greedy_tokens,
+                        self._shipped.folder,
+                        inputs,
+                        start,
+                        new_tokens,
+                        merged=part == MERGED_DECODER,
                     )
                 made.append(Generation(folder / file_name(part, "fp32"), str(case), new_tokens, expected, found))
         return made

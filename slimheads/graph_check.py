@@ -32,9 +32,7 @@ _HEAD_COUNTS = ("num_heads", "kv_num_heads")
 _FUSED = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention", "PackedMultiHeadAttention"}
 
 
-def graph_faults(
-    dense: Path, slim: Path, sites: Sequence[Site], plan: Plan, *, cached: bool = False
-) -> Iterator[str]:
+def graph_faults(dense: Path, slim: Path, sites: Sequence[Site], plan: Plan, *, cached: bool = False) -> Iterator[str]:
     """Everything in which the slim graph is not the dense one less the plan, in words; nothing if it is.
 
     Args:

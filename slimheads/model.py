@@ -91,13 +91,16 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silences what transformers logs while it loads: what matters of it is checked here and raised."""
-    verbosity = transformers.logging.get_verbosity()
+    """Silences what transformers logs and draws while it loads: what matters of it is checked here and raised."""
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
 def _from_pretrained(

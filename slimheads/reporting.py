@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from slimheads.bench import Latency
 from slimheads.drift import Drift
 from slimheads.environment import Environment
 from slimheads.errors import GateError
+from slimheads.export import graph_bytes
 from slimheads.family import families
 from slimheads.recipe import Gates
 from slimheads.report import (
@@ -201,7 +201,7 @@ def _facts(job: Job) -> ModelFacts:
     def size(side: str, parameters: int) -> Size:
         return Size(
             parameters=parameters,
-            bytes=_graph_bytes(job.onnx(side, "fp32")),
+            bytes=graph_bytes(job.onnx(side, "fp32")),
             flops=counted.get(side),
             reason=None if counted else BROKEN_PROOF,
         )
@@ -221,11 +221,6 @@ def _facts(job: Job) -> ModelFacts:
         reload_note=pruned["reload_note"],
         sentence_transformers=pruned["sentence_transformers"],
     )
-
-
-def _graph_bytes(path: Path) -> int:
-    """A graph's bytes on disk, external data included."""
-    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
 
 
 def _file_sizes(job: Job) -> Iterator[tuple[str, int]]:

@@ -162,7 +162,9 @@ class Decoding:
     def encode(self, case: Seq2SeqCase) -> np.ndarray:
         """float32 [batch, positions, hidden]."""
         wanted = {i.name for i in self.encoder.get_inputs()}
-        states: np.ndarray = self.encoder.run(["last_hidden_state"], {k: v for k, v in case.inputs.items() if k in wanted})[0]
+        states: np.ndarray = self.encoder.run(
+            ["last_hidden_state"], {k: v for k, v in case.inputs.items() if k in wanted}
+        )[0]
         return states
 
     def decode(self, states: np.ndarray, mask: np.ndarray | None, ids: np.ndarray, cache: Outputs | None) -> Outputs:

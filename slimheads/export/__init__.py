@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from slimheads.export.graph_files import graph_bytes
 from slimheads.export.kv_cache import KvAxes, label_cache
 from slimheads.export.optimum_backend import (
     greedy_options,
@@ -32,8 +33,8 @@ PARTS = (ENCODER, FIRST_DECODER, NEXT_DECODER, MERGED_DECODER)
 
 __all__ = [
     *("ENCODER", "FILES", "FIRST_DECODER", "MERGED_DECODER", "NEXT_DECODER", "PARTS"),
-    *("Graph", "KvAxes", "Precision", "export", "file_name", "greedy_options", "greedy_tokens", "parts_of"),
-    *("seq2seq_generate", "seq2seq_greedy_tokens"),
+    *("Graph", "KvAxes", "Precision", "export", "file_name", "graph_bytes", "greedy_options", "greedy_tokens"),
+    *("parts_of", "seq2seq_generate", "seq2seq_greedy_tokens"),
 ]
 
 

@@ -19,6 +19,7 @@ from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForSeq2SeqLM, ORTMo
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from slimheads.errors import ModelRefusedError
+from slimheads.export.graph_files import graph_files, remove_graph, share_data
 from slimheads.export.kv_cache import KvAxes, kv_shapes, label_cache, seq2seq_kv_shapes, true_cache_config
 from slimheads.export.metadata import label_axes
 from slimheads.inputs import float_axes
@@ -63,12 +64,16 @@ def to_onnx(model: PreTrainedModel, folder: Path, task: str, axes: KvAxes) -> No
             do_validation=False,
             **_fixed_shapes(model.config),
         )
-        for made in sorted(Path(scratch).glob("*.onnx*")):
-            made.rename(folder / made.name)
-            if made.suffix == ".onnx" and with_cache and made.stem != "encoder_model":
-                label_cache(folder / made.name, own, axes, cross)
-            if made.suffix == ".onnx" and sizes and "decoder" not in made.stem:
-                label_axes(folder / made.name, sizes)
+        for made in sorted(Path(scratch).glob("*.onnx")):
+            path = folder / made.name
+            remove_graph(path)
+            for file in graph_files(made):
+                file.rename(folder / file.name)
+            share_data(path)
+            if with_cache and made.stem != "encoder_model":
+                label_cache(path, own, axes, cross)
+            if sizes and "decoder" not in made.stem:
+                label_axes(path, sizes)
 
 
 def _fixed_shapes(config: PretrainedConfig) -> dict[str, int]:

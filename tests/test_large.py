@@ -1,0 +1,180 @@
+"""Models whose weights do not fit one ONNX file: external data beside every graph, through every stage and client."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partialmethod
+from pathlib import Path
+
+import pytest
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForFeatureExtraction
+from shipped import ALL_PRECISIONS, ship
+from tiny import task_of, tiny_model
+from transformers import AutoModel, PreTrainedModel
+from whole_runs import checkpoint, report_of, slimheads, steady_bench, visible, write_recipe
+
+from slimheads import stages
+from slimheads.attention import find_sites
+from slimheads.certificate import PRECISION_TOLERANCES
+from slimheads.checkpoint import read_config
+from slimheads.export import FILES, export, graph_files
+from slimheads.export.precisions import to_fp16, to_int8
+from slimheads.graph_check import quantized_faults
+from slimheads.model import load
+from slimheads.parity import cases, compare_all, onnx_form
+from slimheads.selection import Plan
+from slimheads.sessions import open_session
+
+TWO_GB = 2**31
+GRAPHS = {name for graph in FILES.values() for name in (graph, f"{graph}_data")}
+
+
+@pytest.fixture
+def weights_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models are exported as large ones are: by the exporter's own switch, and by our own limit."""
+    monkeypatch.setenv("FORCE_ONNX_EXTERNAL_DATA", "1")
+    monkeypatch.setattr(graph_files, "ONE_FILE", 1000)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama"])
+@pytest.mark.usefixtures("weights_beside")
+def test_all_links_hold_for_graphs_with_external_data(
+    model_type: str, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
+) -> None:
+    dense = tiny(model_type)
+    made = ship(dense, ragged(dense), tmp_path, task=task_of(model_type), precisions=ALL_PRECISIONS)
+    files = {path.name: path.stat() for path in made.onnx().parent.iterdir()}
+    assert files.keys() == GRAPHS and len({stat.st_mode for stat in files.values()}) == 1
+    found = made.certificate("fp16", "int8")
+    assert found.passed, found.error()
+
+
+@pytest.mark.usefixtures("weights_beside")
+def test_exporting_again_replaces_external_data_and_leaves_none_behind(
+    tiny: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    for _ in range(2):
+        export(tiny("bert"), tmp_path, task="feature-extraction", precisions=ALL_PRECISIONS)
+        sizes.append({path.name: path.stat().st_size for path in tmp_path.iterdir()})
+    assert sizes[0] == sizes[1] and sizes[0].keys() == GRAPHS
+    monkeypatch.undo()
+    export(tiny("bert"), tmp_path, task="feature-extraction", precisions=ALL_PRECISIONS)
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES.values())
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+@pytest.mark.usefixtures("weights_beside")
+def test_a_run_publishes_and_counts_external_data(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "bench", steady_bench())
+    out = tmp_path / "out"
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint(model_type), export={"precisions": ["fp32", "fp16", "int8"]})
+    assert slimheads("run", recipe, "--out", out).code == 0
+    report = report_of(out)
+    for side in ("dense", "slim"):
+        onnx_folder = out / side / "onnx"
+        assert visible(onnx_folder) == GRAPHS
+        both = [(onnx_folder / name).stat().st_size for name in ("model.onnx", "model.onnx_data")]
+        assert report["model"][side]["bytes"] == sum(both)
+        assert report["files"][f"{side}/onnx/model.onnx_data"] == both[1] > 4 * 1000
+    client_class = ORTModelForCausalLM if model_type == "llama" else ORTModelForFeatureExtraction
+    client = client_class.from_pretrained(out / "slim")
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    with torch.no_grad():
+        expected = load(out / "slim")(**batch)[0]
+    assert (client(**batch)[0] - expected).abs().max() <= 1e-4
+
+
+def test_a_checkpoint_in_shards_stays_in_shards(
+    tiny: Callable[..., PreTrainedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers itself splits past 5 GB: `save` leaves the limit to it, so a test can lower it."""
+    tiny("bert").save_pretrained(tmp_path / "dense", max_shard_size="20KB")
+    monkeypatch.setattr(stages, "bench", steady_bench())
+    monkeypatch.setattr(
+        PreTrainedModel, "save_pretrained", partialmethod(PreTrainedModel.save_pretrained, max_shard_size="20KB")
+    )
+    out = tmp_path / "out"
+    ended = slimheads("run", write_recipe(tmp_path / "r.yaml", tmp_path / "dense"), "--out", out)
+    assert ended.code == 0 and not ended.complaints, ended.err
+    shards = sorted((out / "slim").glob("model-*.safetensors"))
+    assert len(shards) > 1 and (out / "slim" / "model.safetensors.index.json").is_file()
+    assert not (out / "slim" / "model.safetensors").exists()
+    assert {path.stat().st_mode for path in shards} == {(out / "slim" / "config.json").stat().st_mode}
+    assert report_of(out)["files"].keys() >= {f"slim/{path.name}" for path in shards}
+    once = load(out / "slim")
+    assert sum(site.total for site in find_sites(once)) == 6
+    stock = AutoModel.from_pretrained(out / "slim").state_dict()
+    assert all(torch.equal(stock[name], tensor) for name, tensor in once.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------- a model really over 2 GB
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a whole float32 run on a BERT that is large by its vocabulary, which costs no arithmetic."""
+    root = tmp_path_factory.mktemp("large")
+    changes = {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 2, "vocab_size": 1_060_000}
+    tiny_model("bert", **changes).save_pretrained(root / "dense")
+    recipe = write_recipe(root / "r.yaml", root / "dense", bench={"shapes": [[1, 8]], "threads": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "bench", steady_bench())
+        assert slimheads("run", recipe, "--out", root / "out").code == 0
+    yield root / "out"
+    shutil.rmtree(root)  # gigabytes: pytest itself would keep them for three sessions
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("large")
+def test_a_run_over_2_gb_holds_its_certificate_and_counts_every_byte(large: Path) -> None:
+    report = report_of(large)
+    assert [link["link"] for link in report["certificate"]] == [1, 2, 4]
+    assert all(link["passed"] for link in report["certificate"])
+    deleted = 4 * (report["model"]["dense"]["parameters"] - report["model"]["slim"]["parameters"])
+    assert deleted == 4 * report["model"]["heads"]["removed"] * (4 * 64 * 512 + 3 * 64)
+    sizes = {side: report["model"][side]["bytes"] for side in ("dense", "slim")}
+    assert min(sizes.values()) > TWO_GB
+    assert sizes["dense"] - sizes["slim"] == pytest.approx(deleted, abs=20_000)  # the exporter pads tensors to pages
+    for side, size in sizes.items():
+        assert visible(large / side / "onnx") == {"model.onnx", "model.onnx_data"}
+        assert sum(path.stat().st_size for path in (large / side / "onnx").iterdir()) == size
+    weights = (large / "slim" / "model.safetensors").stat().st_size
+    assert report["files"]["slim/model.safetensors"] == weights > TWO_GB
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("large")
+def test_a_folder_over_2_gb_opens_in_unmodified_optimum(large: Path) -> None:
+    client = ORTModelForFeatureExtraction.from_pretrained(large / "slim")
+    batch = {"input_ids": torch.tensor([[5, 1_059_999, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    with torch.no_grad():
+        expected = load(large / "slim")(**batch).last_hidden_state
+    assert (client(**batch).last_hidden_state - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("large")
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_graph_over_2_gb_becomes_half_and_quarter(large: Path, precision: str, tmp_path: Path) -> None:
+    plain, made = large / "slim" / "onnx" / "model.onnx", tmp_path / FILES[precision]
+    {"fp16": to_fp16, "int8": to_int8}[precision](plain, made)
+    assert [path.name for path in tmp_path.iterdir()] == [made.name]
+    assert made.stat().st_size == pytest.approx(
+        graph_files.graph_bytes(plain) / {"fp16": 2, "int8": 4}[precision], rel=0.01
+    )
+    over = [case for case in cases(read_config(large / "slim"), "feature-extraction") if case.length == 8]
+    found = compare_all(
+        onnx_form(open_session(plain), ()),
+        onnx_form(open_session(made), ()),
+        over,
+        None,
+        PRECISION_TOLERANCES[precision],
+    )
+    assert len(found) == 3 and all(outcome.passed for outcome in found)
+    if precision == "int8":
+        assert not list(quantized_faults(plain, made))
