@@ -267,7 +267,8 @@ def publish(out: Path, wanted: Mapping[str, Source], retract: Iterable[str] = ()
 
     Everything is assembled aside first. Then all old names are moved away and the new ones moved in, in the given
     order. So a reader, or a crash between two renames, finds a name whole or not at all, and never a mix of two runs.
-    Files of stage records are hard-linked, others are copied: an edit of the output must not reach the user's sources.
+    Files of stage records are hard-linked but for ONNX external data; others are copied: an edit of the output must not
+    reach the user's sources.
 
     Args:
         out: the output folder; the caller holds its lock.
@@ -328,7 +329,8 @@ def _is_own(source: Path, own: Path) -> bool:
 
 
 def _link_or_copy(source: Path, target: Path, own: Path) -> None:
-    if _is_own(source, own):
+    # onnx reads no weights beside a graph that have a second name: they could be those of somebody else.
+    if _is_own(source, own) and not source.name.endswith(".onnx_data"):
         try:
             os.link(source, target)
         except OSError:  # a filesystem without hard links, or their limit reached

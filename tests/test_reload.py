@@ -115,6 +115,7 @@ def test_trying_leaves_transformers_as_loud_as_it_was(
     dense = tiny("llama")
     slim = prune(dense, ragged(dense))
     save(slim, tmp_path / "slim")
-    before = transformers.logging.get_verbosity()
+    before = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     reload_tier(tmp_path / "slim", slim, "text-generation")
-    assert transformers.logging.get_verbosity() == before
+    assert (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()) == before
+    assert before[1]
