@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/minilm
 
-.PHONY: demo test lint types schema lock clean
+.PHONY: demo test lint types schema families lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/slimheads run pipelines/minilm.yaml --out $(OUT)
@@ -30,6 +30,11 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 # The JSON Schema that the recipes name for editors.
 schema: $(VENV)/.installed
 	$(BIN)/slimheads schema > slimheads.schema.json
+
+# What the tests prove of each model type, and the page made from it.
+families: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m evidence --evidence slimheads/families/evidence.json
+	$(BIN)/slimheads families --markdown > docs/families.md
 
 # Pin anew what pyproject.toml allows. torch stays fixed: looser, pip fetches gigabytes of CUDA on Linux.
 lock:

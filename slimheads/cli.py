@@ -174,13 +174,19 @@ def init(
 
 
 @app.command()
-def families(as_json: AsJson = False) -> None:
-    """List the model families that are covered."""
+def families(
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/families.md.")] = False,
+) -> None:
+    """List the model families that are covered, and what the tests proved of each."""
     from slimheads import terminal
-    from slimheads.family import family_rows
+    from slimheads.catalogue import family_rows, render_markdown
 
     rows = family_rows()
-    _show(as_json, rows, lambda: terminal.print_families(rows))
+    if markdown:
+        _show(False, rows, lambda: print(render_markdown(rows), end=""))
+    else:
+        _show(as_json, rows, lambda: terminal.print_families(rows))
 
 
 @app.command()

@@ -174,29 +174,6 @@ def family_of(config: PretrainedConfig) -> tuple[str, Family]:
     return name, family
 
 
-def family_rows() -> list[dict[str, Any]]:
-    """What `slimheads families` lists: one row a family file, as JSON data."""
-    return [
-        {
-            "family": name,
-            "title": family.title,
-            "model_types": list(family.model_types),
-            "unit": "kv_group (head where every head has its own keys and values)"
-            if any(len(set(family.keys(row))) > 1 for row in family.sites)
-            else "head",
-            "layout": "fused"
-            if any(mark in p.layout for mark in "|[" for site in family.sites for p in site.projections)
-            else "separate",
-            "reload": {
-                None: "slimheads",
-                "pruned_heads": "stock transformers 4, slimheads",
-                "head_counts": "stock with equal counts, slimheads",
-            }[family.reload],
-        }
-        for name, family in families().items()
-    ]
-
-
 def is_projection(family: Family, tensor: str) -> bool:
     """Whether a checkpoint's tensor is, by its name, a projection's weight or bias in some layer of the family."""
     owner = tensor.rpartition(".")[0]

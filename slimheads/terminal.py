@@ -10,6 +10,7 @@ from rich.table import Table
 
 from slimheads import wording
 from slimheads.bench import Latency
+from slimheads.catalogue import NOT_PROVEN
 from slimheads.environment import Check
 from slimheads.preview import Preview, plan_of
 from slimheads.scoring import Scores
@@ -65,10 +66,15 @@ def print_dry_run(stages: Mapping[str, str], found: Preview) -> None:
 
 
 def print_families(rows: Sequence[Mapping[str, Any]]) -> None:
-    """One row a family file."""
-    table = Table("family", "model types", "unit", "projections", "reload", box=None, pad_edge=False)
+    """One row a family file; how many tests stand behind each model type, and what is not proven."""
+    table = Table("family", "model types", "unit", "projections", "tasks", "reload", box=None, pad_edge=False)
+    table.add_column("evidence")
     for row in rows:
-        table.add_row(row["family"], ", ".join(row["model_types"]), row["unit"], row["layout"], row["reload"])
+        proven = (f"{t} ({sum(found['tests'].values())} tests)" for t, found in row["evidence"].items())
+        lacking = (f"{t} {NOT_PROVEN}: {reason}" for t, reason in row["not_proven"].items())
+        types, tasks = ", ".join(row["model_types"]), ", ".join(row["tasks"]) or NOT_PROVEN
+        said = "; ".join((*proven, *lacking))
+        table.add_row(row["family"], types, row["unit"], row["layout"], tasks, row["reload"] or NOT_PROVEN, said)
     stdout().print(table)
 
 

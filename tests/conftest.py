@@ -25,6 +25,7 @@ from slimheads.inputs import has_length, make_inputs, takes_text, to_torch
 from slimheads.model import load
 from slimheads.selection import Plan, SitePlan
 
+pytest_plugins = ["evidence"]
 MODEL_TYPES = sorted(model_type for family in families().values() for model_type in family.model_types)
 PARAMETERS = {
     "model_type": MODEL_TYPES,

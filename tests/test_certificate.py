@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from slimheads import certificate, chain
 from slimheads.attention import find_sites
+from slimheads.catalogue import LinkProof
 from slimheads.certificate import Certificate
 from slimheads.errors import CertificateError
 from slimheads.export import export
@@ -75,7 +76,11 @@ def site_of(plan: Plan, count: int) -> int:
 
 
 def test_all_links_hold_with_another_count_in_every_site(
-    model_type: str, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
+    model_type: str,
+    tiny: Callable[..., PreTrainedModel],
+    ragged: Callable[..., Plan],
+    prove: Callable[..., None],
+    tmp_path: Path,
 ) -> None:
     dense = tiny(model_type)
     task = task_of(model_type)
@@ -93,6 +98,9 @@ def test_all_links_hold_with_another_count_in_every_site(
     assert all(link.cases for link in found.links)
     assert [s.link for s in found.skipped] == ([] if clients else [5])
     assert len(told) == 5 + (clients > 0)
+    links = [{key: getattr(link, key) for key in LinkProof.model_fields} for link in found.links]
+    units = sorted({site.unit for site in made.plan.sites})
+    prove("certificate", task=task, units=units, links=links)
 
 
 def test_all_links_hold_for_a_file_with_fixed_cache_axes(

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from slimheads.attention import find_sites
 from slimheads.errors import ModelRefusedError
-from slimheads.export import FILES, file_name, KvAxes, export, greedy_options
+from slimheads.export import FILES, KvAxes, export, file_name, greedy_options
 from slimheads.parity import cases, compare_all, onnx_form, onnx_greedy, torch_form
 from slimheads.selection import Plan
 from slimheads.sessions import KV_SHAPES_KEY, open_session, read_interface

@@ -38,6 +38,7 @@ def test_the_tier_is_what_plain_transformers_can_do(
     tiny: Callable[..., PreTrainedModel],
     ragged: Callable[..., Plan],
     equal: Callable[..., Plan],
+    prove: Callable[..., None],
     tmp_path: Path,
 ) -> None:
     dense = tiny(model_type)
@@ -54,6 +55,7 @@ def test_the_tier_is_what_plain_transformers_can_do(
         assert transformers.__version__ in note
     else:
         assert "slimheads.load" in note
+    prove("reload", counts=counts, tier=tier)
 
 
 def stock_that(change: Callable[[PreTrainedModel], object]) -> Callable[..., PreTrainedModel]:

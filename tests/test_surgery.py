@@ -27,6 +27,7 @@ Ragged = Callable[..., Plan]
 Batch = dict[str, torch.Tensor]
 Batches = Callable[[PreTrainedModel], dict[str, Batch]]
 Answers = Callable[..., dict[str, torch.Tensor]]
+Prove = Callable[..., None]
 HEADS = [(m, task) for family in families().values() for m in family.model_types for task in tasks_of(m)]
 # Their eager attention casts a float64 mask to float32: rows that see only padding become NaN, dense or slim. With a
 # window those are also the rows of padding that stand far behind the text.
@@ -37,14 +38,17 @@ STOCK_PRUNES = [m for family in families().values() if family.reload == "pruned_
 
 def assert_slim_equals_gated(
     model: PreTrainedModel, plan: Plan, batches: dict[str, Batch], answers: Answers, atol: float
-) -> PreTrainedModel:
+) -> float:
+    """Prunes the model; returns the largest difference."""
     with gated(model, plan):
         expected = {name: answers(model, batch) for name, batch in batches.items()}
     prune(model, plan)
+    largest = 0.0
     for name, batch in batches.items():
         for key, value in answers(model, batch).items():
             torch.testing.assert_close(value, expected[name][key], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
-    return model
+            largest = max(largest, (value - expected[name][key]).abs().max().item())
+    return largest
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -55,6 +59,7 @@ def test_deleted_equals_gated(
     ragged: Ragged,
     batches: Batches,
     answers: Answers,
+    prove: Prove,
     model_type: str,
     dtype: torch.dtype,
     atol: float,
@@ -69,7 +74,8 @@ def test_deleted_equals_gated(
         nan = {"padded left": NAN_WHEN_PADDED_LEFT, "padded right": NAN_WHEN_PADDED_RIGHT}
         fed = {name: batch for name, batch in fed.items() if model_type not in nan.get(name, ())}
     assert model.config._attn_implementation == implementation
-    assert_slim_equals_gated(model, ragged(model, seed), fed, answers, atol)
+    largest = assert_slim_equals_gated(model, ragged(model, seed), fed, answers, atol)
+    prove("gated", implementation=implementation, dtype=str(dtype).removeprefix("torch."), max_abs=largest)
 
 
 @pytest.mark.parametrize(
@@ -103,24 +109,41 @@ def test_deleted_equals_gated(
     ids=str,
 )
 def test_deleted_equals_gated_in_variants(
-    tiny: Tiny, ragged: Ragged, batches: Batches, answers: Answers, model_type: str, changes: dict[str, Any]
+    tiny: Tiny,
+    ragged: Ragged,
+    batches: Batches,
+    answers: Answers,
+    prove: Prove,
+    model_type: str,
+    changes: dict[str, Any],
 ) -> None:
     model = tiny(model_type, **changes)
-    assert_slim_equals_gated(model, ragged(model), batches(model), answers, 1e-5)
+    largest = assert_slim_equals_gated(model, ragged(model), batches(model), answers, 1e-5)
+    variant = ", ".join(f"{key}: {value}" for key, value in changes.items())
+    implementation = model.config._attn_implementation
+    prove("gated", variant=variant, implementation=implementation, dtype="float32", max_abs=largest)
 
 
 @pytest.mark.parametrize("model_type,task", HEADS)
 def test_deleted_equals_gated_under_each_head_class_and_it_reloads(
-    tiny: Tiny, ragged: Ragged, batches: Batches, answers: Answers, tmp_path: Path, model_type: str, task: str
+    tiny: Tiny,
+    ragged: Ragged,
+    batches: Batches,
+    answers: Answers,
+    prove: Prove,
+    tmp_path: Path,
+    model_type: str,
+    task: str,
 ) -> None:
     model = tiny(model_type, task=task, pad_token_id=1)
-    slim = assert_slim_equals_gated(model, ragged(model), batches(model), answers, 1e-5)
-    save(slim, tmp_path / "slim")
+    largest = assert_slim_equals_gated(model, ragged(model), batches(model), answers, 1e-5)
+    save(model, tmp_path / "slim")
     loaded = load(tmp_path / "slim")
-    assert type(loaded) is type(slim)
+    assert type(loaded) is type(model)
     for batch in batches(model).values():
         for key, value in answers(loaded, batch).items():
-            assert torch.equal(value, answers(slim, batch)[key])
+            assert torch.equal(value, answers(model, batch)[key])
+    prove("tasks", task=task, max_abs=largest)
 
 
 def test_deleted_equals_gated_on_minilm(

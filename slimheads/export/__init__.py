@@ -32,9 +32,23 @@ MERGED_DECODER = "decoder_model_merged"
 PARTS = (ENCODER, FIRST_DECODER, NEXT_DECODER, MERGED_DECODER)
 
 __all__ = [
-    *("ENCODER", "FILES", "FIRST_DECODER", "MERGED_DECODER", "NEXT_DECODER", "PARTS"),
-    *("Graph", "KvAxes", "Precision", "export", "file_name", "graph_bytes", "greedy_options", "greedy_tokens"),
-    *("parts_of", "seq2seq_generate", "seq2seq_greedy_tokens"),
+    "ENCODER",
+    "FILES",
+    "FIRST_DECODER",
+    "MERGED_DECODER",
+    "NEXT_DECODER",
+    "PARTS",
+    "Graph",
+    "KvAxes",
+    "Precision",
+    "export",
+    "file_name",
+    "graph_bytes",
+    "greedy_options",
+    "greedy_tokens",
+    "parts_of",
+    "seq2seq_generate",
+    "seq2seq_greedy_tokens",
 ]
 
 

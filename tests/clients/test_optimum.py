@@ -45,7 +45,11 @@ def test_an_encoder_of_every_type_gives_torchs_hidden_states(
 
 
 def test_a_decoder_generates_torchs_tokens_with_its_cache(
-    decoder_type: str, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
+    decoder_type: str,
+    tiny: Callable[..., PreTrainedModel],
+    ragged: Callable[..., Plan],
+    prove: Callable[..., None],
+    tmp_path: Path,
 ) -> None:
     dense = tiny(decoder_type)
     made = ship(dense, ragged(dense), tmp_path, task="text-generation")
@@ -58,6 +62,7 @@ def test_a_decoder_generates_torchs_tokens_with_its_cache(
         expected = made.slim.generate(**inputs, **options)
         found = torch.as_tensor(client.generate(**inputs, **options))
         assert expected.shape[1] == 33 and torch.equal(found, expected)
+    prove("tokens", client="optimum", tokens=4 * 24)
 
 
 def test_a_decoder_finds_torchs_beams(
