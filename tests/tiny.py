@@ -166,6 +166,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "helium": _GROUPED | {"head_dim": 4},  # its output projection takes no other
     "nemotron": _GROUPED | {"head_dim": 8},
     "vit": _IMAGE,
+    "deit": _IMAGE | {"architectures": []},  # transformers looks there which of two classifiers to build
+    "dinov2": _IMAGE | {"mlp_ratio": 2},
+    "vit_msn": _IMAGE,
+    "audio-spectrogram-transformer": {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_length": 40,
+        "num_mel_bins": 24,
+    },
     "swin": _STAGES,
     "donut-swin": _STAGES,
     "beit": _IMAGE | {"use_relative_position_bias": True, "layer_scale_init_value": 0.5},
@@ -191,8 +202,8 @@ ENCODERS = {
     *("megatron-bert", "mobilebert", "modernbert", "mpnet", "rembert", "roberta", "roformer", "splinter"),
     "xlm-roberta",
 }
-VISION = {"beit", "data2vec-vision", "donut-swin", "swin", "vit"}
-AUDIO = {"data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"}
+VISION = {"beit", "data2vec-vision", "deit", "dinov2", "donut-swin", "swin", "vit", "vit_msn"}
+AUDIO = {"audio-spectrogram-transformer", "data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"}
 SEQ2SEQ = {
     *("bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "whisper"),
 }

@@ -16,6 +16,7 @@ import torch
 from optimum.exporters.onnx import onnx_export_from_model
 from optimum.exporters.tasks import TasksManager
 from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForSeq2SeqLM, ORTModelForSpeechSeq2Seq
+from optimum.utils.input_generators import Dinov2DummyInputGenerator, DummyVisionInputGenerator
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from slimheads.errors import ModelRefusedError
@@ -48,6 +49,8 @@ def to_onnx(model: PreTrainedModel, folder: Path, task: str, axes: KvAxes) -> No
         ) from error
     own, cross = seq2seq_kv_shapes(model) if two_halves else (kv_shapes(model) if with_cache else (), ())
     custom: dict[str, Any] = {}
+    if Dinov2DummyInputGenerator in constructor.func.DUMMY_INPUT_GENERATOR_CLASSES:
+        custom["model"] = _of_configured_size(constructor.func)(model.config, **constructor.keywords)
     if with_cache:
         config_class = true_cache_config(constructor.func, own, cross)
         options = constructor.keywords | {"task": task, "use_past": True, "use_past_in_inputs": not two_halves}
@@ -96,6 +99,11 @@ def merge_decoders(first: Path, following: Path, target: Path) -> None:
     with _quiet():
         # The second hands no cross-attention cache on, for that does not change: strict=False fills the gap.
         optimum.onnx.merge_decoders(first, following, save_path=target, strict=False)
+
+
+def _of_configured_size(config_class: type[Any]) -> type[Any]:
+    """DINOv2's dummy images have the size that the source's preprocessor crops to: a model in memory has none."""
+    return type(config_class.__name__, (config_class,), {"DUMMY_INPUT_GENERATOR_CLASSES": (DummyVisionInputGenerator,)})
 
 
 def greedy_tokens(folder: Path, input_ids: torch.Tensor, attention_mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
