@@ -158,10 +158,12 @@ def init(
 ) -> None:
     """Write a commented recipe for a model."""
     from slimheads.checkpoint import describe, find
+    from slimheads.family import families
     from slimheads.recipe import commented_recipe
 
     source = find(model)
-    text = commented_recipe(model, source.task, source.task == "text-generation", describe(source))
+    decoder, fed_texts = source.task == "text-generation", families()[source.family].inputs == "text"
+    text = commented_recipe(model, source.task, decoder, describe(source), fed_texts=fed_texts)
     if out is None:
         _show(False, None, lambda: print(text, end=""))
         return

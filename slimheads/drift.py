@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.resources import files
-from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Literal, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimheads.errors import ModelRefusedError, UsageError
-
-Pooling = Literal["mean", "cls"]
+from slimheads.errors import UsageError
+from slimheads.pooling import Pooling
 
 # Where pruning is entered and left: a fresh context manager a call, within which the dense model is a pruned one.
 Pruned = Callable[[], AbstractContextManager[object]]
@@ -30,8 +28,8 @@ class Figures(BaseModel):
     """Quality figures of one pruned model against the dense one; null where the task has no such figure."""
 
     model_config = ConfigDict(frozen=True)
-    cosine: float | None = None  # mean cosine of the text embeddings (encoders)
-    cosine_min: float | None = None  # the worst text
+    cosine: float | None = None  # mean cosine of the embeddings (all but decoders)
+    cosine_min: float | None = None  # the worst text, image or recording
     perplexity: float | None = None  # decoders, over all scored tokens
     perplexity_ratio: float | None = None  # slim / dense
     kl_divergence: float | None = None  # mean over tokens of KL(dense || slim), in nats
@@ -48,12 +46,13 @@ class RandomControl(BaseModel):
 
 
 class Drift(BaseModel):
-    """Drift on one sample of text."""
+    """Drift on one sample of texts, images or sound."""
 
     model_config = ConfigDict(frozen=True)
     sample: str  # "built-in" or the file's name
-    texts: int
-    tokens: int
+    noun: str = "text"  # what the sample consists of
+    texts: int  # how many of them
+    tokens: int | None  # null where there are none
     slim: Figures | None
     perplexity_dense: float | None = None
     headline: str | None  # the Figures field the verdict rests on: "cosine" or "perplexity_ratio"
@@ -101,20 +100,47 @@ def measure_drift(
     if decoder:
         vocabulary = dense.get_output_embeddings().weight.shape[0]
         batch_size = max(1, min(batch_size, LOGITS_BUDGET // (4 * vocabulary * max_length)))
-    slim_tally: _Tally = _DecoderTally() if decoder else _EncoderTally()
-    control_tallies: list[_Tally] = [_DecoderTally() if decoder else _EncoderTally() for _ in controls]
+    tally = _DecoderTally if decoder else _EncoderTally
+    tallies = _Tallies(dense, slim, controls, outputs, tally(), [tally() for _ in controls])
     tokens = 0
-    with torch.no_grad():
-        for batch in _batches(dense, tokenizer, texts, max_length, batch_size):
-            tokens += sum(batch.lengths) - (len(batch.lengths) if decoder else 0)
-            reference = outputs(dense, batch)
-            slim_tally.add(reference, outputs(slim, batch), batch)
-            for tally, (_, pruned) in zip(control_tallies, controls, strict=True):
-                with pruned():
-                    tally.add(reference, outputs(dense, batch), batch)
+    for batch in _batches(dense, tokenizer, texts, max_length, batch_size):
+        tokens += sum(batch.lengths) - (len(batch.lengths) if decoder else 0)
+        tallies.add(batch)
     if not tokens:
         return _no_figures(sample_name, "no text has a token to score")
-    return _summary(slim_tally, [seed for seed, _ in controls], control_tallies, sample_name, len(texts), tokens)
+    return tallies.summary(sample_name, len(texts)).model_copy(update={"tokens": tokens})
+
+
+def drift_on_inputs(
+    dense: PreTrainedModel,
+    slim: PreTrainedModel,
+    controls: Sequence[tuple[int, Pruned]],
+    inputs: Mapping[str, torch.Tensor],
+    *,
+    sample_name: str,
+    noun: str,
+    batch_size: int = 16,
+) -> Drift:
+    """`measure_drift` for models that are fed images or sound: the cosine of embeddings, of `inputs` by name.
+
+    An embedding is the mean of the base model's last hidden state over its positions; of a model with two towers, both
+    towers' embeddings one after the other; of one with neither, its logits. Each is L2-normalised.
+
+    Raises:
+        UsageError: the model does not run on these inputs.
+    """
+    count = len(next(iter(inputs.values())))
+    tallies = _Tallies(dense, slim, controls, _embed_inputs, _EncoderTally(), [_EncoderTally() for _ in controls])
+    for start in range(0, count, batch_size):
+        try:
+            tallies.add({name: tensor[start : start + batch_size] for name, tensor in inputs.items()})
+        except (ValueError, RuntimeError, IndexError) as error:
+            said = " ".join(str(error).split())[:200]
+            hint = "give inputs of the size that the model takes"
+            raise UsageError(
+                f"the model does not run on these inputs ({said})", where=sample_name, hint=hint
+            ) from error
+    return tallies.summary(sample_name, count).model_copy(update={"noun": noun})
 
 
 def read_texts(path: Path | None) -> tuple[str, ...]:
@@ -141,39 +167,6 @@ def read_texts(path: Path | None) -> tuple[str, ...]:
     if not texts:
         raise UsageError("the file has no text", where=where, hint="write one text a line")
     return texts
-
-
-def pooling_of(folder: Path) -> Pooling:
-    """How a sentence-transformers folder pools token states into an embedding; "mean" where it does not say, or says
-    something else than the mean or the first token.
-
-    Raises:
-        ModelRefusedError: modules.json or the pooling config is damaged, or points out of the folder.
-    """
-    modules = _json_file(folder / "modules.json", list)
-    for module in modules or []:
-        if not isinstance(module, dict) or not str(module.get("type", "")).endswith(".Pooling"):
-            continue
-        inside = PurePosixPath(str(module.get("path", "")))
-        if inside.is_absolute() or ".." in inside.parts:
-            hint = "use a folder as sentence-transformers wrote it"
-            raise ModelRefusedError(f"the path {inside} leaves the folder", where=f"{folder}/modules.json", hint=hint)
-        config = _json_file(folder / inside / "config.json", dict) or {}
-        first_token = config.get("pooling_mode_cls_token") is True or config.get("pooling_mode") in ("cls", ["cls"])
-        return "cls" if first_token else "mean"
-    return "mean"
-
-
-def _json_file(path: Path, kind: type) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelRefusedError("not valid JSON", where=str(path), hint="fetch the model folder again") from error
-    if not isinstance(data, kind):
-        raise ModelRefusedError(f"not a JSON {kind.__name__}", where=str(path), hint="fetch the model folder again")
-    return data
 
 
 @dataclass(frozen=True)
@@ -226,6 +219,14 @@ def _embedder(pooling: Pooling) -> Callable[[PreTrainedModel, _Batch], torch.Ten
         return F.normalize(pooled, dim=-1)
 
     return embed
+
+
+def _embed_inputs(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    made = model.base_model(**batch)
+    if "last_hidden_state" in made:
+        return F.normalize(made.last_hidden_state.float().mean(1), dim=-1)
+    towers = [made[name] for name in ("text_embeds", "image_embeds") if name in made]
+    return F.normalize(torch.cat(towers or [made.logits], dim=-1).float(), dim=-1)
 
 
 class _Tally(Protocol):
@@ -301,9 +302,30 @@ def _exp(nats: float) -> float:
         return math.inf
 
 
-def _summary(
-    slim: _Tally, seeds: Sequence[int], controls: Sequence[_Tally], sample_name: str, texts: int, tokens: int
-) -> Drift:
+@dataclass
+class _Tallies:
+    """What is kept of the slim model and of every random control, each held against the dense model's outputs."""
+
+    dense: PreTrainedModel
+    slim: PreTrainedModel
+    controls: Sequence[tuple[int, Pruned]]
+    outputs: Callable[[PreTrainedModel, Any], torch.Tensor]
+    of_slim: _Tally
+    of_controls: Sequence[_Tally]
+
+    @torch.no_grad()
+    def add(self, batch: Any) -> None:
+        reference = self.outputs(self.dense, batch)
+        self.of_slim.add(reference, self.outputs(self.slim, batch), batch)
+        for tally, (_, pruned) in zip(self.of_controls, self.controls, strict=True):
+            with pruned():
+                tally.add(reference, self.outputs(self.dense, batch), batch)
+
+    def summary(self, sample_name: str, count: int) -> Drift:
+        return _summary(self.of_slim, [seed for seed, _ in self.controls], self.of_controls, sample_name, count)
+
+
+def _summary(slim: _Tally, seeds: Sequence[int], controls: Sequence[_Tally], sample_name: str, texts: int) -> Drift:
     problems: list[str] = []
     figures = _finite(slim.figures(), "slim", problems)
     control = _control(seeds, [tally.figures() for tally in controls], problems)
@@ -314,7 +336,7 @@ def _summary(
     return Drift(
         sample=sample_name,
         texts=texts,
-        tokens=tokens,
+        tokens=None,
         slim=figures,
         perplexity_dense=dense_perplexity,
         headline=slim.headline,

@@ -28,7 +28,7 @@ NOUNS: Mapping[Inputs, str] = MappingProxyType(
     {
         "text": "text",
         "image": "image",
-        "text and image": "pair of text and image",
+        "text and image": "text-image pair",
         "waveform": "recording",
         "spectrogram": "recording",
     }
@@ -142,11 +142,8 @@ def read_inputs(path: Path, config: PretrainedConfig) -> dict[str, torch.Tensor]
     if arrays.keys() != expected.keys():
         raise refuse(f"the file holds {', '.join(sorted(arrays)) or 'nothing'}, the model takes {', '.join(expected)}")
     for name, array in arrays.items():
-        like, free = expected[name], [bool(axis.more) for axis in float_axes(config).get(name, (Axis(1, 1),))]
-        fits = array.ndim == like.ndim and all(
-            any_size or size == own for size, own, any_size in zip(array.shape[1:], like.shape[1:], free, strict=True)
-        )
-        if not fits or not array.size:
+        like, axes = expected[name], _taken(float_axes(config).get(name, (Axis(1, 1),)))
+        if array.ndim != like.ndim or not array.size or not all(map(_fits, array.shape[1:], axes)):
             raise refuse(f"{name} is {list(array.shape)}, the model takes {['n', *like.shape[1:]]}")
         if array.dtype.kind != like.dtype.kind:
             raise refuse(f"{name} holds {array.dtype}, the model takes {like.dtype}")
@@ -155,3 +152,12 @@ def read_inputs(path: Path, config: PretrainedConfig) -> dict[str, torch.Tensor]
     if len({len(array) for array in arrays.values()}) > 1:
         raise refuse(f"{' and '.join(arrays)} hold different numbers of inputs")
     return {name: torch.from_numpy(array.astype(expected[name].dtype)) for name, array in arrays.items()}
+
+
+def _taken(axes: Sequence[Axis]) -> list[Axis]:
+    """Height and width are left to the model: some take other sizes than the configured one."""
+    return [axes[0], Axis(1, 1), Axis(1, 1)] if len(axes) == 3 else list(axes)
+
+
+def _fits(size: int, axis: Axis) -> bool:
+    return size >= axis.first if axis.more else size == axis.first

@@ -120,12 +120,16 @@ class Export(_Section):
 
 
 class Verify(_Section):
-    """How close slim torch and slim ONNX must be, and on which text drift is measured."""
+    """How close slim torch and slim ONNX must be, and on what drift is measured."""
 
     atol: PositiveFloat = Field(1e-4, description="absolute tolerance of torch against ONNX, above 0")
     rtol: PositiveFloat = Field(1e-4, description="relative tolerance of torch against ONNX, above 0")
     text: PathText | None = Field(
         None, description="UTF-8 file, one text a line: drift is measured on it besides the built-in sample"
+    )
+    inputs: PathText | None = Field(
+        None,
+        description="models fed images or sound: safetensors file of inputs by name to measure drift on",
     )
 
 
@@ -135,7 +139,8 @@ class Bench(_Section):
     providers: Providers = Field(("cpu",), description="ONNX Runtime providers to measure on: cpu, cuda")
     threads: PositiveInt = Field(2, description="threads inside an operator, at least 1")
     shapes: Shapes = Field(
-        ((1, 16), (1, 128)), description="inputs to measure, each [batch, length]; images have no length"
+        ((1, 16), (1, 128)),
+        description="inputs to measure, each [batch, length in tokens or frames]; of images [batch, any]",
     )
     min_seconds: PositiveFloat = Field(3.0, description="seconds to measure each shape for, above 0")
     on_missing: Literal["fail", "skip"] = Field(
@@ -149,7 +154,7 @@ class Gates(_Section):
     latency_ratio: PositiveFloat | None = Field(None, description="slim / dense latency, at most this in every shape")
     size_ratio: PositiveFloat | None = Field(None, description="slim / dense size of the fp32 graph, at most this")
     min_cosine: Share | None = Field(
-        None, description="encoders: mean cosine to the dense embeddings, at least this, up to 1"
+        None, description="all but decoders: mean cosine to the dense embeddings, at least this, up to 1"
     )
     max_perplexity_ratio: PositiveFloat | None = Field(
         None, description="decoders: slim / dense perplexity, at most this"
@@ -182,8 +187,8 @@ class Recipe(_Section):
             path: a YAML 1.2 file.
             overrides: `key=value` strings, the key dotted (`select.ratio=0.5`), the value YAML; a later one wins.
 
-        A relative `verify.text` is taken from the recipe's folder, or from the working directory when an override
-        gives it; `model` stays as written.
+        A relative `verify.text` or `verify.inputs` is taken from the recipe's folder, or from the working directory
+        when an override gives it; `model` stays as written.
 
         Raises:
             UsageError: the first thing wrong, located `path:line:column` or `--set key=value`.
@@ -193,11 +198,13 @@ class Recipe(_Section):
             if isinstance(data, dict):
                 _override(data, positions, override, number)
         recipe = validate(cls, data, positions)
-        given = recipe.verify.text
-        if given is not None and not Path(given).is_absolute():
-            overridden = positions.values["verify", "text"].text.startswith("--set ")
-            text = str((Path() if overridden else Path(path).parent).absolute() / given)
-            recipe = recipe.model_copy(update={"verify": recipe.verify.model_copy(update={"text": text})})
+        found: dict[str, str] = {}
+        for key in ("text", "inputs"):
+            given = getattr(recipe.verify, key)
+            if given is not None and not Path(given).is_absolute():
+                overridden = positions.values["verify", key].text.startswith("--set ")
+                found[key] = str((Path() if overridden else Path(path).parent).absolute() / given)
+        recipe = recipe.model_copy(update={"verify": recipe.verify.model_copy(update=found)})
         recipe._positions = positions
         return recipe
 
@@ -258,10 +265,12 @@ def recipe_schema() -> dict[str, Any]:
 
 
 _DECODERS_ONLY = frozenset({"export.kv_axes", "gates.max_perplexity_ratio", "gates.min_top1_agreement"})
-_ENCODERS_ONLY = frozenset({"gates.min_cosine"})
+_ALL_BUT_DECODERS = frozenset({"gates.min_cosine"})
 
 
-def commented_recipe(model: str, task: str = "auto", is_decoder: bool = False, facts: Sequence[str] = ()) -> str:
+def commented_recipe(
+    model: str, task: str = "auto", is_decoder: bool = False, facts: Sequence[str] = (), *, fed_texts: bool = True
+) -> str:
     """A recipe to start from: every section and key with its default and what it is for.
 
     Args:
@@ -269,11 +278,13 @@ def commented_recipe(model: str, task: str = "auto", is_decoder: bool = False, f
         task: a task of the recipe.
         is_decoder: whether the model generates text; keys that do not concern the model are left out.
         facts: what is known of the model, a line each, for the comment at the top.
+        fed_texts: whether texts are all the model takes.
 
     Returns:
         YAML text that `Recipe.read` reads as `Recipe(model=model, task=task)`.
     """
-    left_out = _ENCODERS_ONLY if is_decoder else _DECODERS_ONLY
+    left_out = _ALL_BUT_DECODERS if is_decoder else _DECODERS_ONLY
+    left_out |= {"verify.inputs" if fed_texts else "verify.text"}
     lines = ["# A recipe for slimheads; run it with: slimheads run THIS-FILE"]
     lines += [f"# {_one_line(fact)}" for fact in facts]
     for name, info in Recipe.model_fields.items():

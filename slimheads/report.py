@@ -21,6 +21,7 @@ from slimheads.bench import Latency
 from slimheads.certificate import Link, SkippedLink
 from slimheads.drift import Drift
 from slimheads.environment import Environment
+from slimheads.family import Inputs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,7 +90,8 @@ class ModelFacts(_Part):
     unit: Literal["head", "kv_group"]
     dense: Size
     slim: Size
-    flops_shape: tuple[int, ...] | None  # [batch, length] or [batch, length, past]; null with dense.reason
+    inputs: Inputs  # what it is fed
+    flops_shape: tuple[int, ...] | None  # [batch], [batch, length] or [batch, length, past]; null with dense.reason
     heads: Heads
     reload: Reload
     reload_note: str  # one sentence: why it is that

@@ -11,7 +11,8 @@ from slimheads.drift import Drift
 from slimheads.environment import Environment
 from slimheads.errors import GateError
 from slimheads.export import graph_bytes
-from slimheads.family import families
+from slimheads.family import Inputs, families
+from slimheads.inputs import NOUNS
 from slimheads.recipe import Gates
 from slimheads.report import (
     GateResult,
@@ -59,7 +60,7 @@ def assemble(
     gates = judge(job.recipe.gates, latency, [d for d in (drift, drift_text) if d], facts.dense, facts.slim)
     error = certificate.error()
     unmet = [_unmet(gate, job) for gate in gates if not gate.met]
-    text_reason = BROKEN_PROOF if job.recipe.verify.text else "the recipe names no text of its own (verify.text)"
+    drift_reason, text_reason = _no_drift(job, facts.inputs, certificate.passed)
     return Report(
         verdict=Verdict(
             ok=not (error or unmet),
@@ -74,7 +75,7 @@ def assemble(
         certificate=certificate.links,
         certificate_skipped=certificate.skipped,
         drift=drift,
-        drift_reason=None if drift else BROKEN_PROOF,
+        drift_reason=None if drift else drift_reason,
         drift_text=drift_text,
         drift_text_reason=None if drift_text else text_reason,
         latency=latency,
@@ -194,6 +195,16 @@ def _drift_of(job: Job, key: str) -> Drift | None:
     return Drift.model_validate(found) if found else None
 
 
+def _no_drift(job: Job, fed: Inputs, proven: bool) -> tuple[str, str]:
+    """Why there is no drift on the built-in sample or the recipe's inputs, and none on the recipe's text."""
+    if fed == "text":
+        no_text = "the recipe names no text of its own (verify.text)"
+        return BROKEN_PROOF, BROKEN_PROOF if job.recipe.verify.text else no_text
+    nouns = f"{NOUNS[fed]}s"
+    no_sample = f"there is no built-in sample of {nouns}, and the recipe names no inputs of its own (verify.inputs)"
+    return no_sample if proven else BROKEN_PROOF, f"drift of this model is measured on {nouns}"
+
+
 def _facts(job: Job) -> ModelFacts:
     plan, loaded, pruned = job.plan(), job.result("load"), job.result("prune")
     counted = job.result("bench")["flops"] if "bench" in job.records else {}
@@ -213,6 +224,7 @@ def _facts(job: Job) -> ModelFacts:
         family=families()[job.source.family].title,
         task=job.source.task,
         unit=plan.sites[0].unit,
+        inputs=families()[job.source.family].inputs,
         dense=size("dense", loaded["parameters"]),
         slim=size("slim", pruned["parameters"]),
         flops_shape=tuple(counted["shape"]) if counted else None,

@@ -24,13 +24,14 @@ from slimheads.bench import Latency, bench
 from slimheads.certificate import Certificate, Link, SkippedLink, verify
 from slimheads.checkpoint import Source, read_config, side_files, weight_files
 from slimheads.disk import sha256_file
-from slimheads.drift import Drift, measure_drift, pooling_of, read_texts
+from slimheads.drift import Drift, drift_on_inputs, measure_drift, read_texts
 from slimheads.environment import environment, installed
 from slimheads.errors import EnvironmentLackError, SlimheadsError, UsageError
 from slimheads.export import FILES, export
 from slimheads.gating import gated
-from slimheads.inputs import measured_shapes, text_config
+from slimheads.inputs import NOUNS, inputs_kind, measured_shapes, read_inputs, text_config
 from slimheads.model import load, save
+from slimheads.pooling import pooling_of
 from slimheads.recipe import Recipe
 from slimheads.reload import reload_tier
 from slimheads.scoring import Scores, score
@@ -207,9 +208,12 @@ def _export(job: Job, folder: Path) -> tuple[dict[str, Any], bool]:
 
 
 def _verify_section(job: Job) -> dict[str, Any]:
-    text = job.recipe.verify.text
-    content = hashlib.sha256("\n".join(read_texts(Path(text))).encode()).hexdigest() if text else None
-    return _dump(job.recipe.verify) | {"text": content, "precisions": list(job.recipe.export.precisions)}
+    section, content = job.recipe.verify, dict[str, str | None]()
+    content["text"] = (
+        hashlib.sha256("\n".join(read_texts(Path(section.text))).encode()).hexdigest() if section.text else None
+    )
+    content["inputs"] = sha256_file(Path(section.inputs)) if section.inputs else None
+    return _dump(section) | content | {"precisions": list(job.recipe.export.precisions)}
 
 
 def _verify(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
@@ -231,7 +235,11 @@ def _verify(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
         "drift": None,
         "drift_text": None,
     }
-    if certificate.passed:
+    if certificate.passed and inputs_kind(job.dense().config) != "text":
+        if job.recipe.verify.inputs:
+            job.tell("drift on the recipe's inputs")
+            result["drift"] = _drift_on_inputs(job, Path(job.recipe.verify.inputs))
+    elif certificate.passed:
         job.tell("drift on the built-in sample")
         result["drift"] = _drift(job, "built-in", None)
         if job.recipe.verify.text:
@@ -260,6 +268,18 @@ def _drift(job: Job, name: str, text: Path | None) -> dict[str, Any]:
         pooling=pooling_of(job.source.folder),
     )
     return drift.model_dump(mode="json")
+
+
+def _drift_on_inputs(job: Job, path: Path) -> dict[str, Any]:
+    config = job.dense().config
+    return drift_on_inputs(
+        job.dense(),
+        job.slim(),
+        _controls(job),
+        read_inputs(path, config),
+        sample_name=path.name,
+        noun=NOUNS[inputs_kind(config)],
+    ).model_dump(mode="json")
 
 
 def _controls(job: Job) -> list[tuple[int, Callable[[], AbstractContextManager[Any]]]]:
@@ -302,14 +322,32 @@ def require_providers(recipe: Recipe) -> None:
 
 
 def require_usable(recipe: Recipe, source: Source) -> None:
-    """Fails before any work where the recipe's own text cannot be read, or a shape is too long for the model.
+    """Fails before any work where the recipe's own sample cannot be read or is of another kind than what the model is
+    fed, or a shape is too long for the model.
 
     Raises:
         UsageError: naming the file, or the recipe's line.
     """
+    config = read_config(source.folder)
+    fed = inputs_kind(config)
+    for key, usable, other in (("text", fed == "text", "inputs"), ("inputs", fed != "text", "text")):
+        if getattr(recipe.verify, key) and not usable:
+            raise UsageError(
+                f"drift of this model is not measured on {key}: it is fed {NOUNS[fed]}s",
+                where=recipe.where(f"verify.{key}"),
+                hint=f"name your own sample as verify.{other}",
+            )
+    if recipe.gates.min_cosine is not None and fed != "text" and not recipe.verify.inputs:
+        raise UsageError(
+            f"there is no built-in sample of {NOUNS[fed]}s to measure the cosine on",
+            where=recipe.where("gates.min_cosine"),
+            hint="name your own sample as verify.inputs",
+        )
     if recipe.verify.text:
         read_texts(Path(recipe.verify.text))
-    limit = getattr(text_config(read_config(source.folder)), "max_position_embeddings", None)
+    if recipe.verify.inputs:
+        read_inputs(Path(recipe.verify.inputs), config)
+    limit = getattr(text_config(config), "max_position_embeddings", None)
     for batch, length in recipe.bench.shapes:
         if limit and length > limit:
             raise UsageError(

@@ -33,6 +33,15 @@ LOADERS = {
     "automatic-speech-recognition": ("AutoModelForCTC", "ORTModelForCTC"),
 }
 
+# what a model is fed -> (class in transformers that prepares it, what to call one)
+PREPARERS = {
+    "text": ("AutoTokenizer", "tokenizer"),
+    "image": ("AutoImageProcessor", "processor"),
+    "text and image": ("AutoProcessor", "processor"),
+    "waveform": ("AutoFeatureExtractor", "processor"),
+    "spectrogram": ("AutoFeatureExtractor", "processor"),
+}
+
 NONE = "not measured"
 
 
@@ -76,6 +85,8 @@ def tables(report: Report) -> dict[str, Any]:
         "stages": stages(report),
         "environment": environment_table(report),
         "loader": LOADERS.get(model.task, LOADERS["feature-extraction"]),
+        # what hears words has a tokenizer too, to spell them
+        "preparer": PREPARERS["text and image" if model.task == "automatic-speech-recognition" else model.inputs],
         "units": w.units(model, 2),
         "static_axes": static_axes(report),
     }
@@ -346,4 +357,6 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "whole": w.whole,
     "listing": w.listing,
     "shape": w.shape_text,
+    "plural": w.plural,
+    "sample_size": w.sample_size,
 }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FIGURE_NAMES = {
     "cosine": "mean cosine of embeddings",
-    "cosine_min": "worst text's cosine",
+    "cosine_min": "worst cosine",
     "perplexity": "perplexity",
     "perplexity_ratio": "perplexity against dense",
     "kl_divergence": "KL divergence, nats a token",
@@ -253,7 +253,13 @@ def _drift(drift: Drift | None, reason: str | None, method: str) -> str:
         name = FIGURE_NAMES[drift.headline] if drift.headline else "no headline figure"
         slim, against = (f"{value:.3f}" if value is not None else "not measured"), "; no random control"
     won = f": {method} beats every one" if drift.beats_random else ""
-    return f"Drift on {_sample(drift)} ({plural(drift.texts, 'text')}): {name} {slim}{against}{won}."
+    return f"Drift on {_sample(drift)} ({plural(drift.texts, drift.noun)}): {name} {slim}{against}{won}."
+
+
+def sample_size(drift: Drift) -> str:
+    """125 texts, 3,104 tokens; or 64 images."""
+    tokens = "" if drift.tokens is None else f", {whole(drift.tokens)} tokens"
+    return plural(drift.texts, drift.noun) + tokens
 
 
 def _sample(drift: Drift) -> str:

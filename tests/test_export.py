@@ -19,9 +19,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from slimheads.attention import find_sites
 from slimheads.errors import ModelRefusedError
 from slimheads.export import FILES, KvAxes, export, file_name, greedy_options
+from slimheads.inputs import has_length, make_inputs
 from slimheads.parity import cases, compare_all, onnx_form, onnx_greedy, torch_form
 from slimheads.selection import Plan
-from slimheads.sessions import KV_SHAPES_KEY, open_session, read_interface
+from slimheads.sessions import KV_SHAPES_KEY, inputs_for, open_session, read_interface
 from slimheads.surgery import prune
 
 
@@ -81,6 +82,21 @@ def test_the_exported_model_is_left_as_it_was_and_nothing_else_is_written(
     assert generation is None or model.generation_config.to_dict() == generation
     assert model.forward == forward and model.__dict__.keys() == attributes and not model.training
     assert [p.requires_grad for p in model.parameters()] == trained
+
+
+def test_the_file_says_what_size_of_images_or_sound_to_feed_it_in_every_precision(
+    wordless_type: str, slim: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    model = slim(wordless_type)
+    for graph in export(model, tmp_path, task="feature-extraction", precisions=("fp32", "fp16", "int8")):
+        session = open_session(graph.path)
+        assert read_interface(graph.path).has_length == has_length(model.config)
+        for batch, length in ((1, 1), (2, 9)):
+            wanted = make_inputs(model.config, batch, length, np.random.default_rng(0))
+            for source in (graph.path, session):
+                made = inputs_for(source, batch, length)
+                assert {name: array.shape for name, array in made.items()} == {n: a.shape for n, a in wanted.items()}
+            session.run(None, made)
 
 
 @pytest.mark.parametrize("kv_axes", ["symbolic", "static"])

@@ -50,7 +50,17 @@ def llama(batch: int, length: int, counts: list[int]) -> int:
     return total
 
 
-FORMULAS = {"bert": bert, "gpt2": gpt2, "llama": llama}
+def vit(batch: int, length: int, counts: list[int]) -> int:
+    """Images of 30x30 in patches of 6x6 make 26 tokens, whatever length is asked for."""
+    patches, pixels = 25, 3 * 6 * 6
+    total = 2 * batch * patches * pixels * HIDDEN + 2 * batch * HIDDEN * HIDDEN  # the pooler sees one token
+    for heads in counts:
+        total += 4 * 2 * batch * 26 * HIDDEN * heads * DIM + attention(batch, 26, heads, DIM)
+        total += 2 * 2 * batch * 26 * HIDDEN * INNER
+    return total
+
+
+FORMULAS = {"bert": bert, "gpt2": gpt2, "llama": llama, "vit": vit}
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])

@@ -301,6 +301,30 @@ def test_side_files_travel_and_other_exports_do_not(tiny: Tiny, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    "model_type,architecture,task",
+    [
+        ("vit", "ViTForImageClassification", "image-classification"),
+        ("vit", "ViTForMaskedImageModeling", "feature-extraction"),
+        ("deit", "DeiTForImageClassificationWithTeacher", "image-classification"),
+        ("audio-spectrogram-transformer", "ASTForAudioClassification", "audio-classification"),
+        ("wav2vec2", "Wav2Vec2ForSequenceClassification", "audio-classification"),
+        ("wav2vec2", "Wav2Vec2ForCTC", "automatic-speech-recognition"),
+        ("hubert", "HubertModel", "feature-extraction"),
+    ],
+)
+def test_task_auto_of_images_and_sound_is_that_of_the_class_that_is_loaded(
+    tiny: Tiny, tmp_path: Path, model_type: str, architecture: str, task: str
+) -> None:
+    """Classes named alike serve other tasks: Wav2Vec2ForSequenceClassification classifies no text."""
+    config = tiny(model_type).config
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    found = find(str(tmp_path))
+    assert found.task == task
+    assert found.architecture == (architecture if task != "feature-extraction" else type(tiny(model_type)).__name__)
+
+
+@pytest.mark.parametrize(
     "architecture,task",
     [
         ("BertModel", "feature-extraction"),

@@ -80,7 +80,7 @@ def test_the_contracts_defaults(written: Any) -> None:
         },
         "recover": {"method": "none"},
         "export": {"precisions": ["fp32"], "kv_axes": "symbolic"},
-        "verify": {"atol": 1e-4, "rtol": 1e-4, "text": None},
+        "verify": {"atol": 1e-4, "rtol": 1e-4, "text": None, "inputs": None},
         "bench": {
             "providers": ["cpu"],
             "threads": 2,
@@ -286,17 +286,24 @@ def test_where_is_no_part_of_the_value(written: Any) -> None:
     assert one != Recipe(model="n")
 
 
-def test_the_text_file_is_beside_the_recipe(written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", ["text", "inputs"])
+def test_the_file_of_a_sample_is_beside_the_recipe(
+    written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    path = written("model: ./m\nverify: {text: sample.txt}\n")
+    path = written(f"model: ./m\nverify: {{{key}: sample}}\n")
     recipe = Recipe.read(Path("../r.yaml"))
-    assert Path(str(recipe.verify.text)).resolve() == tmp_path / "sample.txt"
-    assert Path(str(recipe.verify.text)).is_absolute()
+
+    def given(read: Recipe) -> str:
+        return str(getattr(read.verify, key))
+
+    assert Path(given(recipe)).resolve() == tmp_path / "sample"
+    assert Path(given(recipe)).is_absolute()
     assert recipe.model == "./m"
-    assert Recipe.read(path, ["verify.text=mine.txt"]).verify.text == str(elsewhere / "mine.txt")
-    assert Recipe.read(path, ["verify.text=/a/b.txt"]).verify.text == "/a/b.txt"
+    assert given(Recipe.read(path, [f"verify.{key}=mine"])) == str(elsewhere / "mine")
+    assert given(Recipe.read(path, [f"verify.{key}=/a/b"])) == "/a/b"
 
 
 def test_python_callers_may_write_lists_but_not_nonsense() -> None:

@@ -189,6 +189,7 @@ def make_model(total: int = 72, removed: int = 18, **more: Any) -> dict[str, Any
         "unit": "head",
         "dense": {"parameters": 22_713_216, "bytes": 90_387_606, "flops": 2_793_406_464},
         "slim": {"parameters": 21_826_752, "bytes": 86_846_112, "flops": 2_429_000_000},
+        "inputs": "text",
         "flops_shape": [1, 128],
         "heads": {"total": total, "kept": total - removed, "removed": removed},
         "reload": "stock",

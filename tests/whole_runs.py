@@ -19,7 +19,14 @@ from unittest import mock
 
 from tiny import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    ASTFeatureExtractor,
+    PreTrainedTokenizerFast,
+    ViTImageProcessor,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Processor,
+)
 
 from slimheads import cli
 from slimheads.bench import Interval, Latency, Timing
@@ -29,14 +36,36 @@ WORDS = ("[PAD]", "[UNK]", "the", "a", "of", "to", "and", "in", "is", "that", "i
 BERT_SITES = tuple(f"encoder.layer.{layer}.attention" for layer in range(3))
 STAGES = tuple(name for name in STAGE_NAMES if name != "report")
 
+CLASSIFIERS = {
+    "vit": "image-classification",
+    "wav2vec2": "automatic-speech-recognition",
+    "audio-spectrogram-transformer": "audio-classification",
+}
 _home = tempfile.TemporaryDirectory(prefix="slimheads-tests-")
+
+
+def _preparer(model_type: str) -> Any:
+    """What makes a model's inputs of images or sound."""
+    if model_type == "vit":
+        return ViTImageProcessor(size={"height": 30, "width": 30})
+    if model_type == "audio-spectrogram-transformer":
+        return ASTFeatureExtractor(num_mel_bins=24, max_length=40)
+    letters = Path(_home.name, "letters.json")
+    letters.write_text(json.dumps({letter: number for number, letter in enumerate(["<pad>", "<unk>", "|", *"etaoin"])}))
+    return Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), Wav2Vec2CTCTokenizer(str(letters)))
 
 
 @functools.cache
 def checkpoint(model_type: str = "bert") -> Path:
-    """The folder of a small random model with a word-level tokenizer. Not to be changed: copy it."""
+    """The folder of a small random model with a word-level tokenizer, or with what prepares images or sound.
+
+    Not to be changed: copy it.
+    """
     folder = Path(_home.name, f"tiny-{model_type}")
-    tiny_model(model_type).save_pretrained(folder)
+    tiny_model(model_type, task=CLASSIFIERS.get(model_type)).save_pretrained(folder)
+    if model_type in CLASSIFIERS:
+        _preparer(model_type).save_pretrained(folder)
+        return folder
     words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)

@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
-from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForFeatureExtraction
+import transformers
+from optimum.onnxruntime import (
+    ORTModelForAudioClassification,
+    ORTModelForCausalLM,
+    ORTModelForCTC,
+    ORTModelForFeatureExtraction,
+    ORTModelForImageClassification,
+)
 from shipped import Shipped, ship
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from slimheads.checkpoint import TASKS
+from slimheads.family import families
+from slimheads.inputs import make_inputs, to_torch
 from slimheads.selection import Plan
 
 TEXTS = ["Close the file.", "A mapping of names to values that keeps the order of insertion.", "Ünïcode — and 数字 42"]
@@ -42,6 +54,39 @@ def test_an_encoder_of_every_type_gives_torchs_hidden_states(
         expected = made.slim(input_ids=ids, attention_mask=mask).last_hidden_state
     found = torch.as_tensor(client(input_ids=ids, attention_mask=mask).last_hidden_state)
     assert (found - expected)[mask.bool()].abs().max() <= 1e-4
+
+
+CLIENTS = {
+    "feature-extraction": ORTModelForFeatureExtraction,
+    "image-classification": ORTModelForImageClassification,
+    "audio-classification": ORTModelForAudioClassification,
+    "automatic-speech-recognition": ORTModelForCTC,
+}
+
+
+@pytest.mark.parametrize(
+    "model_type,task",
+    [
+        (model_type, task)
+        for family in families().values()
+        for model_type in family.model_types
+        for task in CLIENTS
+        if family.inputs in ("image", "waveform", "spectrogram")
+        and type(AutoConfig.for_model(model_type)) in getattr(transformers, TASKS[task])._model_mapping
+    ],
+)
+def test_every_model_of_images_or_sound_gives_torchs_outputs(
+    model_type: str, task: str, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
+) -> None:
+    dense = tiny(model_type, task=task)
+    made = ship(dense, ragged(dense), tmp_path, task=task)
+    client = CLIENTS[task].from_pretrained(made.folder)
+    for batch in (1, 3):
+        feed = to_torch(make_inputs(dense.config, batch, 9, np.random.default_rng(batch)), made.slim)
+        with torch.no_grad():
+            expected = made.slim(**feed)[0]
+        found = torch.as_tensor(client(**feed)[0])
+        assert found.shape == expected.shape and (found - expected).abs().max() <= 1e-4
 
 
 def test_a_decoder_generates_torchs_tokens_with_its_cache(
