@@ -133,13 +133,13 @@ def bench(
             hint="give a positive time and at least one pair",
         )
     shapes = tuple(tuple(shape) for shape in shapes)
-    if not read_interface(dense).has_length:
-        shapes = without_length(shapes)
     ratios = {shape: dense_flops / slim_flops for shape, (dense_flops, slim_flops) in (flops or {}).items()}
     row = partial(Latency, provider=provider, threads=threads, precision=precision)
     pair = _Pair(Path(dense), Path(slim), provider, threads, seed)
     try:
         require_provider(provider)
+        if not read_interface(dense).has_length:
+            shapes = without_length(shapes)
         series = _measure(pair, shapes, min_seconds, min_pairs, on_progress or (lambda line: None))
     except EnvironmentLackError as error:
         if on_missing == "fail":
