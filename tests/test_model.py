@@ -166,11 +166,11 @@ CLASSES = torch.tensor([0, 1, 0, 1])
 LABELS: Mapping[str, Callable[[Any], dict[str, torch.Tensor]]] = {  # what each head can learn from four inputs
     "text-generation": lambda feed: {"labels": feed["input_ids"]},
     "text2text-generation": lambda feed: {"labels": feed["decoder_input_ids"]},
-    "automatic-speech-recognition": lambda feed: {"labels": feed["decoder_input_ids"]},
-    "fill-mask": lambda feed: {"labels": feed["input_ids"]},
-    "question-answering": lambda feed: {"start_positions": CLASSES, "end_positions": CLASSES + 5},
     "image-classification": lambda feed: {"labels": CLASSES},
     "audio-classification": lambda feed: {"labels": CLASSES},
+    "fill-mask": lambda feed: {"labels": feed["input_ids"]},
+    "question-answering": lambda feed: {"start_positions": CLASSES, "end_positions": CLASSES + 5},
+    "automatic-speech-recognition": lambda feed: {"labels": feed["decoder_input_ids"]},  # Whisper's
 }
 
 
