@@ -222,7 +222,7 @@ def _verify(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
         job.slim(),
         job.plan(),
         job.records["export"].path / "slim",
-        job.onnx("dense", "fp32"),
+        job.records["export"].path / "dense" / "onnx",
         task=job.source.task,
         precisions=job.recipe.export.precisions,
         atol=job.recipe.verify.atol,
