@@ -23,6 +23,7 @@ Task = Literal[
     "question-answering",
     "image-classification",
     "zero-shot-image-classification",
+    "object-detection",
     "audio-classification",
     "automatic-speech-recognition",
 ]

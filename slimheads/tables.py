@@ -29,6 +29,7 @@ LOADERS = {
         "AutoModelForZeroShotImageClassification",
         "ORTModelForZeroShotImageClassification",
     ),
+    "object-detection": ("AutoModelForObjectDetection", "ORTModelForCustomTasks"),
     "audio-classification": ("AutoModelForAudioClassification", "ORTModelForAudioClassification"),
     "automatic-speech-recognition": ("AutoModelForCTC", "ORTModelForCTC"),
 }

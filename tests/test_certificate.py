@@ -31,6 +31,7 @@ from slimheads.surgery import prune
 HEADS = (
     *(("bert", task) for task in ("fill-mask", "text-classification", "token-classification", "question-answering")),
     ("vit", "image-classification"),
+    ("yolos", "object-detection"),
     ("audio-spectrogram-transformer", "audio-classification"),
     ("wav2vec2", "audio-classification"),
     ("wav2vec2", "automatic-speech-recognition"),

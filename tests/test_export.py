@@ -99,6 +99,22 @@ def test_the_file_says_what_size_of_images_or_sound_to_feed_it_in_every_precisio
             session.run(None, made)
 
 
+@pytest.mark.parametrize("model_type", ["dinov2", "yolos"])
+def test_models_that_take_images_of_any_size_still_do_as_a_file(
+    model_type: str, slim: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    """Their processors make images of other sizes than the configuration names: they move positions to fit."""
+    model = slim(model_type)
+    export(model, tmp_path, task="feature-extraction")
+    session = open_session(tmp_path / "model.onnx")
+    for height, width in ((30, 30), (24, 48), (60, 54)):
+        images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(height))
+        with torch.no_grad():
+            expected = model(images).last_hidden_state.numpy()
+        (found,) = session.run(["last_hidden_state"], {"pixel_values": images.numpy()})
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kv_axes", ["symbolic", "static"])
 def test_a_decoders_file_says_the_true_shape_of_every_layers_cache(
     decoder_type: str, kv_axes: KvAxes, slim: Callable[..., PreTrainedModel], tmp_path: Path

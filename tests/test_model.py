@@ -163,10 +163,12 @@ def test_a_sharded_slim_checkpoint_loads(tiny: Tiny, ragged: Ragged, tmp_path: P
 
 
 CLASSES = torch.tensor([0, 1, 0, 1])
+BOX = torch.tensor([[0.5, 0.5, 0.4, 0.2]])
 LABELS: Mapping[str, Callable[[Any], dict[str, torch.Tensor]]] = {  # what each head can learn from four inputs
     "text-generation": lambda feed: {"labels": feed["input_ids"]},
     "text2text-generation": lambda feed: {"labels": feed["decoder_input_ids"]},
     "image-classification": lambda feed: {"labels": CLASSES},
+    "object-detection": lambda feed: {"labels": [{"class_labels": c[None], "boxes": BOX} for c in CLASSES]},
     "audio-classification": lambda feed: {"labels": CLASSES},
     "fill-mask": lambda feed: {"labels": feed["input_ids"]},
     "question-answering": lambda feed: {"start_positions": CLASSES, "end_positions": CLASSES + 5},
@@ -306,6 +308,7 @@ def test_side_files_travel_and_other_exports_do_not(tiny: Tiny, tmp_path: Path) 
         ("vit", "ViTForImageClassification", "image-classification"),
         ("vit", "ViTForMaskedImageModeling", "feature-extraction"),
         ("deit", "DeiTForImageClassificationWithTeacher", "image-classification"),
+        ("yolos", "YolosForObjectDetection", "object-detection"),
         ("audio-spectrogram-transformer", "ASTForAudioClassification", "audio-classification"),
         ("wav2vec2", "Wav2Vec2ForSequenceClassification", "audio-classification"),
         ("wav2vec2", "Wav2Vec2ForCTC", "automatic-speech-recognition"),

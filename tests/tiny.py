@@ -169,6 +169,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deit": _IMAGE | {"architectures": []},  # transformers looks there which of two classifiers to build
     "dinov2": _IMAGE | {"mlp_ratio": 2},
     "vit_msn": _IMAGE,
+    "yolos": _IMAGE | {"image_size": [30, 42], "num_detection_tokens": 5},
     "audio-spectrogram-transformer": {
         "hidden_size": 32,
         "num_hidden_layers": 3,
@@ -202,7 +203,7 @@ ENCODERS = {
     *("megatron-bert", "mobilebert", "modernbert", "mpnet", "rembert", "roberta", "roformer", "splinter"),
     "xlm-roberta",
 }
-VISION = {"beit", "data2vec-vision", "deit", "dinov2", "donut-swin", "swin", "vit", "vit_msn"}
+VISION = {"beit", "data2vec-vision", "deit", "dinov2", "donut-swin", "swin", "vit", "vit_msn", "yolos"}
 AUDIO = {"audio-spectrogram-transformer", "data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"}
 SEQ2SEQ = {
     *("bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "whisper"),

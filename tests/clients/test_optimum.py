@@ -13,6 +13,7 @@ from optimum.onnxruntime import (
     ORTModelForAudioClassification,
     ORTModelForCausalLM,
     ORTModelForCTC,
+    ORTModelForCustomTasks,
     ORTModelForFeatureExtraction,
     ORTModelForImageClassification,
 )
@@ -59,6 +60,7 @@ def test_an_encoder_of_every_type_gives_torchs_hidden_states(
 CLIENTS = {
     "feature-extraction": ORTModelForFeatureExtraction,
     "image-classification": ORTModelForImageClassification,
+    "object-detection": ORTModelForCustomTasks,
     "audio-classification": ORTModelForAudioClassification,
     "automatic-speech-recognition": ORTModelForCTC,
 }
