@@ -210,7 +210,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     with torch.no_grad():
         outputs = model.eval()(**load_file(folder / "in.safetensors")).items()
-    save_file({k: v for k, v in outputs if isinstance(v, torch.Tensor)}, folder / "out.safetensors")
+    save_file({k: v.clone() for k, v in outputs if isinstance(v, torch.Tensor)}, folder / "out.safetensors")
 assert not any(name.startswith("slimheads") for name in sys.modules)
 """
 

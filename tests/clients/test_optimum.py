@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from optimum.exporters.tasks import TasksManager
 from optimum.onnxruntime import (
     ORTModelForAudioClassification,
     ORTModelForCausalLM,
@@ -73,6 +74,7 @@ CLIENTS = {
         for model_type in sorted(VISION | AUDIO)
         for task in CLIENTS
         if type(AutoConfig.for_model(model_type)) in getattr(transformers, TASKS[task])._model_mapping
+        and task in TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
     ],
 )
 def test_every_model_of_images_or_sound_gives_torchs_outputs(
