@@ -74,6 +74,8 @@ _SEQ2SEQ: dict[str, Any] = {  # head_dim 6 in the encoder, 4 in the decoder
     "eos_token_id": 2,
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
+    "scale_embedding": True,
+    "tie_word_embeddings": False,  # a small random model that reads what it writes says one word only
 }
 _T5: dict[str, Any] = {
     "d_model": 32,
@@ -187,16 +189,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "data2vec-audio": _WAVEFORM,
     "unispeech": _WAVEFORM,
     "unispeech-sat": _WAVEFORM,
-    "bart": _SEQ2SEQ,
+    "bart": _SEQ2SEQ | {"tie_word_embeddings": True},
     "blenderbot": _SEQ2SEQ,
     "blenderbot-small": _SEQ2SEQ,
-    "m2m_100": _SEQ2SEQ,
+    "m2m_100": _SEQ2SEQ | {"tie_word_embeddings": True},  # transformers saves and loads it no other way
     "marian": _SEQ2SEQ | {"decoder_vocab_size": 120},
-    "mbart": _SEQ2SEQ,
+    "mbart": _SEQ2SEQ | {"tie_word_embeddings": True},
     "mt5": _T5 | {"initializer_factor": 0.3},  # its vocabulary's matrix starts far larger than T5's
     "pegasus": _SEQ2SEQ,
     "t5": _T5,
-    "whisper": _SEQ2SEQ | {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 140},
+    "whisper": _SEQ2SEQ
+    | {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 140, "init_std": 0.2},
 }
 ENCODERS = {
     *("albert", "bert", "camembert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra"),
