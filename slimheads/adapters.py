@@ -39,7 +39,7 @@ class _PicksPositionBias(torch.nn.Module):
 
 
 def pass_position_bias_on(model: torch.nn.Module, blocks: Blocks) -> None:
-    """For T5, whose first layer makes the biases of all heads: each layer takes those of its heads, and hands on all."""
+    """For T5, whose first layer makes the biases of all heads: each layer takes those of its own, and hands on all."""
     for site, kept in blocks:
         module = _attention(model, site)
         _compose_kept_heads(module, site.kept_heads(kept))

@@ -27,7 +27,7 @@ from slimheads.sessions import ORT_ERRORS, Array, Interface, inputs_for, open_se
 from slimheads.wording import shape_text
 
 Verdict = Literal["faster", "slower", "no difference shown", "inconclusive", "not measured"]
-Shape = tuple[int, ...]  # (batch, length) or (batch, length, past), or (batch,) where inputs have no length
+Shape = tuple[int, ...]  # (batch, length), (batch, length, past), (batch, length, past, encoder's positions), (batch,)
 Floats = NDArray[np.float64]
 
 SETS = 10  # session sets before a measurement is judged; at most EXTENSION times as many where it is prolonged
@@ -72,6 +72,7 @@ class Latency(BaseModel):
     model_config = ConfigDict(frozen=True)
     provider: str
     threads: int
+    graph: str | None = None  # which file's, where a model is more than one: "encoder_model"
     precision: str
     shape: tuple[int, ...]
     dense: Timing | None = None
@@ -96,6 +97,7 @@ def bench(
     provider: str = "cpu",
     threads: int = 2,
     precision: str = "fp32",
+    graph: str | None = None,
     min_seconds: float = 3.0,
     min_pairs: int = 30,
     flops: Mapping[Shape, tuple[float, float]] | None = None,
@@ -108,10 +110,11 @@ def bench(
     Args:
         dense: the file to compare against; it is measured twice, the second time as the control.
         slim: the file in question.
-        shapes: (batch, length) or (batch, length, past) of each measurement; (batch,) where inputs have no length.
+        shapes: (batch, length), (batch, length, past) or, for the decoder behind an encoder, (batch, length, past,
+            encoder's positions) of each measurement; (batch,) where inputs have no length.
         provider: `cpu` or `cuda`.
         threads: threads within an operator.
-        precision: a label for the report.
+        precision, graph: labels for the report.
         min_seconds: least time in timed runs, a shape; up to three times as much where the control asks for it.
         min_pairs: least number of rounds, a shape.
         flops: floating-point operations of (dense, slim) by shape, where they are known.
@@ -134,7 +137,7 @@ def bench(
         )
     shapes = tuple(tuple(shape) for shape in shapes)
     ratios = {shape: dense_flops / slim_flops for shape, (dense_flops, slim_flops) in (flops or {}).items()}
-    row = partial(Latency, provider=provider, threads=threads, precision=precision)
+    row = partial(Latency, provider=provider, threads=threads, precision=precision, graph=graph)
     pair = _Pair(Path(dense), Path(slim), provider, threads, seed)
     try:
         require_provider(provider)
@@ -308,12 +311,12 @@ def _measure(
 
 
 def _feed(interface: Interface, shape: Shape, seed: int) -> dict[str, Array]:
-    if len(shape) not in ((2, 3) if interface.has_length else (1,)):
+    if len(shape) not in ((2, 3, 4) if interface.has_length else (1,)):
         raise UsageError(
             f"{list(shape)} is not a shape", where="shapes", hint="give [batch, length] or [batch, length, past]"
         )
     batch, length, past = (*shape, *(1, 0)[len(shape) - 1 :])[:3]
-    return inputs_for(interface, batch, length, past, seed)
+    return inputs_for(interface, batch, length, past, seed, encoder_length=shape[3] if len(shape) > 3 else None)
 
 
 Clock = Callable[[], int]

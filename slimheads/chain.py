@@ -1,4 +1,4 @@
-"""What the certificate's links hold against each other: a model that ships as one file, or as an encoder-decoder's four."""
+"""What the certificate's links hold against each other: a model in one file, or an encoder-decoder in four."""
 
 from __future__ import annotations
 
@@ -204,14 +204,14 @@ class _FourFiles:
     def _structure(self, part: str, sites: tuple[Site, ...], further: Sequence[Precision]) -> Structure:
         names = {site.name for site in sites}
         plan = Plan(tuple(site for site in self._shipped.plan.sites if site.site in names))
-        files = [folder / file_name(part, "fp32") for folder in (self._shipped.dense_onnx, self._shipped.onnx)]
+        before, after = (folder / file_name(part, "fp32") for folder in (self._shipped.dense_onnx, self._shipped.onnx))
 
         def faults() -> Iterator[str]:
-            yield from graph_faults(*files, sites, plan, cached=part == NEXT_DECODER)
+            yield from graph_faults(before, after, sites, plan, cached=part == NEXT_DECODER)
             for precision in further:
                 yield from fused_faults(self._shipped.onnx / file_name(part, precision), sites, plan)
 
-        return Structure(files[1], sum(len(site.projections) for site in sites), faults)
+        return Structure(after, sum(len(site.projections) for site in sites), faults)
 
     def _merged(self, further: Sequence[Precision]) -> Structure:
         def faults() -> Iterator[str]:

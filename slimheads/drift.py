@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -17,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimheads.errors import UsageError
 from slimheads.pooling import Pooling
+from slimheads.texts import TextBatch, answered, text_batches
 
 # Where pruning is entered and left: a fresh context manager a call, within which the dense model is a pruned one.
 Pruned = Callable[[], AbstractContextManager[object]]
@@ -55,7 +54,7 @@ class Drift(BaseModel):
     tokens: int | None  # null where there are none
     slim: Figures | None
     perplexity_dense: float | None = None
-    headline: str | None  # the Figures field the verdict rests on: "cosine" or "perplexity_ratio"
+    headline: str | None  # the Figures field the verdict rests on: "cosine", "perplexity_ratio" or "kl_divergence"
     random_control: RandomControl | None
     beats_random: bool | None  # on the headline figure, against every seed; null where nothing was removed
     reason: str | None = None  # why there are no figures
@@ -79,6 +78,8 @@ def measure_drift(
     Encoders: the cosine of L2-normalised text embeddings (`pooling` of the base model's last hidden state).
     Decoders (`task` is "text-generation"): perplexity, KL divergence and top-1 agreement over every token but a text's
     first. A decoder's perplexity is exp of the mean negative log-likelihood a token, in nats.
+    Encoder-decoders ("text2text-generation"): KL divergence and top-1 agreement over every token of the answers that
+    the dense model gives to the texts (greedily, 32 tokens at most), all models reading the same answers.
 
     Args:
         dense, slim: models in eval mode on one device.
@@ -95,17 +96,20 @@ def measure_drift(
     """
     if tokenizer is None:
         return _no_figures(sample_name, "the model folder has no tokenizer, so no text could be put through it")
-    decoder = task == "text-generation"
-    outputs = _logits if decoder else _embedder(pooling)
-    if decoder:
+    measures: dict[str, tuple[type[_DecoderTally | _AnswerTally], Any]] = {
+        "text-generation": (_DecoderTally, _logits),
+        "text2text-generation": (_AnswerTally, _answer_logits),
+    }
+    tally, outputs = measures.get(task, (_EncoderTally, _embedder(pooling)))
+    if task in measures:
         vocabulary = dense.get_output_embeddings().weight.shape[0]
         batch_size = max(1, min(batch_size, LOGITS_BUDGET // (4 * vocabulary * max_length)))
-    tally = _DecoderTally if decoder else _EncoderTally
     tallies = _Tallies(dense, slim, controls, outputs, tally(), [tally() for _ in controls])
     tokens = 0
-    for batch in _batches(dense, tokenizer, texts, max_length, batch_size):
-        tokens += sum(batch.lengths) - (len(batch.lengths) if decoder else 0)
-        tallies.add(batch)
+    for batch in text_batches(dense, tokenizer, texts, max_length, batch_size):
+        fed = answered(dense, batch) if task == "text2text-generation" else batch
+        tokens += sum(fed.lengths) - (len(fed.lengths) if task == "text-generation" else 0)
+        tallies.add(fed)
     if not tokens:
         return _no_figures(sample_name, "no text has a token to score")
     return tallies.summary(sample_name, len(texts)).model_copy(update={"tokens": tokens})
@@ -143,75 +147,24 @@ def drift_on_inputs(
     return tallies.summary(sample_name, count).model_copy(update={"noun": noun})
 
 
-def read_texts(path: Path | None) -> tuple[str, ...]:
-    """The sample to measure on: one text a line, blank lines skipped; `path` None is the built-in sample.
-
-    Raises:
-        UsageError: the file is missing, unreadable, not UTF-8, or has no text.
-    """
-    if path is None:
-        data, where = (files("slimheads") / "samples" / "text.txt").read_bytes(), "samples/text.txt"
-    else:
-        where = str(path)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            hint = "name a UTF-8 text file with one text a line"
-            raise UsageError(f"the texts cannot be read ({error.strerror})", where=where, hint=hint) from error
-    try:
-        lines = data.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError("the texts are not UTF-8", where=f"{where}:{line}", hint="save the file as UTF-8") from error
-    texts = tuple(text for line in lines if (text := line.strip()))
-    if not texts:
-        raise UsageError("the file has no text", where=where, hint="write one text a line")
-    return texts
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Right-padded texts: `input_ids` and `attention_mask` [texts, longest], `lengths` without the padding."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    lengths: list[int]
-
-
-def _batches(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, size: int
-) -> Iterator[_Batch]:
-    """Texts of like length together. Padded here and not by the tokenizer, which may have no pad token, or pad left."""
-    limit = min(max_length, tokenizer.model_max_length, _positions(model))
-    encoded: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
-    rows = sorted((row for row in encoded if row), key=len)
-    candidates = (tokenizer.pad_token_id, getattr(model.config, "pad_token_id", None), tokenizer.eos_token_id)
-    known = range(model.get_input_embeddings().weight.shape[0])
-    pad = next((token for token in candidates if token in known), 0)
-    for start in range(0, len(rows), size):
-        chosen = rows[start : start + size]
-        lengths = [len(row) for row in chosen]
-        width = max(lengths)
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in chosen], device=model.device)
-        mask = torch.tensor([[1] * length + [0] * (width - length) for length in lengths], device=model.device)
-        yield _Batch(ids, mask, lengths)
-
-
-def _positions(model: PreTrainedModel) -> int:
-    """The longest text the position table holds; RoBERTa's kind starts counting after the padding index."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(module.num_embeddings - module.padding_idx - 1)
-    return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
-
-
-def _logits(model: PreTrainedModel, batch: _Batch) -> torch.Tensor:
+def _logits(model: PreTrainedModel, batch: TextBatch) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     return logits
 
 
-def _embedder(pooling: Pooling) -> Callable[[PreTrainedModel, _Batch], torch.Tensor]:
-    def embed(model: PreTrainedModel, batch: _Batch) -> torch.Tensor:
+def _answer_logits(model: PreTrainedModel, batch: TextBatch) -> torch.Tensor:
+    assert batch.answer is not None
+    logits: torch.Tensor = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        decoder_input_ids=batch.answer[:, :-1],
+        use_cache=False,
+    ).logits
+    return logits
+
+
+def _embedder(pooling: Pooling) -> Callable[[PreTrainedModel, TextBatch], torch.Tensor]:
+    def embed(model: PreTrainedModel, batch: TextBatch) -> torch.Tensor:
         states = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         states = states.float()
         mask = batch.attention_mask[:, :, None].float()
@@ -234,7 +187,7 @@ class _Tally(Protocol):
 
     headline: ClassVar[str]  # the Figures field that the verdict rests on
 
-    def add(self, dense: torch.Tensor, pruned: torch.Tensor, batch: _Batch) -> None: ...
+    def add(self, dense: torch.Tensor, pruned: torch.Tensor, batch: TextBatch) -> None: ...
     def figures(self) -> Figures: ...
     def dense_perplexity(self) -> float | None: ...
 
@@ -244,7 +197,7 @@ class _EncoderTally:
     headline: ClassVar[str] = "cosine"
     cosines: list[float] = field(default_factory=list)
 
-    def add(self, dense: torch.Tensor, pruned: torch.Tensor, batch: _Batch) -> None:
+    def add(self, dense: torch.Tensor, pruned: torch.Tensor, batch: TextBatch) -> None:
         """From unit embeddings [texts, width]."""
         self.cosines += (dense.double() * pruned.double()).sum(-1).tolist()
 
@@ -258,38 +211,57 @@ class _EncoderTally:
 
 
 @dataclass
-class _DecoderTally:
-    headline: ClassVar[str] = "perplexity_ratio"
+class _AnswerTally:
+    headline: ClassVar[str] = "kl_divergence"
     tokens: int = 0
-    dense_nats: float = 0.0
-    pruned_nats: float = 0.0
     divergence: float = 0.0
     agreed: int = 0
 
-    def add(self, dense: torch.Tensor, pruned: torch.Tensor, batch: _Batch) -> None:
+    def add(self, dense: torch.Tensor, pruned: torch.Tensor, batch: TextBatch) -> None:
         """From logits [texts, longest, vocabulary]; a text at a time, so that the log-softmaxes stay small."""
         for row, length in enumerate(batch.lengths):
-            targets = batch.input_ids[row, 1:length, None]
-            reference = dense[row, : length - 1].float().log_softmax(-1)
-            found = pruned[row, : length - 1].float().log_softmax(-1)
-            self.tokens += length - 1
-            self.dense_nats -= reference.gather(-1, targets).double().sum().item()
-            self.pruned_nats -= found.gather(-1, targets).double().sum().item()
-            # A token the dense model rules out (-inf) adds nothing, whatever the pruned model says.
-            terms = torch.where(reference.isneginf(), 0.0, reference.exp() * (reference - found))
-            self.divergence += terms.sum(-1).double().sum().item()
-            self.agreed += int((reference.argmax(-1) == found.argmax(-1)).sum())
+            self._compare(*(logits[row, :length].float().log_softmax(-1) for logits in (dense, pruned)))
+
+    def _compare(self, reference: torch.Tensor, found: torch.Tensor) -> None:
+        """From log-probabilities [tokens, vocabulary]."""
+        self.tokens += len(reference)
+        # A token the dense model rules out (-inf) adds nothing, whatever the pruned model says.
+        terms = torch.where(reference.isneginf(), 0.0, reference.exp() * (reference - found))
+        self.divergence += terms.sum(-1).double().sum().item()
+        self.agreed += int((reference.argmax(-1) == found.argmax(-1)).sum())
 
     def figures(self) -> Figures:
         divergence = self.divergence / self.tokens
         return Figures(
-            perplexity=_exp(self.pruned_nats / self.tokens),
-            perplexity_ratio=_exp((self.pruned_nats - self.dense_nats) / self.tokens),
             kl_divergence=max(0.0, divergence) if math.isfinite(divergence) else divergence,  # rounding dips below 0
             top1_agreement=math.nan
             if math.isnan(divergence)
             else self.agreed / self.tokens,  # argmax of NaN is no token
         )
+
+    def dense_perplexity(self) -> float | None:
+        return None
+
+
+@dataclass
+class _DecoderTally(_AnswerTally):
+    headline: ClassVar[str] = "perplexity_ratio"
+    dense_nats: float = 0.0
+    pruned_nats: float = 0.0
+
+    def add(self, dense: torch.Tensor, pruned: torch.Tensor, batch: TextBatch) -> None:
+        for row, length in enumerate(batch.lengths):
+            targets = batch.input_ids[row, 1:length, None]
+            reference = dense[row, : length - 1].float().log_softmax(-1)
+            found = pruned[row, : length - 1].float().log_softmax(-1)
+            self._compare(reference, found)
+            self.dense_nats -= reference.gather(-1, targets).double().sum().item()
+            self.pruned_nats -= found.gather(-1, targets).double().sum().item()
+
+    def figures(self) -> Figures:
+        perplexity = _exp(self.pruned_nats / self.tokens)
+        ratio = _exp((self.pruned_nats - self.dense_nats) / self.tokens)
+        return super().figures().model_copy(update={"perplexity": perplexity, "perplexity_ratio": ratio})
 
     def dense_perplexity(self) -> float:
         return _exp(self.dense_nats / self.tokens)

@@ -161,7 +161,7 @@ class Gates(_Section):
         None, description="decoders: slim / dense perplexity, at most this"
     )
     min_top1_agreement: Share | None = Field(
-        None, description="decoders: share of tokens predicted the same, at least this, up to 1"
+        None, description="models that write: share of tokens predicted the same, at least this, up to 1"
     )
 
 
@@ -285,6 +285,8 @@ def commented_recipe(
         YAML text that `Recipe.read` reads as `Recipe(model=model, task=task)`.
     """
     left_out = _ALL_BUT_DECODERS if is_decoder else _DECODERS_ONLY
+    if task == "text2text-generation":
+        left_out = _ALL_BUT_DECODERS | {"gates.max_perplexity_ratio"}
     left_out |= {"verify.inputs" if fed_texts else "verify.text"}
     lines = ["# A recipe for slimheads; run it with: slimheads run THIS-FILE"]
     lines += [f"# {_one_line(fact)}" for fact in facts]

@@ -52,7 +52,10 @@ class Verdict(_Part):
 
 
 class Size(_Part):
-    """One model: `bytes` are those of its float32 graph, `flops` those of one run at `ModelFacts.flops_shape`."""
+    """One model: `bytes` are those of its float32 graph, `flops` those of one run at `ModelFacts.flops_shape`.
+
+    Of an encoder-decoder, `bytes` are those of the two graphs that clients load, the encoder and the merged decoder.
+    """
 
     parameters: int | None
     bytes: int | None
@@ -96,6 +99,7 @@ class ModelFacts(_Part):
     reload: Reload
     reload_note: str  # one sentence: why it is that
     sentence_transformers: bool = False  # slim/ holds modules.json
+    encoder_decoder: bool = False  # ships as an encoder's graph and a decoder's
 
 
 class SiteScores(_Part):

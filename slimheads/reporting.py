@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from slimheads.bench import Latency
+from slimheads.checkpoint import read_config
 from slimheads.drift import Drift
 from slimheads.environment import Environment
 from slimheads.errors import GateError
@@ -32,6 +33,7 @@ from slimheads.stages import Job, certificate_of
 from slimheads.store import Source
 from slimheads.tables import short_name
 from slimheads.wording import shape_text
+from slimheads.workloads import loaded_graphs
 
 _REMEDIES = {
     "latency_ratio": "delete more heads, or measure on a machine that does nothing else",
@@ -132,7 +134,9 @@ def judge(
         found.append(_latency_gate(gates.latency_ratio, latency))
     if gates.size_ratio is not None:
         ratio = slim.bytes / dense.bytes if slim.bytes and dense.bytes else None
-        found.append(_at_most("size_ratio", gates.size_ratio, ratio, "slim / dense bytes of onnx/model.onnx"))
+        found.append(
+            _at_most("size_ratio", gates.size_ratio, ratio, "slim / dense bytes of the float32 ONNX that clients load")
+        )
     if gates.max_perplexity_ratio is not None:
         worst = _worst(drifts, "perplexity_ratio", max)
         found.append(_at_most("max_perplexity_ratio", gates.max_perplexity_ratio, worst, "slim / dense perplexity"))
@@ -160,7 +164,8 @@ def _latency_gate(limit: float, latency: Sequence[Latency]) -> GateResult:
     doubtful = next((row for row in measured if row.verdict in noise), None)
     worst = doubtful or min(measured, key=lambda row: row.speedup.estimate if row.speedup else 0.0)
     ratio = 1 / worst.speedup.estimate if worst.speedup else None
-    where = f"{shape_text(worst.shape)} ({worst.provider}, {worst.precision})"
+    graph = f"{worst.graph}, " if worst.graph else ""
+    where = f"{shape_text(worst.shape)} ({graph}{worst.provider}, {worst.precision})"
     met = doubtful is None and ratio is not None and ratio <= limit
     said = f"{worst.verdict} at {where}" if doubtful else f"slim / dense latency {ratio:.3f} at {where}"
     return GateResult(
@@ -209,10 +214,13 @@ def _facts(job: Job) -> ModelFacts:
     plan, loaded, pruned = job.plan(), job.result("load"), job.result("prune")
     counted = job.result("bench")["flops"] if "bench" in job.records else {}
 
+    config = read_config(job.source.folder)
+    graphs = loaded_graphs(config)
+
     def size(side: str, parameters: int) -> Size:
         return Size(
             parameters=parameters,
-            bytes=graph_bytes(job.onnx(side, "fp32")),
+            bytes=sum(graph_bytes(job.onnx(side, "fp32", graph)) for graph in graphs),
             flops=counted.get(side),
             reason=None if counted else BROKEN_PROOF,
         )
@@ -232,6 +240,7 @@ def _facts(job: Job) -> ModelFacts:
         reload=pruned["reload"],
         reload_note=pruned["reload_note"],
         sentence_transformers=pruned["sentence_transformers"],
+        encoder_decoder=config.is_encoder_decoder,
     )
 
 

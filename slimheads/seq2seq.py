@@ -1,8 +1,8 @@
 """Parity for encoder-decoders: the same inputs through torch and through the files that clients load.
 
-Cases are those of an encoder (batch {1, 4} x length {1, 8, 128}, padded left and right) with a decoder behind it: in the
-first pass it reads as many tokens as the encoder; and after seven tokens in its cache, one more. Sound has one length
-and no padding: there the decoder's length is what varies. Clients give the decoder no mask, so its tokens are not padded.
+Cases are those of an encoder (batch {1, 4} x length {1, 8, 128}, padded left and right) with a decoder behind it: it
+reads as many tokens as the encoder in its first pass; or, after seven tokens in its cache, one more. Sound has one
+length and no padding: there the decoder's length varies. Clients give the decoder no mask: its tokens are not padded.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ ENCODED = "encoder_last_hidden_state"
 
 @dataclass(frozen=True)
 class Seq2SeqCase:
-    """One input: what the encoder takes, and int64 decoder ids [batch, past + new], the first `past` through the cache."""
+    """One input: what the encoder takes, and the decoder's ids, the first `past` of them through the cache."""
 
     batch: int
     length: int
     padding: Padding
     past: int
     inputs: Mapping[str, np.ndarray]  # input_ids and attention_mask [batch, length], or input_features
-    decoder_ids: np.ndarray
+    decoder_ids: np.ndarray  # int64 [batch, past + new]
 
     def __str__(self) -> str:
         past = f", past {self.past}" if self.past else ""

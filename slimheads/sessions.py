@@ -197,7 +197,8 @@ def read_interface(source: str | Path | onnxruntime.InferenceSession) -> Interfa
     if isinstance(source, onnxruntime.InferenceSession):
         inputs = tuple(Input(i.name, _ort_dtype(i.type), tuple(i.shape)) for i in source.get_inputs())
         metadata = source.get_modelmeta().custom_metadata_map
-        return Interface("session", inputs, None, *_kv_shapes(metadata, "session"), _axes(metadata, "session"))
+        own, cross = _kv_shapes(metadata, "session")
+        return Interface("session", inputs, None, own, cross, _axes(metadata, "session"))
     try:
         model = onnx.load(str(source), load_external_data=False)
     except (OSError, DecodeError) as error:
@@ -214,7 +215,8 @@ def read_interface(source: str | Path | onnxruntime.InferenceSession) -> Interfa
     )
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     where = str(source)
-    return Interface(where, inputs, _vocabulary(model.graph), *_kv_shapes(metadata, where), _axes(metadata, where))
+    own, cross = _kv_shapes(metadata, where)
+    return Interface(where, inputs, _vocabulary(model.graph), own, cross, _axes(metadata, where))
 
 
 def _dims(value: onnx.ValueInfoProto) -> Iterator[int | str | None]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from slimheads.bench import Latency, bench
 from slimheads.certificate import Certificate, Link, SkippedLink, verify
 from slimheads.checkpoint import Source, read_config, side_files, weight_files
 from slimheads.disk import sha256_file
-from slimheads.drift import Drift, drift_on_inputs, measure_drift, read_texts
+from slimheads.drift import Drift, drift_on_inputs, measure_drift
 from slimheads.environment import environment, installed
 from slimheads.errors import EnvironmentLackError, SlimheadsError, UsageError
-from slimheads.export import FILES, export
+from slimheads.export import Precision, export, file_name
 from slimheads.gating import gated
 from slimheads.inputs import NOUNS, inputs_kind, measured_shapes, read_inputs, text_config
 from slimheads.model import load, save
@@ -39,6 +40,8 @@ from slimheads.selection import Plan, random_plan, select
 from slimheads.sessions import require_provider
 from slimheads.store import Record
 from slimheads.surgery import prune
+from slimheads.texts import read_texts
+from slimheads.workloads import workloads
 
 CONTROL_SEEDS = (1, 2, 3)
 _VERSIONED = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "scipy")
@@ -85,9 +88,13 @@ class Job:
             return self.scores()
         return self.scores().in_units({site.site: site.unit for site in self.plan().sites})
 
-    def onnx(self, side: str, precision: str) -> Path:
-        """An exported graph; `side` is "dense" or "slim"."""
-        return self.records["export"].path / side / "onnx" / FILES[precision]  # type: ignore[index]
+    def onnx(self, side: str, precision: Precision, graph: str = "model") -> Path:
+        """An exported graph; `side` is "dense" or "slim", `graph` one of an encoder-decoder's."""
+        return self.onnx_folder(side) / file_name(graph, precision)
+
+    def onnx_folder(self, side: str) -> Path:
+        """The exported graphs of one side."""
+        return self.records["export"].path / side / "onnx"
 
     def _model(self, side: str, folder: Path) -> PreTrainedModel:
         if side not in self._models:
@@ -222,7 +229,7 @@ def _verify(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
         job.slim(),
         job.plan(),
         job.records["export"].path / "slim",
-        job.records["export"].path / "dense" / "onnx",
+        job.onnx_folder("dense"),
         task=job.source.task,
         precisions=job.recipe.export.precisions,
         atol=job.recipe.verify.atol,
@@ -359,30 +366,30 @@ def require_usable(recipe: Recipe, source: Source) -> None:
 
 def _bench(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
     section = job.recipe.bench
-    shapes = measured_shapes(job.dense().config, section.shapes)
-    counted: dict[tuple[int, ...], tuple[float, float]] = {
-        shape: (flops.flops(job.dense(), *shape), flops.flops(job.slim(), *shape)) for shape in shapes
-    }
+    config = job.dense().config
+    timed = workloads(config, section.shapes)
+    counted = [
+        {shape: (w.flops(job.dense(), *shape), w.flops(job.slim(), *shape)) for shape in w.shapes} for w in timed
+    ]
     rows: list[Latency] = []
-    for provider in section.providers:
-        for precision in job.recipe.export.precisions:
+    for provider, precision in product(section.providers, job.recipe.export.precisions):
+        for workload, ratios in zip(timed, counted, strict=True):
             rows += bench(
-                job.onnx("dense", precision),
-                job.onnx("slim", precision),
-                shapes=shapes,
+                job.onnx("dense", precision, workload.graph),
+                job.onnx("slim", precision, workload.graph),
+                shapes=workload.shapes,
                 provider=provider,
                 threads=section.threads,
                 precision=precision,
+                graph=workload.graph if len(timed) > 1 else None,
                 min_seconds=section.min_seconds,
-                flops=counted,
+                flops=ratios,
                 on_missing=section.on_missing,
                 on_progress=job.tell,
             )
-    shape = shapes[-1]
-    result = {
-        "latency": [row.model_dump(mode="json") for row in rows],
-        "flops": {"shape": list(shape), "dense": counted[shape][0], "slim": counted[shape][1]},
-    }
+    shape = measured_shapes(config, section.shapes)[-1]
+    whole = {side: flops.flops(model(), *shape) for side, model in (("dense", job.dense), ("slim", job.slim))}
+    result = {"latency": [row.model_dump(mode="json") for row in rows], "flops": {"shape": list(shape)} | whole}
     # What was not measured, or not conclusively, is measured again next time.
     return result, all(row.verdict not in ("inconclusive", "not measured") for row in rows)
 

@@ -33,6 +33,10 @@ LOADERS = {
     "audio-classification": ("AutoModelForAudioClassification", "ORTModelForAudioClassification"),
     "automatic-speech-recognition": ("AutoModelForCTC", "ORTModelForCTC"),
 }
+SEQ2SEQ_LOADERS = {
+    "text2text-generation": ("AutoModelForSeq2SeqLM", "ORTModelForSeq2SeqLM"),
+    "automatic-speech-recognition": ("AutoModelForSpeechSeq2Seq", "ORTModelForSpeechSeq2Seq"),
+}
 
 # what a model is fed -> (class in transformers that prepares it, what to call one)
 PREPARERS = {
@@ -85,7 +89,7 @@ def tables(report: Report) -> dict[str, Any]:
         "gates": gates(report.gates),
         "stages": stages(report),
         "environment": environment_table(report),
-        "loader": LOADERS.get(model.task, LOADERS["feature-extraction"]),
+        "loader": (SEQ2SEQ_LOADERS if model.encoder_decoder else LOADERS)[model.task],
         # what hears words has a tokenizer too, to spell them
         "preparer": PREPARERS["text and image" if model.task == "automatic-speech-recognition" else model.inputs],
         "units": w.units(model, 2),
@@ -102,11 +106,12 @@ def key_figures(report: Report) -> list[KeyFigure]:
     """Heads, size, latency and drift: what a reader wants before any table."""
     heads, dense, slim = report.model.heads, report.model.dense, report.model.slim
     share = w.percent(heads.removed / heads.total) if heads.total else "none"
+    files = "encoder and merged decoder" if report.model.encoder_decoder else "model file"
     found = [
         KeyFigure(
             share, f"of {w.units(report.model, 2)} removed", f"{w.whole(heads.removed)} of {w.whole(heads.total)}"
         ),
-        KeyFigure(w.change(dense.bytes, slim.bytes), "model file", f"{_size(dense.bytes)} to {_size(slim.bytes)}"),
+        KeyFigure(w.change(dense.bytes, slim.bytes), files, f"{_size(dense.bytes)} to {_size(slim.bytes)}"),
     ]
     measured = [row for row in report.latency if row.speedup is not None]
     if measured:
@@ -311,7 +316,7 @@ def static_axes(report: Report) -> bool:
     """Whether the slim graph has a cache with static axes, which optimum cannot run."""
     export = report.recipe.get("export")
     static = isinstance(export, dict) and export.get("kv_axes") == "static"
-    return static and report.model.task == "text-generation"
+    return static and (report.model.task == "text-generation" or report.model.encoder_decoder)
 
 
 def fenced(value: str) -> Verbatim:

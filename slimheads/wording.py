@@ -186,16 +186,20 @@ def latency_place(row: Latency) -> str:
 
 
 def latency_setup(row: Latency) -> str:
-    """fp32, cpu, 2 threads."""
-    return f"{row.precision}, {row.provider}, {plural(row.threads, 'thread')}"
+    """fp32, cpu, 2 threads; before that the graph, where there are several."""
+    graph = f"{row.graph}, " if row.graph else ""
+    return f"{graph}{row.precision}, {row.provider}, {plural(row.threads, 'thread')}"
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """Batch x length, and the cache's length where there is one; the batch alone where inputs have no length."""
+    """Batch x length, and the lengths of the cache and of the encoder's input where there are; the batch alone where
+    inputs have no length.
+    """
     if len(shape) == 1:
         return f"batch {shape[0]}"
     text = "x".join(str(number) for number in shape[:2])
-    return f"{text} past {shape[2]}" if len(shape) > 2 and shape[2] else text
+    past = f" past {shape[2]}" if len(shape) > 2 and shape[2] else ""
+    return text + past + (f" after {shape[3]}" if len(shape) > 3 else "")
 
 
 def _verdict(report: Report) -> str:

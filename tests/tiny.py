@@ -198,8 +198,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mt5": _T5 | {"initializer_factor": 0.3},  # its vocabulary's matrix starts far larger than T5's
     "pegasus": _SEQ2SEQ,
     "t5": _T5,
-    "whisper": _SEQ2SEQ
-    | {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 140, "init_std": 0.2},
+    "whisper": _SEQ2SEQ | {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 140, "init_std": 0.2},
 }
 ENCODERS = {
     *("albert", "bert", "camembert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra"),

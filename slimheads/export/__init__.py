@@ -99,7 +99,8 @@ def export(
         model = copy.deepcopy(model).float()
     to_onnx(model, folder, task, kv_axes)
     graphs: list[Graph] = []
-    for precision in ("fp32", *(p for p in precisions if p != "fp32")):
+    wanted: list[Precision] = ["fp32", *(p for p in precisions if p != "fp32")]
+    for precision in wanted:
         graphs += [_made(folder, part, precision, kv_axes) for part in parts_of(model.config)]
     return tuple(graphs)
 
@@ -111,7 +112,8 @@ def _made(folder: Path, part: str, precision: Precision, kv_axes: KvAxes) -> Gra
         return Graph(precision, path)
     if part == MERGED_DECODER:
         # Converters do not look into the branches of the merged graph: its parts are converted, and merged again.
-        merge_decoders(*(folder / file_name(p, precision) for p in (FIRST_DECODER, NEXT_DECODER)), path)
+        first, following = (folder / file_name(p, precision) for p in (FIRST_DECODER, NEXT_DECODER))
+        merge_decoders(first, following, path)
         interface = read_interface(plain)
         label_cache(path, interface.kv_shapes, kv_axes, interface.cross_kv_shapes)
     else:

@@ -98,7 +98,9 @@ def merge_decoders(first: Path, following: Path, target: Path) -> None:
     """Writes both decoders of an encoder-decoder as one graph; its input `use_cache_branch` chooses."""
     with _quiet():
         # The second hands no cross-attention cache on, for that does not change: strict=False fills the gap.
+        remove_graph(target)
         optimum.onnx.merge_decoders(first, following, save_path=target, strict=False)
+        share_data(target)
 
 
 def _of_configured_size(config_class: type[Any]) -> type[Any]:
