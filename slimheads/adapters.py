@@ -13,6 +13,9 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import eager_attention_forward
 
 from slimheads.attention import Site
 
@@ -79,8 +82,60 @@ class _PassesMaskOn(torch.nn.Module):
         return super().forward(hidden_states, position_bias=same_for_all, **options)
 
 
+def join_fewer_heads(model: torch.nn.Module, blocks: Blocks) -> None:
+    """For forwards that join the heads to the width of the hidden states, which fewer heads do not fill (CLIP's)."""
+    for site, _ in blocks:
+        _mix_in(_attention(model, site), _JoinsFewerHeads)
+
+
+class _JoinsFewerHeads(torch.nn.Module):
+    """The same arithmetic as CLIPAttention and SiglipAttention, but for the last reshape."""
+
+    q_proj: torch.nn.Linear
+    k_proj: torch.nn.Linear
+    v_proj: torch.nn.Linear
+    out_proj: torch.nn.Linear
+    config: PretrainedConfig
+    head_dim: int
+    scale: float
+    dropout: float
+    is_causal: bool
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        causal_attention_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = False,
+        **_: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        implementation = self.config._attn_implementation
+        if implementation == "flash_attention_2":
+            self.is_causal = causal_attention_mask is not None
+        elif attention_mask is not None and causal_attention_mask is not None:
+            attention_mask = attention_mask + causal_attention_mask
+        elif causal_attention_mask is not None:
+            attention_mask = causal_attention_mask
+        attend = ALL_ATTENTION_FUNCTIONS.get(implementation, eager_attention_forward)
+        joined, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            is_causal=self.is_causal,
+            scaling=self.scale,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(joined.flatten(2)), weights
+
+
 ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
-    {f.__name__: f for f in (pass_mask_on, pass_position_bias_on, pick_position_bias)}
+    {f.__name__: f for f in (join_fewer_heads, pass_mask_on, pass_position_bias_on, pick_position_bias)}
 )
 
 

@@ -20,7 +20,7 @@ from slimheads.recipe_yaml import read_yaml, validate
 
 Reload = Literal["pruned_heads", "head_counts"]
 Counted = Literal["units", "heads", "members", "width"]
-Inputs = Literal["text", "image", "text and image", "waveform", "spectrogram"]
+Inputs = Literal["text", "image", "text and image", "unpadded text and image", "waveform", "spectrogram"]
 PLAN_KEY = "slimheads"  # where config.json keeps the plan
 
 _FOLDER = cast(Path, files("slimheads") / "families")

@@ -29,6 +29,7 @@ NOUNS: Mapping[Inputs, str] = MappingProxyType(
         "text": "text",
         "image": "image",
         "text and image": "text-image pair",
+        "unpadded text and image": "text-image pair",
         "waveform": "recording",
         "spectrogram": "recording",
     }
@@ -49,6 +50,11 @@ def inputs_kind(config: PretrainedConfig) -> Inputs:
 
 def takes_text(config: PretrainedConfig) -> bool:
     """Whether token ids are among a model's inputs."""
+    return "text" in inputs_kind(config)
+
+
+def takes_padding(config: PretrainedConfig) -> bool:
+    """Whether a mask says which tokens are padding. SigLIP was trained without one, and its graph takes none."""
     return inputs_kind(config) in ("text", "text and image")
 
 
@@ -66,7 +72,7 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 def float_axes(config: PretrainedConfig) -> dict[str, tuple[Axis, ...]]:
     """The axes after the batch of each floating-point input of a model, by input name."""
     kind = inputs_kind(config)
-    if kind in ("image", "text and image"):
+    if "image" in kind:
         vision = getattr(config, "vision_config", config)
         side = vision.image_size
         height, width = side if isinstance(side, list | tuple) else (side, side)

@@ -18,7 +18,7 @@ import onnxruntime
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from slimheads.inputs import has_length, make_inputs, takes_text, text_config, to_torch
+from slimheads.inputs import has_length, make_inputs, takes_padding, takes_text, text_config, to_torch
 from slimheads.sessions import ORT_ERRORS
 
 Padding = Literal["no", "left", "right"]
@@ -100,7 +100,7 @@ def cases(config: PretrainedConfig, task: str, seed: int = 0) -> tuple[Case, ...
         for past in pasts
         for batch in BATCHES
         for length in sorted({min(length, limit - past) for length in LENGTHS})
-        for padding in (_paddings(batch, length, past) if takes_text(config) else ("no",))
+        for padding in (_paddings(batch, length, past) if takes_padding(config) else ("no",))
     )
 
 

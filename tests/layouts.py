@@ -46,6 +46,8 @@ class UnitTensors:
 
 def dense_counts(config: PretrainedConfig) -> list[int]:
     """How many units each block of a dense model has."""
+    if hasattr(config, "text_config"):
+        return dense_counts(config.text_config) + dense_counts(config.vision_config)
     if isinstance(config.num_attention_heads, list):  # by stage
         return [heads for heads, blocks in zip(config.num_heads, config.depths, strict=True) for _ in range(blocks)]
     shared = config.model_type == "albert"
@@ -66,6 +68,10 @@ def unit_tensors(model: PreTrainedModel, counts: Sequence[int] | None = None) ->
     elif kind in VIT_LIKE:
         blocks = [layer.attention for layer in base.encoder.layer]
         linears = [(a.attention.query, a.attention.key, a.attention.value, a.output.dense) for a in blocks]
+    elif kind in {"clip", "siglip", "clip_vision_model", "siglip_vision_model"}:
+        towers = [getattr(model, name) for name in ("text_model", "vision_model") if hasattr(model, name)]
+        blocks = [layer.self_attn for tower in towers for layer in tower.encoder.layers]
+        linears = [(a.q_proj, a.k_proj, a.v_proj, a.out_proj) for a in blocks]
     elif kind in {"beit", "data2vec-vision"}:
         blocks = [layer.attention for layer in base.encoder.layer]
         return [

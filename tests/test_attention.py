@@ -11,7 +11,7 @@ import pytest
 import torch
 from layouts import unit_tensors
 from pydantic import ValidationError
-from tiny import SEQ2SEQ
+from tiny import SEQ2SEQ, TWO_TOWERS
 from transformers import AutoConfig, BertConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -45,13 +45,12 @@ def test_sites_come_in_layer_order_with_the_models_own_counts(tiny: Tiny, model_
     expected = unit_tensors(model)
     kinds: dict[str, list[int]] = {}
     for site in sites:
-        kinds.setdefault(re.sub(r"\d+", "*", site.name, count=1), []).append(site.layer)
+        kinds.setdefault(re.sub(r"\d+", "*", site.name), []).append(site.layer)
     assert all(layers == list(range(len(layers))) for layers in kinds.values())
-    assert len(kinds) == (3 if model_type in SEQ2SEQ else 1)
+    assert len(kinds) == (3 if model_type in SEQ2SEQ else 2 if model_type in TWO_TOWERS else 1)
     assert [site.total for site in sites] == [len(units) for units in expected]
-    grouped = model.config.num_attention_heads != getattr(
-        model.config, "num_key_value_heads", model.config.num_attention_heads
-    )
+    config = getattr(model.config, "text_config", model.config)
+    grouped = config.num_attention_heads != getattr(config, "num_key_value_heads", config.num_attention_heads)
     assert {site.unit for site in sites} == {"kv_group" if grouped else "head"}
     for site in sites:
         assert site.name in dict(model.named_modules())
@@ -147,6 +146,13 @@ def test_a_variant_whose_heads_do_not_stand_alone_is_refused(
     setattr(config, key, True)
     with pytest.raises(ModelRefusedError, match=f"{key}: True is refused, for {reason}"):
         family_of(config)
+
+
+@pytest.mark.parametrize("model_type", ["clip", "siglip"])
+def test_a_class_with_one_tower_of_two_is_refused(tiny: Tiny, model_type: str) -> None:
+    model = tiny(model_type, task="image-classification")
+    with pytest.raises(ModelRefusedError, match="0 modules match 'text_model"):
+        find_sites(model)
 
 
 def test_a_multi_query_model_gives_up_query_heads(tiny: Tiny) -> None:

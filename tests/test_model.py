@@ -164,15 +164,17 @@ def test_a_sharded_slim_checkpoint_loads(tiny: Tiny, ragged: Ragged, tmp_path: P
 
 CLASSES = torch.tensor([0, 1, 0, 1])
 BOX = torch.tensor([[0.5, 0.5, 0.4, 0.2]])
-LABELS: Mapping[str, Callable[[Any], dict[str, torch.Tensor]]] = {  # what each head can learn from four inputs
+LABELS: Mapping[str, Callable[[Any], dict[str, Any]]] = {  # what each head can learn from four inputs
     "text-generation": lambda feed: {"labels": feed["input_ids"]},
     "text2text-generation": lambda feed: {"labels": feed["decoder_input_ids"]},
     "image-classification": lambda feed: {"labels": CLASSES},
     "object-detection": lambda feed: {"labels": [{"class_labels": c[None], "boxes": BOX} for c in CLASSES]},
     "audio-classification": lambda feed: {"labels": CLASSES},
     "fill-mask": lambda feed: {"labels": feed["input_ids"]},
+    "zero-shot-image-classification": lambda feed: {"return_loss": True},  # which text belongs to which image
     "question-answering": lambda feed: {"start_positions": CLASSES, "end_positions": CLASSES + 5},
     "automatic-speech-recognition": lambda feed: {"labels": feed["decoder_input_ids"]},  # Whisper's
+    "feature-extraction": lambda feed: {},
 }
 
 
@@ -187,7 +189,8 @@ def test_a_slim_model_is_fine_tuned_with_plain_torch(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(5):
-        loss = model(**feed, **LABELS[task](feed)).loss
+        made = model(**feed, **LABELS[task](feed))
+        loss = made[0].square().mean() if task == "feature-extraction" else made.loss
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()

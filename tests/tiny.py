@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +38,12 @@ _STAGES: dict[str, Any] = {
     "embed_dim": 16,
     "depths": [2, 2],
     "num_heads": [4, 4],
+}
+
+_TWO_TOWERS: dict[str, Any] = {
+    "text_config": _SIZES | {"num_hidden_layers": 2, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+    "vision_config": _IMAGE | {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6},
+    "projection_dim": 16,
 }
 
 _WAVEFORM: dict[str, Any] = {
@@ -180,6 +188,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_length": 40,
         "num_mel_bins": 24,
     },
+    "clip_vision_model": _IMAGE,
+    "siglip_vision_model": _IMAGE,
+    "clip": _TWO_TOWERS,
+    "siglip": _TWO_TOWERS | {"text_config": _TWO_TOWERS["text_config"] | {"projection_size": 48}},
     "swin": _STAGES,
     "donut-swin": _STAGES,
     "beit": _IMAGE | {"use_relative_position_bias": True, "layer_scale_init_value": 0.5},
@@ -205,12 +217,16 @@ ENCODERS = {
     *("megatron-bert", "mobilebert", "modernbert", "mpnet", "rembert", "roberta", "roformer", "splinter"),
     "xlm-roberta",
 }
-VISION = {"beit", "data2vec-vision", "deit", "dinov2", "donut-swin", "swin", "vit", "vit_msn", "yolos"}
+VISION = {
+    *("beit", "clip_vision_model", "data2vec-vision", "deit", "dinov2", "donut-swin", "siglip_vision_model", "swin"),
+    *("vit", "vit_msn", "yolos"),
+}
+TWO_TOWERS = {"clip", "siglip"}
 AUDIO = {"audio-spectrogram-transformer", "data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"}
 SEQ2SEQ = {
     *("bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "whisper"),
 }
-DECODERS = CONFIGS.keys() - ENCODERS - VISION - AUDIO - SEQ2SEQ
+DECODERS = CONFIGS.keys() - ENCODERS - VISION - TWO_TOWERS - AUDIO - SEQ2SEQ
 
 
 def task_of(model_type: str) -> str:
@@ -228,6 +244,7 @@ def tasks_of(model_type: str) -> list[str]:
         for task, auto in auto_classes(config).items()
         if type(config) in getattr(transformers, auto)._model_mapping
         and not (task == "text-generation" and model_type not in DECODERS)
+        and not (task == "image-classification" and model_type in TWO_TOWERS)  # a class with one tower only
     ]
 
 
@@ -244,3 +261,14 @@ def tiny_model(
             if parameter.requires_grad:  # a table of sines is not saved, but made again
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What a forward makes without naming a dtype is of this one: CLIP's mask does not fit into a smaller."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
