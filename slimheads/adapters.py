@@ -7,12 +7,14 @@ run again on a model that is slim already, and what it changes must survive a co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
@@ -134,9 +136,92 @@ class _JoinsFewerHeads(torch.nn.Module):
         return self.out_proj(joined.flatten(2)), weights
 
 
+def gate_picked_position_bias(model: torch.nn.Module, blocks: Blocks) -> None:
+    """For WavLM: picks as MPNet's, and splits hidden states among the dense heads to make each one's gate."""
+    for site, kept in blocks:
+        module = _attention(model, site)
+        _compose_kept_heads(module, site.kept_heads(kept))
+        _mix_in(module, _GatesPickedPositionBias)
+
+
+class _GatesPickedPositionBias(torch.nn.Module):
+    """The same arithmetic as WavLMAttention, through the projections' modules and for the heads that it has."""
+
+    q_proj: torch.nn.Linear
+    k_proj: torch.nn.Linear
+    v_proj: torch.nn.Linear
+    out_proj: torch.nn.Linear
+    gru_rel_pos_linear: torch.nn.Linear
+    gru_rel_pos_const: torch.Tensor
+    compute_bias: Callable[[int, int], torch.Tensor]  # WavLMAttention's, of the first layer's table
+    kept_heads: list[int]
+    head_dim: int
+    scaling: float
+    dropout: float
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        index: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        batch, length, _ = hidden_states.shape
+        if position_bias is None:
+            whole = self.compute_bias(length, length)
+            position_bias = whole.unsqueeze(0).repeat(batch, 1, 1, 1).view(-1, length, length)
+        bias = self._gates(hidden_states) * position_bias.view(batch, -1, length, length)[:, self.kept_heads]
+        if attention_mask is not None:
+            bias = bias.masked_fill(attention_mask.ne(1)[:, None, None], float("-inf"))
+        states = hidden_states.transpose(0, 1)
+        query, key, value = (
+            project(states).view(length, batch, -1, self.head_dim).permute(1, 2, 0, 3)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        dropout = self.dropout if self.training else 0.0
+        mixed = scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+        joined = self.out_proj(mixed.permute(2, 0, 1, 3).flatten(2)).transpose(0, 1)
+        if not output_attentions:
+            return joined, None, position_bias
+        weights = (query * self.scaling @ key.transpose(-1, -2) + bias).softmax(-1)
+        return joined, weights.mean(1, keepdim=True).expand(weights.shape), position_bias  # as the stock library gives
+
+    def _gates(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[batch, heads, length, 1]"""
+        shares = hidden_states.view(*hidden_states.shape[:2], -1, self.head_dim).transpose(1, 2)[:, self.kept_heads]
+        projected = self.gru_rel_pos_linear(shares)
+        first, second = torch.sigmoid(projected.view(*shares.shape[:-1], 2, 4).sum(-1)).chunk(2, dim=-1)
+        return first * (second * self.gru_rel_pos_const - 1.0) + 2.0
+
+
 ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
-    {f.__name__: f for f in (join_fewer_heads, pass_mask_on, pass_position_bias_on, pick_position_bias)}
+    {
+        adapter.__name__: adapter
+        for adapter in (
+            gate_picked_position_bias,
+            join_fewer_heads,
+            pass_mask_on,
+            pass_position_bias_on,
+            pick_position_bias,
+        )
+    }
 )
+
+
+@contextmanager
+def opened(model: torch.nn.Module, sites: Sequence[Site]) -> Iterator[None]:
+    """While it lasts, closed attention blocks use their projections as modules: hooks act, and nodes are named so."""
+    closed = [site for site in sites if site.closed and not hasattr(_attention(model, site), "kept_heads")]
+    stock = [(module, type(module)) for module in (_attention(model, site) for site in closed)]
+    for site in closed:
+        ADAPTERS[str(site.adapter)](model, [(site, tuple(range(site.total)))])
+    try:
+        yield
+    finally:
+        for module, own in stock:
+            module.__class__ = own
+            del module.kept_heads
 
 
 def _attention(model: torch.nn.Module, site: Site) -> torch.nn.Module:

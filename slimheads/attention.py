@@ -98,6 +98,7 @@ class Site:
     attributes: tuple[tuple[str, str, Counted], ...]  # (qualified module, attribute, what it counts)
     tables: tuple[Table, ...] = ()
     adapter: str | None = None
+    closed: bool = False  # reads its projections' weights past their modules, until its adapter has opened it
 
     @property
     def output(self) -> Projection:
@@ -187,6 +188,7 @@ def _read_site(
         attributes=tuple((*_split(f"{name}.{path}"), what) for path, what in row.attributes.items()),
         tables=tuple(_read_tables(row, modules, name, units * members, sizes["dim"])),
         adapter=row.adapter,
+        closed=row.closed,
     )
     return site.by_head() if dense_units == 1 else site
 

@@ -91,6 +91,9 @@ class SiteRow(_Strict):
     keep: tuple[str, ...] = ()
     attributes: Mapping[str, Counted] = Field(default_factory=dict)
     adapter: str | None = Field(default=None, description="what data cannot say: a function of slimheads.adapters")
+    closed: bool = Field(
+        default=False, description="whether weights are read past their modules, unlike in the adapter's forward"
+    )
 
 
 class Family(_Strict):

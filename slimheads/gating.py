@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from slimheads.adapters import opened
 from slimheads.attention import Site, find_sites
 from slimheads.selection import Plan
 from slimheads.surgery import match_plan
@@ -29,20 +30,23 @@ def gated(model: PreTrainedModel, plan: Plan) -> Iterator[Mapping[str, torch.Ten
     Raises:
         UsageError: the plan is not one for this model.
     """
+    sites = find_sites(model)
+    pairs = match_plan(sites, plan)
     gates: dict[str, torch.Tensor] = {}
     hooks = []
-    try:
-        for site, kept in match_plan(find_sites(model), plan):
-            projection = model.get_submodule(site.output.module)
-            weight = projection.get_parameter("weight")
-            gate = torch.zeros(site.total, dtype=weight.dtype, device=weight.device)
-            gate[list(kept)] = 1
-            gates[site.name] = gate.requires_grad_()
-            hooks.append(projection.register_forward_pre_hook(_multiplier(site, gate)))
-        yield gates
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with opened(model, sites):
+        try:
+            for site, kept in pairs:
+                projection = model.get_submodule(site.output.module)
+                weight = projection.get_parameter("weight")
+                gate = torch.zeros(site.total, dtype=weight.dtype, device=weight.device)
+                gate[list(kept)] = 1
+                gates[site.name] = gate.requires_grad_()
+                hooks.append(projection.register_forward_pre_hook(_multiplier(site, gate)))
+            yield gates
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _multiplier(site: Site, gate: torch.Tensor) -> Any:

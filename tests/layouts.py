@@ -93,6 +93,12 @@ def unit_tensors(model: PreTrainedModel, counts: Sequence[int] | None = None) ->
     elif kind in WAV2VEC2_LIKE:
         blocks = [layer.attention for layer in base.encoder.layers]
         linears = [(a.q_proj, a.k_proj, a.v_proj, a.out_proj) for a in blocks]
+    elif kind == "wavlm":
+        blocks = [layer.attention for layer in base.encoder.layers]
+        return [
+            _with_table(_separate(a.q_proj, a.k_proj, a.v_proj, a.out_proj, n), a.gru_rel_pos_const.data[0, :, 0].T)
+            for a, n in zip(blocks, counts, strict=True)
+        ]
     elif kind == "albert":
         blocks = [layer.attention for group in base.encoder.albert_layer_groups for layer in group.albert_layers]
         linears = [(a.query, a.key, a.value, a.dense) for a in blocks]

@@ -18,6 +18,7 @@ from slimheads.errors import UsageError
 from slimheads.gating import gated
 from slimheads.inputs import takes_text
 from slimheads.selection import Plan, SitePlan
+from slimheads.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]
 Ragged = Callable[..., Plan]
@@ -148,6 +149,23 @@ def test_hooks_of_others_stay(tiny: Tiny, ragged: Ragged, batches: Batches) -> N
         model(**batches(model)["one"])
     model(**batches(model)["one"])
     assert len(seen) == 2 and len(hooks_of(model)) == 1
+
+
+def test_an_attention_that_was_opened_for_gates_is_closed_again(tiny: Tiny, ragged: Ragged, batches: Batches) -> None:
+    """WavLM's own forward never calls its output projection, where gates act."""
+    model = tiny("wavlm")
+    plan, attention = ragged(model), model.encoder.layers[0].attention
+    own, state = type(attention), set(vars(attention))
+    for kept in (plan, keep_all(model)):
+        with gated(model, kept):
+            assert type(attention) is not own
+            model(**batches(model)["one"])
+        assert type(attention) is own and set(vars(attention)) == state
+    slim = prune(model, plan)
+    before = [layer.attention.kept_heads for layer in slim.encoder.layers]
+    with gated(slim, keep_all(slim)):
+        pass
+    assert [layer.attention.kept_heads for layer in slim.encoder.layers] == before == [list(s.kept) for s in plan.sites]
 
 
 def test_writing_a_gate_in_place_acts(

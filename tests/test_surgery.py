@@ -104,6 +104,7 @@ def test_deleted_equals_gated(
         ("mistral", {"head_dim": 10, "sliding_window": 4}),
         ("mistral", {"sliding_window": None}),
         ("phi", {"qk_layernorm": True}),
+        ("wavlm", {"do_stable_layer_norm": True, "feat_extract_norm": "layer"}),
         ("swin", {"num_heads": [4, 8], "window_size": 4, "qkv_bias": False}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     ],

@@ -197,6 +197,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "beit": _IMAGE | {"use_relative_position_bias": True, "layer_scale_init_value": 0.5},
     "data2vec-vision": _IMAGE | {"use_relative_position_bias": True, "layer_scale_init_value": 0.5},
     "wav2vec2": _WAVEFORM,
+    "wavlm": _WAVEFORM | {"num_buckets": 16, "max_bucket_distance": 20},
     "hubert": _WAVEFORM,
     "data2vec-audio": _WAVEFORM,
     "unispeech": _WAVEFORM,
@@ -222,7 +223,9 @@ VISION = {
     *("vit", "vit_msn", "yolos"),
 }
 TWO_TOWERS = {"clip", "siglip"}
-AUDIO = {"audio-spectrogram-transformer", "data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"}
+AUDIO = {
+    *("audio-spectrogram-transformer", "data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2", "wavlm"),
+}
 SEQ2SEQ = {
     *("bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "whisper"),
 }

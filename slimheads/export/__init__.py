@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from slimheads.adapters import opened
+from slimheads.attention import find_sites
 from slimheads.export.graph_files import graph_bytes
 from slimheads.export.kv_cache import KvAxes, label_cache
 from slimheads.export.optimum_backend import (
@@ -97,7 +99,8 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     if model.dtype != torch.float32:
         model = copy.deepcopy(model).float()
-    to_onnx(model, folder, task, kv_axes)
+    with opened(model, find_sites(model)):
+        to_onnx(model, folder, task, kv_axes)
     graphs: list[Graph] = []
     wanted: list[Precision] = ["fp32", *(p for p in precisions if p != "fp32")]
     for precision in wanted:
