@@ -10,6 +10,7 @@ queries of one site to another head costs 0.09 to 0.28 of the largest output, an
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from slimheads.selection import Plan
 from slimheads.surgery import match_plan
 
 Shape = tuple[int, ...]
+_BLOCK = 2**20  # elements
 _HALF_A_STEP = 0.501  # rounding to the nearest step; scales are float32
 _HEAD_COUNTS = ("num_heads", "kv_num_heads")
 _FUSED = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention", "PackedMultiHeadAttention"}
@@ -144,13 +146,22 @@ def _rounding_fault(name: str, array: np.ndarray, made: Mapping[str, np.ndarray]
             same = np.array_equal(made[stored], expected, equal_nan=expected.dtype.kind == "f")
             return None if same else "is not what the float32 graph has"
         if f"{stored}_quantized" in made:
-            parts = (made[f"{stored}_{part}"].astype(np.float64) for part in ("quantized", "scale", "zero_point"))
-            steps, scale, zero = parts
+            steps, scale, zero = (made[f"{stored}_{part}"] for part in ("quantized", "scale", "zero_point"))
             if steps.shape != expected.shape:
                 return f"is {_words([steps.shape])} where the float32 graph has {_words([expected.shape])}"
-            rounded = np.abs((steps - zero) * scale - expected) <= _HALF_A_STEP * scale  # False for NaN
-            return None if rounded.all() else "is not the float32 graph's, rounded"
+            return None if _is_rounded(expected, steps, scale, zero) else "is not the float32 graph's, rounded"
     return "is missing"
+
+
+def _is_rounded(exact: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> bool:
+    """Whether `steps`, scaled, is `exact` to half a step. `scale` and `zero` are single or one a last index."""
+    scale, zero = scale.astype(np.float64), zero.astype(np.float64)
+    rows = max(1, len(exact) if exact.ndim < 2 else _BLOCK // math.prod(exact.shape[1:]))
+    for start in range(0, len(exact), rows):  # in float64, a large table would not fit into memory at once
+        part = slice(start, start + rows)
+        if not (np.abs((steps[part] - zero) * scale - exact[part]) <= _HALF_A_STEP * scale).all():  # False for NaN
+            return False
+    return True
 
 
 class _Graph:

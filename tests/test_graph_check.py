@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from slimheads import graph_check
 from slimheads.attention import Projection, Site, Table, Unit
 from slimheads.errors import UsageError
 from slimheads.graph_check import fused_faults, graph_faults, quantized_faults
@@ -188,6 +189,7 @@ def test_one_fused_node_too_few_is_a_fault(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------ int8
 
+BLOCKS = (1, 6, 2**20)  # elements compared at once: a row, two rows and one left over, all
 WEIGHT = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
 
 
@@ -217,7 +219,11 @@ def int8_faults(folder: Path, made: Mapping[str, np.ndarray]) -> list[str]:
     ],
     ids=["left alone", "by column", "transposed", "by tensor"],
 )
-def test_rounded_weights_are_the_float32_ones(tmp_path: Path, made: dict[str, np.ndarray]) -> None:
+@pytest.mark.parametrize("block", BLOCKS)
+def test_rounded_weights_are_the_float32_ones(
+    tmp_path: Path, made: dict[str, np.ndarray], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_check, "_BLOCK", block)
     arrays = {name: np.asarray(array) for name, array in made.items()}
     assert int8_faults(tmp_path, arrays | {"b": WEIGHT[0]}) == []
 
@@ -250,7 +256,11 @@ def zero_point_moved(made: dict[str, np.ndarray]) -> None:
     "damage",
     [off_by_one, rows_swapped, scale_of_another_column, scale_is_nan, scale_is_negative, zero_point_moved],
 )
-def test_weights_that_are_not_the_float32_ones_rounded_are_named(tmp_path: Path, damage: object) -> None:
+@pytest.mark.parametrize("block", BLOCKS)
+def test_weights_that_are_not_the_float32_ones_rounded_are_named(
+    tmp_path: Path, damage: object, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_check, "_BLOCK", block)
     made = rounded(WEIGHT)
     damage(made)  # type: ignore[operator]
     assert int8_faults(tmp_path, made | {"b": WEIGHT[0]}) == ["model_int8.onnx: w is not the float32 graph's, rounded"]

@@ -23,12 +23,14 @@ from slimheads.checkpoint import read_config
 from slimheads.export import FILES, export, graph_files
 from slimheads.export.precisions import to_fp16, to_int8
 from slimheads.graph_check import quantized_faults
+from slimheads.memory import PeakMemory
 from slimheads.model import load
 from slimheads.parity import cases, compare_all, onnx_form
 from slimheads.selection import Plan
 from slimheads.sessions import open_session
 
 TWO_GB = 2**31
+MEMORY_MB = 16_000  # eight times the weights
 GRAPHS = {name for graph in FILES.values() for name in (graph, f"{graph}_data")}
 
 
@@ -149,6 +151,7 @@ def test_a_run_over_2_gb_holds_its_certificate_and_counts_every_byte(large: Path
         assert sum(path.stat().st_size for path in (large / side / "onnx").iterdir()) == size
     weights = (large / "slim" / "model.safetensors").stat().st_size
     assert report["files"]["slim/model.safetensors"] == weights > TWO_GB
+    assert report["peak_rss_mb"] < MEMORY_MB
 
 
 @pytest.mark.slow
@@ -165,6 +168,7 @@ def test_a_folder_over_2_gb_opens_in_unmodified_optimum(large: Path) -> None:
 @pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_graph_over_2_gb_becomes_half_and_quarter(large: Path, precision: str, tmp_path: Path) -> None:
+    memory = PeakMemory()
     plain, made = large / "slim" / "onnx" / "model.onnx", tmp_path / FILES[precision]
     {"fp16": to_fp16, "int8": to_int8}[precision](plain, made)
     assert [path.name for path in tmp_path.iterdir()] == [made.name]
@@ -182,3 +186,4 @@ def test_a_graph_over_2_gb_becomes_half_and_quarter(large: Path, precision: str,
     assert len(found) == 3 and all(outcome.passed for outcome in found)
     if precision == "int8":
         assert not list(quantized_faults(plain, made))
+    assert memory.megabytes() < MEMORY_MB
