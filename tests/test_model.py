@@ -62,7 +62,9 @@ def tensor_bytes(path: Path) -> int:
     return len(data) - 8 - struct.unpack("<Q", data[:8])[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 def test_a_slim_model_comes_back_bit_for_bit(
     tiny: Tiny, ragged: Ragged, tmp_path: Path, model_type: str, dtype: torch.dtype
 ) -> None:
