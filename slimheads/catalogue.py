@@ -200,7 +200,7 @@ def _joined(words: Iterable[str]) -> str:
 
 def _unit(family: Family, row: SiteRow) -> str:
     units, heads = family.keys(row)
-    return "head" if units == heads else "kv_group (head where every head has its own keys and values)"
+    return "head" if units == heads else "kv_group"
 
 
 def _layout(row: SiteRow) -> str:
@@ -304,6 +304,7 @@ What the family files cover, and what the tests proved of it with {versions}.
 
 {covered}
 
+Unit: what is deleted alone; of a kv_group, a head where every head has its own keys and values.
 "Fused in blocks": all queries, then all keys, then all values in one matrix. "Fused by head": query, key and value of
 the first head, then of the second. "Reloaded by" says who rebuilds a slim folder, found out by doing it.
 
