@@ -33,7 +33,7 @@ from slimheads.family import (
     site_count,
     site_pattern,
 )
-from slimheads.layout import blocks_of
+from slimheads.layout import Block, blocks_of
 
 Unit = Literal["head", "kv_group"]
 
@@ -144,7 +144,7 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
     check_head_counts(model.config, family)
     modules = dict(model.named_modules())
     sites: list[Site] = []
-    for row in family.sites:
+    for row in family.rows(model.config):
         pattern = site_pattern(row)
         found = [(name, int(m[1])) for name in modules if (m := pattern.fullmatch(name))]
         expected = site_count(model.config, row)
@@ -172,41 +172,46 @@ def _read_site(
 ) -> Site:
     name = place.site
     dense_units, dense_heads = (head_count(config, key, place.index) for key in family.keys(row))
-    units, members = _counts_now(config, name, dense_units, dense_heads // dense_units)
-    sizes = {"unit": units, "member": members}
+    members = dense_heads // dense_units
+    left = _heads_left(config, name, dense_heads, members)
+    units = len({head // members for head in left})
+    sizes = {"unit": dense_units, "member": members}
     present = [p for p in row.projections if not (p.optional and f"{name}.{p.module}" not in modules)]
-    projections = tuple(_read_projection(p, modules, name, sizes) for p in present)
+    projections = tuple(_read_projection(p, modules, name, sizes, left) for p in present)
     _claim_all(row, modules[name], name)
     site = Site(
         name=name,
         layer=place.layer,
         unit="head" if dense_units == dense_heads else "kv_group",
         total=units,
-        members=members,
+        members=len(left) // units,
         head_dim=sizes["dim"],
         projections=projections,
         attributes=tuple((*_split(f"{name}.{path}"), what) for path, what in row.attributes.items()),
-        tables=tuple(_read_tables(row, modules, name, units * members, sizes["dim"])),
+        tables=tuple(_read_tables(row, modules, name, len(left), sizes["dim"])),
         adapter=row.adapter,
         closed=row.closed,
     )
     return site.by_head() if dense_units == 1 else site
 
 
-def _counts_now(config: PretrainedConfig, site: str, dense_units: int, dense_members: int) -> tuple[int, int]:
-    """KV heads, and query heads to each, as the recorded plan left them."""
+def _heads_left(config: PretrainedConfig, site: str, heads: int, members: int) -> tuple[int, ...]:
+    """The dense model's query heads that the recorded plan left in a site, `members` to each KV head."""
     recorded = getattr(config, PLAN_KEY, None) or {"sites": []}
     own = next((s for s in recorded["sites"] if s["site"] == site), None)
     if own is None:
-        return dense_units, dense_members
-    if own["unit"] == "kv_group":
-        return len(own["kept"]), dense_members
-    groups = len({head // dense_members for head in own["kept"]})
-    return groups, len(own["kept"]) // groups
+        return tuple(range(heads))
+    if own["unit"] == "head":
+        return tuple(own["kept"])
+    return tuple(group * members + member for group in own["kept"] for member in range(members))
 
 
 def _read_projection(
-    projection: ProjectionRow, modules: Mapping[str, torch.nn.Module], site: str, sizes: dict[str, int]
+    projection: ProjectionRow,
+    modules: Mapping[str, torch.nn.Module],
+    site: str,
+    sizes: dict[str, int],
+    left: tuple[int, ...],
 ) -> Projection:
     qualified = f"{site}.{projection.module}"
     module = modules.get(qualified)
@@ -219,7 +224,7 @@ def _read_projection(
     blocks = blocks_of(projection.layout)
     features = linear_features(module)[0 if blocks[0].roles == ("output",) else 1]
     # head_dim is read off the first projection and must hold for all the others.
-    per_dim = sum(int(np.prod(b.shape({**sizes, "dim": 1}))) for b in blocks)
+    per_dim = len(_labelled(qualified, blocks, {**sizes, "dim": 1}, left).unit_of)
     sizes.setdefault("dim", features // per_dim)
     if per_dim * sizes["dim"] != features:
         raise ModelRefusedError(
@@ -227,10 +232,27 @@ def _read_projection(
             where=f"{qualified}.weight",
             hint="the weights do not agree with config.json",
         )
+    return _labelled(qualified, blocks, sizes, left)
+
+
+def _labelled(module: str, blocks: tuple[Block, ...], sizes: Mapping[str, int], left: tuple[int, ...]) -> Projection:
+    """The dense model's features less what was deleted, units and members counted anew over the heads that are left."""
     unit_of, member_of, role_of = (
         np.concatenate(parts) for parts in zip(*(b.labels(sizes) for b in blocks), strict=True)
     )
-    return Projection(qualified, unit_of, member_of, role_of, np.ones_like(unit_of))
+    dense = Projection(module, unit_of, member_of, role_of, np.ones_like(unit_of))
+    members = sizes["member"]
+    groups = sorted({head // members for head in left})
+    here = dense.by_head(members).kept_features(left)
+    unit_of, member_of = unit_of[here], member_of[here]
+    place = np.searchsorted(left, unit_of * members + member_of) % (len(left) // len(groups))
+    return Projection(
+        module,
+        unit_of=np.searchsorted(groups, unit_of),
+        member_of=np.where(member_of < 0, -1, place),
+        role_of=role_of[here],
+        span=np.ones_like(unit_of),
+    )
 
 
 def _read_tables(

@@ -200,7 +200,8 @@ def _joined(words: Iterable[str]) -> str:
 
 def _unit(family: Family, row: SiteRow) -> str:
     units, heads = family.keys(row)
-    return "head" if units == heads else "kv_group"
+    one_kv_head = isinstance(units, int)  # multi-query: its query heads are what goes
+    return "head" if units == heads or one_kv_head else "kv_group"
 
 
 def _layout(row: SiteRow) -> str:

@@ -89,10 +89,12 @@ def describe(source: Source) -> list[str]:
     config = read_config(source.folder)
     _, family = family_of(config)
     blocks: dict[str, int] = {}
-    for row in family.sites:
+    for row in family.rows(config):
         units, heads = (dense_value(config, key) for key in family.keys(row))
         words = f"{heads} heads" if isinstance(heads, int) else f"{', '.join(map(str, heads))} heads by stage"
-        if heads != units:
+        if units == 1 and heads != 1:
+            words += ", one KV head for all, which stays"
+        elif heads != units:
             words += f", {units} KV heads: {heads // units} query heads go together"
         blocks[words] = blocks.get(words, 0) + site_count(config, row)
     lines = [f"{count} attention blocks of {words}" for words, count in blocks.items()]

@@ -83,8 +83,13 @@ class SiteRow(_Strict):
     """
 
     match: str
+    when: Mapping[str, bool | int | str] = Field(
+        default_factory=dict, description="what the configuration has to say for the row to apply"
+    )
     count: str = Field(description="config key that says how many such sites a model has")
-    units: str | None = Field(default=None, description="where it differs from the family's")
+    units: str | int | None = Field(
+        default=None, description="where it differs from the family's; 1 in a multi-query block without a key for it"
+    )
     heads: str | None = Field(default=None, description="where it differs from the family's")
     projections: tuple[ProjectionRow, ...]
     tables: tuple[TableRow, ...] = ()
@@ -115,15 +120,19 @@ class Family(_Strict):
             raise ValueError("neither the family nor each of its sites names units")
         return self
 
-    def keys(self, row: SiteRow) -> tuple[str, str]:
-        """The config keys with a row's number of units (heads, or KV heads) and of query heads."""
+    def rows(self, config: PretrainedConfig) -> tuple[SiteRow, ...]:
+        """The rows that apply to a configuration."""
+        return tuple(row for row in self.sites if all(_says(config, key, value) for key, value in row.when.items()))
+
+    def keys(self, row: SiteRow) -> tuple[str | int, str | int]:
+        """The config keys (or the numbers) of a row's units (heads, or KV heads) and of its query heads."""
         own = row if row.units else self
         return cast(str, own.units), cast(str, own.heads or own.units)
 
     @property
     def count_keys(self) -> tuple[str, ...]:
         """Every config key that holds a number of heads, sorted."""
-        return tuple(sorted({key for row in self.sites for key in self.keys(row)}))
+        return tuple(sorted({key for row in self.sites for key in self.keys(row) if isinstance(key, str)}))
 
     @property
     def recorded_keys(self) -> tuple[str, ...]:
@@ -167,8 +176,7 @@ def family_of(config: PretrainedConfig) -> tuple[str, Family]:
     name = known[config.model_type]
     family = families()[name]
     for refusal in family.refuse:
-        found = getattr(config, refusal.key, None)
-        if (bool(found) if isinstance(refusal.value, bool) else found) == refusal.value:
+        if _says(config, refusal.key, refusal.value):
             raise ModelRefusedError(
                 f"{refusal.key}: {refusal.value} is refused, for {refusal.reason}",
                 where=f"config.json ({config.model_type})",
@@ -198,16 +206,24 @@ def site_count(config: PretrainedConfig, row: SiteRow) -> int:
     return math.prod(sum(factor) if isinstance(factor, list | tuple) else int(factor) for factor in factors)
 
 
-def head_count(config: PretrainedConfig, key: str, index: int) -> int:
-    """The dense number of heads that a config key gives for the site with this first index."""
+def head_count(config: PretrainedConfig, key: str | int, index: int) -> int:
+    """The dense number of heads that a config key (or a number) gives for the site with this first index."""
     value = dense_value(config, key)
     return int(value[index] if isinstance(value, list | tuple) else value)
 
 
-def dense_value(config: PretrainedConfig, key: str) -> Any:
-    """A config key as it was before any deletion (a slim config may carry smaller head counts)."""
+def dense_value(config: PretrainedConfig, key: str | int) -> Any:
+    """A config key as it was before any deletion (a slim config may carry smaller head counts); a number is itself."""
+    if isinstance(key, int):
+        return key
     recorded = getattr(config, PLAN_KEY, None) or {}
     return recorded["dense"][key] if key in recorded.get("dense", {}) else _lookup(config, key)
+
+
+def _says(config: PretrainedConfig, key: str, value: bool | int | str) -> bool:
+    """Whether a configuration has this value; what it leaves out or leaves empty is false."""
+    found = getattr(config, key, None)
+    return bool((bool(found) if isinstance(value, bool) else found) == value)
 
 
 def _lookup(config: Any, key: str) -> Any:
@@ -226,7 +242,7 @@ def check_head_counts(config: PretrainedConfig, family: Family) -> None:
     def refuse(what: str) -> None:
         raise ModelRefusedError(what, where="config.json", hint="the configuration is damaged: fetch the model again")
 
-    for row in family.sites:
+    for row in family.rows(config):
         units_key, heads_key = family.keys(row)
         for key in (units_key, heads_key):
             for value in _each(dense_value(config, key)):
@@ -237,7 +253,8 @@ def check_head_counts(config: PretrainedConfig, family: Family) -> None:
             if heads % units:
                 refuse(f"{heads} query heads cannot share {units} key-value heads evenly")
         heads = dense_value(config, heads_key)
-        owner = _lookup(config, heads_key.rpartition(".")[0]) if "." in heads_key else config
+        part = str(heads_key).rpartition(".")[0]
+        owner = _lookup(config, part) if part else config
         hidden = getattr(owner, "hidden_size", None)
         fixed = getattr(owner, "head_dim", None)
         if isinstance(heads, int) and hidden is not None and not fixed and hidden % heads:

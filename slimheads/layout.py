@@ -2,9 +2,11 @@
 
 `query(unit dim) | key(unit dim) | value(unit dim)` reads: three blocks one after the other, each of them a run of
 units, each unit a run of head_dim features. `unit [query key value] dim` is one block of units, each of which is a
-query, a key and a value. `member` stands for the query heads that share one KV head. The input projections are divided
-along their output features, `output(...)` along its input features; `position(...)` is what a head has besides the
-four that the score counts.
+query, a key and a value. `member` stands for the query heads that share one KV head; in `unit [query*member key value]
+dim` a unit is all of its queries, then its key and its value. `4 [query value key] unit dim` are four equal shares of
+the units, each share its queries, then its values, then its keys. The input projections are divided along their output
+features, `output(...)` along its input features; `position(...)` is what a head has besides the four that the score
+counts.
 """
 
 from __future__ import annotations
@@ -21,26 +23,39 @@ Role = Literal["query", "key", "value", "output", "position"]
 _BLOCK = re.compile(
     r"(?P<role>query|key|value|output|position)\((?P<dims>(?:unit|member|dim)(?: (?:unit|member|dim))*)\)"
 )
-_INTERLEAVED = re.compile(r"unit \[(?P<roles>(?:query|key|value)(?: (?:query|key|value))*)\] dim")
+_ROLES = r"\[(?P<roles>(?:query|key|value)(?: (?:query|key|value))*)\]"
+_INTERLEAVED = re.compile(rf"unit {_ROLES} dim")
+_GROUPED = "unit [query*member key value] dim"
+_SHARED_OUT = re.compile(rf"(?P<shares>[1-9][0-9]*) {_ROLES} unit dim")
 
 
 class Block(BaseModel):
-    """One run of features, divided from the outermost to the innermost dimension; `role` is one of them."""
+    """One run of features, divided from the outermost to the innermost dimension; `role` is one of them.
+
+    `per_member` are the roles that a unit has once for each of its members, all of them before its next role. With
+    `shares`, the units are dealt out to that many equal parts.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     roles: tuple[Role, ...]
-    dims: tuple[Literal["role", "unit", "member", "dim"], ...]
-
-    def shape(self, sizes: Mapping[str, int]) -> list[int]:
-        """The size of each dimension; `sizes` gives those of unit, member and dim (1 where it is not known yet)."""
-        return [len(self.roles) if dim == "role" else sizes.get(dim, 1) for dim in self.dims]
+    dims: tuple[Literal["share", "role", "unit", "member", "dim"], ...]
+    per_member: tuple[Role, ...] = ()
+    shares: int = 1
 
     def labels(self, sizes: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each feature of the block: unit (int64), member (int64, -1 where members share it), role (str)."""
-        indices = np.indices(self.shape(sizes)).reshape(len(self.dims), -1)
-        unit = indices[self.dims.index("unit")]
-        member = indices[self.dims.index("member")] if "member" in self.dims else np.full_like(unit, -1)
-        return unit, member, np.array(self.roles)[indices[self.dims.index("role")]]
+        """Of each feature of the block: unit (int64), member (int64, -1 where members share it), role (str).
+
+        Args:
+            sizes: how many `unit`, `member` and `dim` are.
+        """
+        parts = [(r, m) for r in self.roles for m in (range(sizes["member"]) if r in self.per_member else (-1,))]
+        in_share = sizes["unit"] // self.shares
+        counts = {**sizes, "role": len(parts), "share": self.shares, "unit": in_share}
+        indices = np.indices([counts[dim] for dim in self.dims]).reshape(len(self.dims), -1)
+        at = dict(zip(self.dims, indices, strict=True))
+        unit = at["unit"] + in_share * at.get("share", np.zeros_like(at["unit"]))
+        role, member = (np.array(column)[at["role"]] for column in zip(*parts, strict=True))
+        return unit, at.get("member", member), role
 
 
 def blocks_of(layout: str) -> tuple[Block, ...]:
@@ -56,6 +71,14 @@ def _parse(layout: str) -> Iterator[Block]:
     interleaved = _INTERLEAVED.fullmatch(layout)
     if interleaved:
         yield Block(roles=cast(Any, tuple(interleaved["roles"].split())), dims=("unit", "role", "dim"))
+        return
+    if layout == _GROUPED:
+        yield Block(roles=("query", "key", "value"), dims=("unit", "role", "dim"), per_member=("query",))
+        return
+    shared_out = _SHARED_OUT.fullmatch(layout)
+    if shared_out:
+        roles, shares = cast(Any, tuple(shared_out["roles"].split())), int(shared_out["shares"])
+        yield Block(roles=roles, dims=("share", "role", "unit", "dim"), shares=shares)
         return
     for text in layout.split(" | "):
         match = _BLOCK.fullmatch(text.strip())

@@ -142,7 +142,7 @@ def _equal_head_counts(
     family: Family, dense: Mapping[str, int], pairs: Sequence[tuple[Site, tuple[int, ...]]]
 ) -> dict[str, int]:
     """Equal counts and an explicit head_dim let plain `from_pretrained` build the slim shapes by itself."""
-    units_key, heads_key = family.keys(family.sites[0])
+    units_key, heads_key = map(str, family.keys(family.sites[0]))
     found = [{units_key: s.counted("units", kept), heads_key: s.counted("heads", kept)} for s, kept in pairs]
     if found[0] == dense or any(counts != found[0] for counts in found):
         return {}
