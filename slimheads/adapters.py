@@ -13,6 +13,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PretrainedConfig
@@ -20,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 
 from slimheads.attention import Site
+from slimheads.errors import ModelRefusedError
 
 Blocks = Sequence[tuple[Site, tuple[int, ...]]]
 Adapter = Callable[[torch.nn.Module, Blocks], None]
@@ -195,15 +197,111 @@ class _GatesPickedPositionBias(torch.nn.Module):
         return first * (second * self.gru_rel_pos_const - 1.0) + 2.0
 
 
+def pick_slopes(model: torch.nn.Module, blocks: Blocks) -> None:
+    """ALiBi (BLOOM, Falcon, MPT): the model makes a slope for every dense head, and a layer picks those of its own."""
+    for module, site, kept in _changed(model, blocks):
+        if not hasattr(module, "dense_heads"):
+            module.dense_heads = site.total * site.heads_per_unit
+        _compose_kept_heads(module, site.kept_heads(kept))
+        _mix_in(module, _PicksSlopes)
+
+
+class _PicksSlopes(torch.nn.Module):
+    kept_heads: list[int]
+    dense_heads: int
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        alibi, mask = options.get("alibi"), options.get("attention_mask")
+        if alibi is not None:  # [batch * dense heads, 1, positions]
+            by_head = alibi.view(-1, self.dense_heads, positions := alibi.shape[2])
+            options["alibi"] = by_head[:, self.kept_heads].view(-1, 1, positions)
+            if mask is not None and mask.shape[1] == self.dense_heads:  # Falcon's holds the slopes too
+                options["attention_mask"] = mask[:, self.kept_heads]
+        if options.get("position_bias") is not None:  # MPT's, [dense heads, 1, positions]
+            options["position_bias"] = options["position_bias"][self.kept_heads]
+        return super().forward(*arguments, **options)
+
+
+def count_in_config(model: torch.nn.Module, blocks: Blocks) -> None:
+    """Phi-3 splits its fused matrix by `config.num_attention_heads`: each layer reads its own count there."""
+    for module, site, kept in _changed(model, blocks):
+        module.num_attention_heads = site.counted("heads", kept)
+        _mix_in(module, _CountsInConfig)
+
+
+class _CountsInConfig(torch.nn.Module):
+    num_attention_heads: int
+    __jit_unused_properties__ = ("config",)
+
+    @property
+    def config(self) -> Any:
+        """Made anew each time, for a copy of the configuration would go stale."""
+        return _OwnHeadCount(self.__dict__["config"], self.num_attention_heads)
+
+
+class _OwnHeadCount:
+    """A configuration, as it is at any moment, but for the number of query heads."""
+
+    def __init__(self, config: Any, heads: int) -> None:
+        self.__dict__.update(config=config, num_attention_heads=heads)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["config"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["config"], name, value)
+
+
+def cut_in_four(model: torch.nn.Module, blocks: Blocks) -> None:
+    """CodeGen cuts its fused projection into four equal parts, which the heads that are left do not fill evenly.
+
+    The weight keeps its order. The projection gives out its rows in another one, where the queries, values and keys of
+    any four equal parts come as the forward expects them; an exporter folds that into the weight.
+
+    Raises:
+        ModelRefusedError: head_dim is not a multiple of 4.
+    """
+    for module, site, kept in _changed(model, blocks):
+        if site.head_dim % 4:
+            raise ModelRefusedError(
+                f"head_dim {site.head_dim} is not a multiple of 4",
+                where=site.name,
+                hint="no checkpoint of CodeGen is like that; heads of such a width cannot be cut into four",
+            )
+        [fused] = [p for p in site.projections if not p.divides_inputs]
+        role_of = fused.role_of[fused.kept_features(kept)]
+        parts = [np.array_split(np.flatnonzero(role_of == role), 4) for role in ("query", "value", "key")]
+        projection: Any = model.get_submodule(fused.module)
+        projection.order = np.concatenate([part for quarter in zip(*parts, strict=True) for part in quarter]).tolist()
+        _mix_in(projection, _Reordered)
+        _mix_in(module, _SplitsAnyQuarters)
+
+
+class _Reordered(torch.nn.Module):
+    order: list[int]
+    weight: torch.Tensor
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(inputs, self.weight[self.order])  # it has no bias
+
+
+class _SplitsAnyQuarters(torch.nn.Module):
+    def _split_heads(self, x: torch.Tensor, n_head: int, dim_head: int, mp_num: int) -> torch.Tensor:
+        return x.reshape(*x.shape[:-2], -1, dim_head)  # a quarter need not be whole heads
+
+
 ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
     {
         adapter.__name__: adapter
         for adapter in (
+            count_in_config,
+            cut_in_four,
             gate_picked_position_bias,
             join_fewer_heads,
             pass_mask_on,
             pass_position_bias_on,
             pick_position_bias,
+            pick_slopes,
         )
     }
 )
@@ -222,6 +320,10 @@ def opened(model: torch.nn.Module, sites: Sequence[Site]) -> Iterator[None]:
         for module, own in stock:
             module.__class__ = own
             del module.kept_heads
+
+
+def _changed(model: torch.nn.Module, blocks: Blocks) -> Iterator[tuple[Any, Site, tuple[int, ...]]]:
+    return ((_attention(model, site), site, kept) for site, kept in blocks if len(kept) < site.total)
 
 
 def _attention(model: torch.nn.Module, site: Site) -> torch.nn.Module:

@@ -8,6 +8,7 @@ size, and waveforms no padding: the exported graphs take no mask for them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -106,28 +107,30 @@ def cases(config: PretrainedConfig, task: str, seed: int = 0) -> tuple[Case, ...
 
 def position_limit(config: PretrainedConfig) -> int:
     """Longest input that every covered model with this position table takes."""
-    table = getattr(text_config(config), "max_position_embeddings", None)
+    text = text_config(config)
+    table = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # the second is MPT's
     return (table or 10_000) - 2  # RoBERTa's table starts at 2
 
 
 def torch_form(model: PreTrainedModel) -> Form:
     """A torch model as a function from a case to its float outputs by name."""
+    takes_positions = model.can_generate() and "position_ids" in inspect.signature(model.forward).parameters
 
     def run(case: Case) -> Outputs:
-        others, cache = to_torch(case.others, model), dict[str, Any]()
+        others, p = to_torch(case.others, model), case.past
+
+        def placed(where: slice) -> dict[str, Any]:
+            return {"position_ids": positions[:, where]} if takes_positions else {}
+
         with torch.no_grad():
             if "input_ids" not in case.inputs:
                 return _floats(model(**others))
             ids, mask, positions = (torch.from_numpy(a) for a in (case.ids, case.mask, case.positions))
-            if case.past:
-                p = case.past
-                first = model(
-                    input_ids=ids[:, :p], attention_mask=mask[:, :p], position_ids=positions[:, :p], use_cache=True
-                )
-                cache = {"past_key_values": first.past_key_values, "position_ids": positions[:, p:]}
-            elif model.can_generate():
-                cache = {"position_ids": positions}
-            return _floats(model(input_ids=ids[:, case.past :], attention_mask=mask, **cache, **others))
+            cache: dict[str, Any] = {}
+            if p:
+                first = model(input_ids=ids[:, :p], attention_mask=mask[:, :p], use_cache=True, **placed(np.s_[:p]))
+                cache = {"past_key_values": first.past_key_values}
+            return _floats(model(input_ids=ids[:, p:], attention_mask=mask, **cache, **placed(np.s_[p:]), **others))
 
     return run
 

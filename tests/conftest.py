@@ -1,4 +1,7 @@
-"""Models that many tests share, and the covered families: every test that takes `model_type` runs on each of them."""
+"""Models that many tests share, and the covered families: every test that takes `model_type` runs on each of them.
+
+A test that takes `variety` runs on their variants too, and one that takes `variant` on those alone.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import AUDIO, CONFIGS, DECODERS, ENCODERS, SEQ2SEQ, VISION, tiny_model
+from tiny import AUDIO, CONFIGS, DECODERS, ENCODERS, SEQ2SEQ, VARIANTS, VISION, tiny_model
 from transformers import PreTrainedModel
 
 from slimheads.attention import find_sites
@@ -27,8 +30,12 @@ from slimheads.selection import Plan, SitePlan
 
 pytest_plugins = ["evidence"]
 MODEL_TYPES = sorted(model_type for family in families().values() for model_type in family.model_types)
+VARIETIES = [*MODEL_TYPES, *sorted(VARIANTS)]
 PARAMETERS = {
     "model_type": MODEL_TYPES,
+    "variety": VARIETIES,
+    "variant": sorted(VARIANTS),
+    "decoder_variety": [v for v in VARIETIES if v in DECODERS],
     "encoder_type": [m for m in MODEL_TYPES if m in ENCODERS],  # of texts
     "decoder_type": [m for m in MODEL_TYPES if m in DECODERS],
     "seq2seq_type": [m for m in MODEL_TYPES if m in SEQ2SEQ],
@@ -55,15 +62,15 @@ def minilm() -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., PreTrainedModel]:
-    """`tiny(model_type, **options of tiny_model)`: a copy of a model that is built once, free to be changed."""
+    """`tiny(variety, **options of tiny_model)`: a copy of a model that is built once, free to be changed."""
     built: dict[str, PreTrainedModel] = {}
 
-    def copied(model_type: str, **options: Any) -> PreTrainedModel:
-        if model_type not in CONFIGS:
-            pytest.fail(f"a family file covers '{model_type}', but tests/tiny.py has no small configuration for it")
-        key = repr((model_type, sorted(options.items())))
+    def copied(variety: str, **options: Any) -> PreTrainedModel:
+        if variety not in CONFIGS | VARIANTS:
+            pytest.fail(f"a family file covers '{variety}', but tests/tiny.py has no small configuration for it")
+        key = repr((variety, sorted(options.items())))
         if key not in built:
-            built[key] = tiny_model(model_type, **options)
+            built[key] = tiny_model(variety, **options)
         return copy.deepcopy(built[key])
 
     return copied

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import type_of
 
 from slimheads.catalogue import SECTIONS, Evidence, TypeEvidence, digest
 from slimheads.environment import installed
@@ -47,7 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def prove(request: pytest.FixtureRequest) -> Callable[..., None]:
     """`prove(section, **facts)`: what this test found out about its model type; see slimheads.catalogue's proofs."""
     parameters = request.node.callspec.params
-    (model_type,) = (parameters[n] for n in ("model_type", "encoder_type", "decoder_type") if n in parameters)
+    names = ("model_type", "variety", "variant", "encoder_type", "decoder_type")
+    (variety,) = (parameters[name] for name in names if name in parameters)
+    model_type = type_of(variety)
     facts: list[Any] = []
     request.node.user_properties.append((_PROPERTY, {"model_type": model_type, "facts": facts}))
 

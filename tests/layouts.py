@@ -11,6 +11,7 @@ from itertools import chain
 
 import pytest
 import torch
+from tiny import DECODERS
 from transformers import PretrainedConfig, PreTrainedModel
 
 BERT_LIKE = {
@@ -22,7 +23,7 @@ VIT_LIKE = {"audio-spectrogram-transformer", "deit", "dinov2", "vit", "vit_msn",
 BART_LIKE = {"bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "pegasus", "whisper"}
 LLAMA_LIKE = {
     *("arcee", "cohere", "gemma", "gemma2", "gemma3_text", "glm", "granite", "helium", "llama", "mistral", "nemotron"),
-    *("olmo", "qwen2", "qwen3", "smollm3", "stablelm"),
+    *("olmo", "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm"),
 }
 
 
@@ -44,6 +45,16 @@ class UnitTensors:
         return sum(tensor.numel() for tensor in (*weights, *self.biases, *self.others))
 
 
+def kv_heads(config: PretrainedConfig) -> int:
+    """How many KV heads a dense block of a decoder has."""
+    if config.model_type == "falcon":
+        few = config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else None
+        return few or config.num_attention_heads
+    if config.model_type == "gpt_bigcode" and config.multi_query:
+        return 1
+    return getattr(config, "num_key_value_heads", config.num_attention_heads)
+
+
 def dense_counts(config: PretrainedConfig) -> list[int]:
     """How many units each block of a dense model has."""
     if hasattr(config, "text_config"):
@@ -52,16 +63,20 @@ def dense_counts(config: PretrainedConfig) -> list[int]:
         return [heads for heads, blocks in zip(config.num_heads, config.depths, strict=True) for _ in range(blocks)]
     shared = config.model_type == "albert"
     layers = config.num_hidden_groups * config.inner_group_num if shared else config.num_hidden_layers
-    return [getattr(config, "num_key_value_heads", config.num_attention_heads)] * layers
+    # Where all query heads read one KV head, they are units themselves.
+    return [config.num_attention_heads if kv_heads(config) == 1 else kv_heads(config)] * layers
 
 
-def unit_tensors(model: PreTrainedModel, counts: Sequence[int] | None = None) -> list[list[UnitTensors]]:
-    """The units of every layer; `counts` says how many each layer of a slim model has left."""
+def unit_tensors(model: PreTrainedModel, kept: Sequence[Sequence[int]] | None = None) -> list[list[UnitTensors]]:
+    """The units of every layer; `kept` says which ones each layer of a slim model has left."""
     kind, config = model.config.model_type, model.config
     if config.is_encoder_decoder:
-        return _two_stacks(model, counts)
+        return _two_stacks(model, kept and [len(units) for units in kept])
     base = getattr(model, model.base_model_prefix, model)
-    counts = counts or dense_counts(config)
+    dense = dense_counts(config)
+    kept = kept or [range(count) for count in dense]
+    counts = [len(units) for units in kept]
+    shared = config.model_type in DECODERS and kv_heads(config) == 1
     if kind in BERT_LIKE:
         blocks = [layer.attention for layer in base.encoder.layer]
         linears = [(a.self.query, a.self.key, a.self.value, a.output.dense) for a in blocks]
@@ -74,13 +89,11 @@ def unit_tensors(model: PreTrainedModel, counts: Sequence[int] | None = None) ->
         linears = [(a.q_proj, a.k_proj, a.v_proj, a.out_proj) for a in blocks]
     elif kind in {"beit", "data2vec-vision"}:
         blocks = [layer.attention for layer in base.encoder.layer]
-        return [
-            _with_table(
-                _separate(a.attention.query, a.attention.key, a.attention.value, a.output.dense, count),
-                a.attention.relative_position_bias.relative_position_bias_table.data,
-            )
-            for a, count in zip(blocks, counts, strict=True)
-        ]
+        linears = [(a.attention.query, a.attention.key, a.attention.value, a.output.dense) for a in blocks]
+        if config.use_relative_position_bias:
+            tables = [a.attention.relative_position_bias.relative_position_bias_table.data for a in blocks]
+            made = zip(linears, counts, tables, strict=True)
+            return [_with_table(_separate(*four, count), table) for four, count, table in made]
     elif kind in {"donut-swin", "swin"}:
         blocks = [block.attention for stage in base.encoder.layers for block in stage.blocks]
         return [
@@ -126,13 +139,34 @@ def unit_tensors(model: PreTrainedModel, counts: Sequence[int] | None = None) ->
         linears = [(a.q_proj, a.k_proj, a.v_proj, a.out_proj) for a in blocks]
     elif kind == "modernbert":
         return [_three_blocks(b.attn.Wqkv, b.attn.Wo, count) for b, count in zip(base.layers, counts, strict=True)]
-    elif kind == "gpt_neox":
-        pairs = [(layer.attention.query_key_value, layer.attention.dense) for layer in base.layers]
-        return [_head_by_head(*pair, count) for pair, count in zip(pairs, counts, strict=True)]
+    elif kind == "mpt":
+        return [
+            _three_blocks(b.attn.Wqkv, b.attn.out_proj, count) for b, count in zip(base.blocks, counts, strict=True)
+        ]
+    elif kind == "phi3":
+        pairs = [(layer.self_attn.qkv_proj, layer.self_attn.o_proj) for layer in base.layers]
+        members = config.num_attention_heads // config.num_key_value_heads
+        return [_runs(*pair, count, members) for pair, count in zip(pairs, counts, strict=True)]
+    elif kind == "codegen":
+        pairs = [(layer.attn.qkv_proj, layer.attn.out_proj) for layer in base.h]
+        return [_four_shares(*pair, units, whole) for pair, units, whole in zip(pairs, kept, dense, strict=True)]
+    elif kind in {"gpt_neox", "bloom", "falcon", "gpt_bigcode"}:
+        pairs = {
+            "gpt_neox": lambda: [(b.attention.query_key_value, b.attention.dense) for b in base.layers],
+            "bloom": lambda: [(b.self_attention.query_key_value, b.self_attention.dense) for b in base.h],
+            "falcon": lambda: [(b.self_attention.query_key_value, b.self_attention.dense) for b in base.h],
+            "gpt_bigcode": lambda: [(b.attn.c_attn, b.attn.c_proj) for b in base.h],
+        }[kind]()
+        if shared:
+            return [_one_key_for_all(*pair, count) for pair, count in zip(pairs, counts, strict=True)]
+        members = config.num_attention_heads // kv_heads(config)
+        return [_unit_by_unit(*pair, count, members) for pair, count in zip(pairs, counts, strict=True)]
     elif kind == "gpt2":
         return [_fused(b.attn.c_attn, b.attn.c_proj, count) for b, count in zip(base.h, counts, strict=True)]
     else:
         pytest.fail(f"tests/layouts.py does not say where the heads of '{kind}' are")
+    if shared:
+        return [_separate_one_key(*four, count) for four, count in zip(linears, counts, strict=True)]
     return [_separate(*four, count) for four, count in zip(linears, counts, strict=True)]
 
 
@@ -193,19 +227,20 @@ def _deberta(block: torch.nn.Module, count: int) -> list[UnitTensors]:
     rows = own.in_proj.weight.data.view(count, 3, -1, own.in_proj.in_features)
     columns = out.weight.data.view(out.out_features, count, -1)
     biases = [(own.q_bias.data.view(count, -1)[head], own.v_bias.data.view(count, -1)[head]) for head in range(count)]
-    positions = _rows_by_head((own.pos_proj, own.pos_q_proj), count)
+    positions = _rows_by_head(own, ("pos_proj", "pos_q_proj"), count)
     return [UnitTensors(*rows[h], columns[:, h], biases[h], positions[h]) for h in range(count)]
 
 
 def _deberta_v2(block: torch.nn.Module, count: int) -> list[UnitTensors]:
     own = block.self
-    positions = _rows_by_head((own.pos_key_proj, own.pos_query_proj), count)
+    positions = _rows_by_head(own, ("pos_key_proj", "pos_query_proj"), count)
     units = _separate(own.query_proj, own.key_proj, own.value_proj, block.output.dense, count)
     return [replace(unit, others=positions[head]) for head, unit in enumerate(units)]
 
 
-def _rows_by_head(linears: Sequence[torch.nn.Linear], count: int) -> list[tuple[torch.Tensor, ...]]:
-    """The weight rows and bias entries of each head in every one of these."""
+def _rows_by_head(block: torch.nn.Module, names: Sequence[str], count: int) -> list[tuple[torch.Tensor, ...]]:
+    """The weight rows and bias entries of each head in those of these linear layers that the configuration asks for."""
+    linears = [getattr(block, name) for name in names if hasattr(block, name)]
     tensors = [t.data.view(count, -1, *t.shape[1:]) for m in linears for t in (m.weight, m.bias) if t is not None]
     return [tuple(tensor[head] for tensor in tensors) for head in range(count)]
 
@@ -232,13 +267,74 @@ def _three_blocks(fused: torch.nn.Linear, out: torch.nn.Linear, count: int) -> l
     return [UnitTensors(*three[:, head], columns[:, head], tuple(biases[head])) for head in range(count)]
 
 
-def _head_by_head(fused: torch.nn.Linear, out: torch.nn.Linear, count: int) -> list[UnitTensors]:
-    """Rows of the first head's query, key and value, then of the second's."""
-    dim = fused.out_features // count // 3
+def _unit_by_unit(fused: torch.nn.Linear, out: torch.nn.Linear, count: int, members: int) -> list[UnitTensors]:
+    """Rows of the first unit's queries (one or, in a group, several), its key and its value, then of the second's."""
+    dim = fused.out_features // count // (members + 2)
     units = []
-    for head in range(count):
-        q, k, v = (slice((3 * head + part) * dim, (3 * head + part + 1) * dim) for part in range(3))
-        weight, bias = fused.weight.data, fused.bias.data
-        columns = out.weight.data[:, head * dim : (head + 1) * dim]
-        units.append(UnitTensors(weight[q], weight[k], weight[v], columns, (bias[q], bias[k], bias[v])))
+    for unit in range(count):
+        query = slice(unit * (members + 2) * dim, (unit * (members + 2) + members) * dim)
+        key = slice(query.stop, query.stop + dim)
+        value = slice(key.stop, key.stop + dim)
+        units.append(_of_rows(fused, out, query, key, value, unit, members * dim))
     return units
+
+
+def _runs(fused: torch.nn.Linear, out: torch.nn.Linear, count: int, members: int) -> list[UnitTensors]:
+    """Rows of all queries, group by group, then of all keys, then of all values."""
+    dim = fused.out_features // count // (members + 2)
+    keys, values = count * members * dim, count * (members + 1) * dim
+    return [
+        _of_rows(
+            fused,
+            out,
+            slice(unit * members * dim, (unit + 1) * members * dim),
+            slice(keys + unit * dim, keys + (unit + 1) * dim),
+            slice(values + unit * dim, values + (unit + 1) * dim),
+            unit,
+            members * dim,
+        )
+        for unit in range(count)
+    ]
+
+
+def _one_key_for_all(fused: torch.nn.Linear, out: torch.nn.Linear, count: int) -> list[UnitTensors]:
+    """Rows of all queries, then of the one key and the one value that they share."""
+    dim = fused.out_features // (count + 2)
+    key, value = slice(count * dim, (count + 1) * dim), slice((count + 1) * dim, (count + 2) * dim)
+    return [_of_rows(fused, out, slice(head * dim, (head + 1) * dim), key, value, head, dim) for head in range(count)]
+
+
+def _four_shares(fused: torch.nn.Linear, out: torch.nn.Linear, kept: Sequence[int], dense: int) -> list[UnitTensors]:
+    """Four parts, each of them the queries, the values and then the keys of what is left of a quarter of the heads."""
+    dim = fused.out_features // len(kept) // 3
+    units, at = [], 0
+    for quarter in range(4):
+        here = [place for place, head in enumerate(kept) if head // (dense // 4) == quarter]
+        for number, place in enumerate(here):
+            query, value, key = (
+                slice(at + (part * len(here) + number) * dim, at + (part * len(here) + number + 1) * dim)
+                for part in range(3)
+            )
+            units.append(_of_rows(fused, out, query, key, value, place, dim))
+        at += 3 * len(here) * dim
+    return units
+
+
+def _of_rows(
+    fused: torch.nn.Linear, out: torch.nn.Linear, query: slice, key: slice, value: slice, unit: int, width: int
+) -> UnitTensors:
+    """The unit with these rows, and `width` columns of the output matrix."""
+    weight, rows = fused.weight.data, (query, key, value)
+    biases = () if fused.bias is None else tuple(fused.bias.data[part] for part in rows)
+    columns = out.weight.data[:, unit * width : (unit + 1) * width]
+    return UnitTensors(weight[query], weight[key], weight[value], columns, biases)
+
+
+def _separate_one_key(
+    q: torch.nn.Linear, k: torch.nn.Linear, v: torch.nn.Linear, o: torch.nn.Linear, count: int
+) -> list[UnitTensors]:
+    """Query heads of their own, the one key and the one value that they share."""
+    dim = q.out_features // count
+    queries = [slice(head * dim, (head + 1) * dim) for head in range(count)]
+    weights = k.weight.data, v.weight.data
+    return [UnitTensors(q.weight.data[own], *weights, o.weight.data[:, own], ()) for own in queries]

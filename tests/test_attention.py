@@ -9,21 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from layouts import unit_tensors
+from layouts import kv_heads, unit_tensors
 from pydantic import ValidationError
 from tiny import SEQ2SEQ, TWO_TOWERS
 from transformers import AutoConfig, BertConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from slimheads import family as family_files
-from slimheads.attention import find_sites, linear_features
+from slimheads.attention import Projection, find_sites, linear_features
 from slimheads.errors import ModelRefusedError, UsageError
 from slimheads.family import Family, ProjectionRow, SiteRow, families, family_of, refused_types
+from slimheads.layout import blocks_of
 from slimheads.scoring import ROLES, score
 from slimheads.selection import select
 from slimheads.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]
+SIZES = {"unit": 4, "member": 2, "dim": 1}
 
 
 def bert_family(**changes: object) -> Family:
@@ -39,45 +41,52 @@ def test_each_model_type_belongs_to_one_family() -> None:
     assert len(named) == len(set(named))
 
 
-def test_sites_come_in_layer_order_with_the_models_own_counts(tiny: Tiny, model_type: str) -> None:
-    model = tiny(model_type)
+def test_sites_come_in_layer_order_with_the_models_own_counts(tiny: Tiny, variety: str) -> None:
+    model = tiny(variety)
     sites = find_sites(model)
     expected = unit_tensors(model)
     kinds: dict[str, list[int]] = {}
     for site in sites:
         kinds.setdefault(re.sub(r"\d+", "*", site.name), []).append(site.layer)
     assert all(layers == list(range(len(layers))) for layers in kinds.values())
-    assert len(kinds) == (3 if model_type in SEQ2SEQ else 2 if model_type in TWO_TOWERS else 1)
+    assert len(kinds) == (3 if variety in SEQ2SEQ else 2 if variety in TWO_TOWERS else 1)
     assert [site.total for site in sites] == [len(units) for units in expected]
     config = getattr(model.config, "text_config", model.config)
-    grouped = config.num_attention_heads != getattr(config, "num_key_value_heads", config.num_attention_heads)
+    heads = config.num_attention_heads
+    grouped = isinstance(heads, int) and 1 < kv_heads(config) < heads
     assert {site.unit for site in sites} == {"kv_group" if grouped else "head"}
     for site in sites:
         assert site.name in dict(model.named_modules())
 
 
-def test_labels_pick_the_slices_that_transformers_reads(tiny: Tiny, model_type: str) -> None:
-    model = tiny(model_type)
+def test_labels_pick_the_slices_that_transformers_reads(tiny: Tiny, variety: str) -> None:
+    model = tiny(variety)
     for site, units in zip(find_sites(model), unit_tensors(model), strict=True):
         for index, unit in enumerate(units):
+
+            def whose(p: Projection, index: int = index) -> np.ndarray:
+                return (p.unit_of <= index) & (index < p.unit_of + p.span)
+
             for role in ROLES:
                 [(projection, features)] = [
                     (model.get_submodule(p.module), features)
                     for p in site.projections
-                    if len(features := np.flatnonzero((p.unit_of == index) & (p.role_of == role)))
+                    if len(features := np.flatnonzero(whose(p) & (p.role_of == role)))
                 ]
                 rows = isinstance(projection, torch.nn.Linear) != (role == "output")
                 weight = projection.weight
                 assert torch.equal(weight[features, :] if rows else weight[:, features], getattr(unit, role))
 
 
-def test_every_feature_is_labelled_once(tiny: Tiny, model_type: str) -> None:
-    model = tiny(model_type)
+def test_every_feature_is_labelled_once(tiny: Tiny, variety: str) -> None:
+    model = tiny(variety)
     for site in find_sites(model):
         for projection in site.projections:
             width = linear_features(model.get_submodule(projection.module))[0 if projection.divides_inputs else 1]
             assert len(projection.unit_of) == len(projection.role_of) == width
-            assert set(projection.unit_of.tolist()) == set(range(site.total))
+            ends = projection.unit_of + projection.span
+            owners = {u for own in zip(projection.unit_of, ends, strict=True) for u in range(*own)}
+            assert owners == set(range(site.total))
 
 
 @pytest.mark.parametrize("groups,heads", [(4, 8), (8, 8), (2, 8)])
@@ -92,8 +101,8 @@ def test_an_explicit_head_dim_is_read_from_the_weights(tiny: Tiny) -> None:
     assert {site.head_dim for site in find_sites(tiny("llama", head_dim=6))} == {6}
 
 
-def test_a_slim_model_is_found_as_it_is_now(tiny: Tiny, ragged: Callable[..., object], model_type: str) -> None:
-    model = tiny(model_type)
+def test_a_slim_model_is_found_as_it_is_now(tiny: Tiny, ragged: Callable[..., object], variety: str) -> None:
+    model = tiny(variety)
     plan = ragged(model)
     before = find_sites(model)
     prune(model, plan)
@@ -219,6 +228,49 @@ def test_a_family_file_that_does_not_describe_the_model_is_an_error(
 
 
 @pytest.mark.parametrize(
+    "layout,labels",
+    [
+        ("query(unit member dim) | key(unit dim)", "0q0 0q1 1q0 1q1 2q0 2q1 3q0 3q1 0k 1k 2k 3k"),
+        ("unit [query*member key value] dim", "0q0 0q1 0k 0v 1q0 1q1 1k 1v 2q0 2q1 2k 2v 3q0 3q1 3k 3v"),
+        ("2 [query value key] unit dim", "0q 1q 0v 1v 0k 1k 2q 3q 2v 3v 2k 3k"),
+    ],
+)
+def test_a_layout_names_every_feature_from_the_outside_in(layout: str, labels: str) -> None:
+    """Four units of two query heads, one feature each: unit, role, and the query head in its group."""
+    columns = [np.concatenate(c) for c in zip(*(b.labels(SIZES) for b in blocks_of(layout)), strict=True)]
+    read = [f"{unit}{role[0]}{member if member >= 0 else ''}" for unit, member, role in zip(*columns, strict=True)]
+    assert " ".join(read) == labels
+
+
+@pytest.mark.parametrize(
+    "changes,layout,unit",
+    [
+        ({"new_decoder_architecture": True}, "unit [query*member key value] dim", ("kv_group", 4)),
+        ({"new_decoder_architecture": True, "num_kv_heads": 1}, "unit [query*member key value] dim", ("head", 8)),
+        ({"multi_query": True}, "query(unit member dim) | key(unit dim) | value(unit dim)", ("head", 8)),
+        ({"multi_query": False, "num_kv_heads": 8}, "unit [query key value] dim", ("head", 8)),
+    ],
+    ids=["grouped", "one group", "multi-query", "old"],
+)
+def test_a_row_applies_when_the_configuration_says_so(
+    tiny: Tiny, changes: dict[str, object], layout: str, unit: tuple[str, int]
+) -> None:
+    model = tiny("falcon", **{"new_decoder_architecture": False} | changes)
+    [row] = families()["falcon"].rows(model.config)
+    assert row.projections[0].layout == layout
+    assert {(site.unit, site.total) for site in find_sites(model)} == {unit}
+
+
+def test_a_configuration_that_no_row_is_for_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = families()["gpt_bigcode"]
+    only = family.model_copy(update={"sites": family.sites[:1]})
+    monkeypatch.setattr(family_files, "families", lambda: {"gpt_bigcode": only})
+    with pytest.raises(ModelRefusedError) as refused:
+        find_sites(tiny("gpt_bigcode"))
+    assert refused.value.where.endswith("h.0.attn")
+
+
+@pytest.mark.parametrize(
     "layout",
     [
         "query(dim)",
@@ -233,6 +285,11 @@ def test_a_family_file_that_does_not_describe_the_model_is_an_error(
         "unit [query keys] dim",
         "unit [query key value] unit dim",
         "unit [query output] dim",
+        "unit [query*member key] dim",
+        "unit [query key*member value] dim",
+        "0 [query value key] unit dim",
+        "4 [query value key] dim",
+        "4 unit [query value key] dim",
     ],
 )
 def test_a_layout_that_cannot_be_read_is_refused(layout: str) -> None:

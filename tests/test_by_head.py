@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import unit_tensors
+from layouts import kv_heads, unit_tensors
 from shipped import ship
-from tiny import CONFIGS
+from tiny import DECODERS, config_of, type_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from whole_runs import report_of, slimheads, steady_bench, write_recipe
 
@@ -30,9 +30,7 @@ from slimheads.selection import Plan, SitePlan, select
 from slimheads.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]
-GROUPED = sorted(
-    name for name, c in CONFIGS.items() if c.get("num_key_value_heads") not in (None, c.get("num_attention_heads"))
-)
+GROUPED = sorted(v for v in DECODERS if 1 < kv_heads(config := config_of(v)) < config.num_attention_heads)
 ONE_A_FAMILY = [name for f in families().values() if (name := next((m for m in f.model_types if m in GROUPED), None))]
 
 
@@ -63,7 +61,12 @@ def scattered(model: PreTrainedModel) -> Plan:
 @pytest.fixture
 def wide(tiny: Tiny) -> Tiny:
     """Two KV heads, each read by four query heads."""
-    return lambda model_type, **options: tiny(model_type, **{"num_key_value_heads": 2} | options)
+
+    def made(variety: str, **options: Any) -> PreTrainedModel:
+        key = "num_kv_heads" if type_of(variety) == "falcon" else "num_key_value_heads"
+        return tiny(variety, **{key: 2} | options)
+
+    return made
 
 
 def assert_deleted_equals_gated(
@@ -89,15 +92,24 @@ def test_deleted_equals_gated_within_groups(
         assert_deleted_equals_gated(model, within(model, 1), batches(model), answers, 1e-12)
 
 
+def keys_and_values(block: torch.nn.Module) -> list[torch.Tensor]:
+    """What two KV heads are made of, wherever it stands."""
+    if hasattr(block, "k_proj"):
+        return [tensor for part in (block.k_proj, block.v_proj) for tensor in part.state_dict().values()]
+    if hasattr(block, "qkv_proj"):  # Phi-3's rows, behind all queries
+        return [block.qkv_proj.weight[-4 * block.head_dim :]]
+    fused = block.query_key_value  # Falcon's, behind the queries of each group
+    return [tensor.view(2, -1, block.head_dim, *tensor.shape[1:])[:, -2:] for tensor in (fused.weight, fused.bias)]
+
+
 @pytest.mark.parametrize("model_type", GROUPED)
 def test_keys_and_values_stay_and_it_reloads(wide: Tiny, tmp_path: Path, model_type: str) -> None:
     model = wide(model_type)
     dense, plan = copy.deepcopy(model), within(model)
     prune(model, plan)
     for site in find_sites(dense):
-        for name in ("k_proj", "v_proj"):
-            pair = [m.get_submodule(site.name).get_submodule(name).state_dict() for m in (dense, model)]
-            assert all(torch.equal(pair[0][key], pair[1][key]) for key in pair[0])
+        pair = [keys_and_values(m.get_submodule(site.name)) for m in (dense, model)]
+        assert all(torch.equal(*tensors) for tensors in zip(*pair, strict=True))
     save(model, tmp_path / "slim")
     loaded = load(tmp_path / "slim")
     assert [(s.total, s.members) for s in find_sites(loaded)] == [(2, len(s.kept) // 2) for s in plan.sites]

@@ -15,7 +15,7 @@ from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 from safetensors.torch import load_file, save_file
 from shipped import ALL_PRECISIONS, Shipped, edit_tensor, ship
-from tiny import DECODERS, SEQ2SEQ, task_of
+from tiny import DECODERS, SEQ2SEQ, task_of, variant_of
 from transformers import PreTrainedModel
 
 from slimheads import certificate, chain
@@ -108,6 +108,22 @@ def test_all_links_hold_with_another_count_in_every_site(
     links = [{key: getattr(link, key) for key in LinkProof.model_fields} for link in found.links]
     units = sorted({site.unit for site in made.plan.sites})
     prove("certificate", task=task, units=units, links=links)
+
+
+def test_all_links_hold_in_variants(
+    variant: str,
+    tiny: Callable[..., PreTrainedModel],
+    ragged: Callable[..., Plan],
+    prove: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    dense, task = tiny(variant), task_of(variant)
+    made = ship(dense, ragged(dense), tmp_path, task=task)
+    found = made.certificate()
+    assert found.passed, report(found)
+    links = [{key: getattr(link, key) for key in LinkProof.model_fields} for link in found.links]
+    units = sorted({site.unit for site in made.plan.sites})
+    prove("certificate", variant=variant_of(variant), task=task, units=units, links=links)
 
 
 def test_all_links_hold_for_a_file_with_fixed_cache_axes(

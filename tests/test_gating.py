@@ -35,9 +35,9 @@ def keep_all(model: PreTrainedModel) -> Plan:
 
 
 def test_a_closed_gate_equals_a_zeroed_slice_of_the_output_projection(
-    tiny: Tiny, ragged: Ragged, batches: Batches, answers: Answers, model_type: str
+    tiny: Tiny, ragged: Ragged, batches: Batches, answers: Answers, variety: str
 ) -> None:
-    model = tiny(model_type)
+    model = tiny(variety)
     plan, zeroed = ragged(model), copy.deepcopy(model)
     for units, site in zip(unit_tensors(zeroed), plan.sites, strict=True):
         for unit in site.removed:

@@ -46,9 +46,9 @@ def assert_equal_to_the_loop(model: PreTrainedModel, rel: float) -> float:
     ids=["float64", "float32", "bfloat16", "float16"],
 )
 def test_scores_equal_a_loop_over_single_heads(
-    tiny: Tiny, prove: Callable[..., None], model_type: str, dtype: torch.dtype, rel: float
+    tiny: Tiny, prove: Callable[..., None], variety: str, dtype: torch.dtype, rel: float
 ) -> None:
-    largest = assert_equal_to_the_loop(tiny(model_type).to(dtype), rel)
+    largest = assert_equal_to_the_loop(tiny(variety).to(dtype), rel)
     prove("scores", dtype=str(dtype).removeprefix("torch."), max_rel=largest)
 
 
@@ -76,8 +76,8 @@ def test_biases_do_not_count(tiny: Tiny, model_type: str) -> None:
     assert score(model) == before
 
 
-def test_a_slim_model_scores_as_its_kept_units_did(tiny: Tiny, ragged: Callable[..., Plan], model_type: str) -> None:
-    model = tiny(model_type)
+def test_a_slim_model_scores_as_its_kept_units_did(tiny: Tiny, ragged: Callable[..., Plan], variety: str) -> None:
+    model = tiny(variety)
     before, plan = score(model), ragged(model)
     expected = [[s.scores[u] for u in p.kept] for s, p in zip(before.sites, plan.sites, strict=True)]
     assert [list(s.scores) for s in score(prune(model, plan)).sites] == [pytest.approx(e, rel=1e-6) for e in expected]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from slimheads.checkpoint import auto_classes
 
@@ -63,6 +63,15 @@ _WAVEFORM: dict[str, Any] = {
 }
 
 _WIDE_HEADS: dict[str, Any] = _GROUPED | {"head_dim": 6}  # not hidden_size / num_attention_heads, which is 4
+_GPT2: dict[str, Any] = {
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "vocab_size": 120,
+    "n_positions": 160,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 _WINDOWS: dict[str, Any] = {  # far shorter than the longest texts, in some layers
     "sliding_window": 5,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -126,15 +135,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 120,
         "max_position_embeddings": 160,
     },
-    "gpt2": {
-        "n_embd": 32,
-        "n_layer": 3,
-        "n_head": 4,
-        "vocab_size": 120,
-        "n_positions": 160,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    },
+    "gpt2": _GPT2,
     "gpt_neo": {
         "hidden_size": 32,
         "num_layers": 3,
@@ -212,6 +213,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "pegasus": _SEQ2SEQ,
     "t5": _T5,
     "whisper": _SEQ2SEQ | {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 140, "init_std": 0.2},
+    "bloom": {"hidden_size": 48, "n_layer": 3, "n_head": 6, "vocab_size": 120},  # slopes of six heads are irregular
+    "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 6, "vocab_size": 120, "max_seq_len": 160},
+    "falcon": _SIZES | {"num_attention_heads": 8, "num_kv_heads": 4, "new_decoder_architecture": True, "bias": True},
+    "gpt_bigcode": _GPT2 | {"multi_query": False},
+    "codegen": _GPT2 | {"n_head": 8, "rotary_dim": 4, "n_ctx": 160},
+    "phi3": _GROUPED | {"pad_token_id": 1},
+    # Every expert sees every token: which ones are chosen is a jump that rounding to another precision may take.
+    "qwen3_moe": _WIDE_HEADS | {"num_experts": 3, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
 }
 ENCODERS = {
     *("albert", "bert", "camembert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra"),
@@ -229,18 +238,72 @@ AUDIO = {
 SEQ2SEQ = {
     *("bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "whisper"),
 }
+_MULTI_QUERY: dict[str, Any] = {"new_decoder_architecture": False, "multi_query": True}
+_OLD_FALCON: dict[str, Any] = {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": None}
+# Configurations that lead a family's rows, its adapter or transformers' forward another way: name -> type and changes.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert-relative": ("bert", {"position_embedding_type": "relative_key"}),
+    "roberta-relative": ("roberta", {"position_embedding_type": "relative_key_query"}),
+    "electra-relative": ("electra", {"position_embedding_type": "relative_key_query"}),
+    "albert-one-layer": ("albert", {"num_hidden_groups": 1, "inner_group_num": 1}),
+    "albert-relative": ("albert", {"position_embedding_type": "relative_key_query"}),
+    "beit-shared": ("beit", {"use_shared_relative_position_bias": True}),
+    "beit-absolute": ("beit", {"use_relative_position_bias": False}),
+    "data2vec-vision-shared": (
+        "data2vec-vision",
+        {"use_relative_position_bias": False, "use_shared_relative_position_bias": True},
+    ),
+    "deberta-p2c": ("deberta", {"pos_att_type": ["p2c"]}),
+    "deberta-absolute": ("deberta", {"relative_attention": False, "pos_att_type": None}),
+    "deberta-v2-shared": ("deberta-v2", {"share_att_key": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm"}),
+    "deberta-v2-c2p": ("deberta-v2", {"pos_att_type": ["c2p"]}),
+    "deberta-v2-absolute": ("deberta-v2", {"relative_attention": False, "pos_att_type": None}),
+    "gpt2-inverse-layers": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "gpt2-upcast": ("gpt2", {"reorder_and_upcast_attn": True}),
+    "llama-ungrouped": ("llama", {"num_key_value_heads": 8}),
+    "llama-biased": ("llama", {"attention_bias": True}),
+    "llama-wide": ("llama", {"head_dim": 6}),
+    "mistral-wide": ("mistral", {"head_dim": 10, "sliding_window": 4}),
+    "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "swin-windows": ("swin", {"num_heads": [4, 8], "window_size": 4, "qkv_bias": False}),
+    "wavlm-stable": ("wavlm", {"do_stable_layer_norm": True, "feat_extract_norm": "layer"}),
+    "phi-norms": ("phi", {"qk_layernorm": True}),
+    "qwen2-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "gemma-multi-query": ("gemma", {"num_key_value_heads": 1}),
+    "falcon-alibi": ("falcon", {"alibi": True}),
+    "falcon-multi-query": ("falcon", _MULTI_QUERY),
+    "falcon-multi-query-alibi": ("falcon", _MULTI_QUERY | {"alibi": True}),
+    "falcon-old": ("falcon", _OLD_FALCON),
+    "falcon-old-alibi": ("falcon", _OLD_FALCON | {"alibi": True, "num_attention_heads": 6, "hidden_size": 48}),
+    "gpt_bigcode-multi-query": ("gpt_bigcode", {"multi_query": True}),
+    "phi3-wide": ("phi3", {"head_dim": 6, "sliding_window": 5}),
+    "qwen3_moe-sparse": ("qwen3_moe", {"num_experts_per_tok": 2, "mlp_only_layers": [1]}),
+}
 DECODERS = CONFIGS.keys() - ENCODERS - VISION - TWO_TOWERS - AUDIO - SEQ2SEQ
+DECODERS |= {name for name, (model_type, _) in VARIANTS.items() if model_type in DECODERS}
 
 
-def task_of(model_type: str) -> str:
-    """What the tests use a model type for, unless they say otherwise."""
-    if model_type in SEQ2SEQ:
-        return "automatic-speech-recognition" if model_type == "whisper" else "text2text-generation"
-    return "text-generation" if model_type in DECODERS else "feature-extraction"
+def type_of(variety: str) -> str:
+    """The model type of a name of VARIANTS, or of itself."""
+    return VARIANTS[variety][0] if variety in VARIANTS else variety
 
 
-def tasks_of(model_type: str) -> list[str]:
+def variant_of(variety: str) -> str:
+    """In words, what sets a variant apart; nothing for a model type."""
+    _, changes = VARIANTS.get(variety, (variety, {}))
+    return ", ".join(f"{key}: {value}" for key, value in changes.items())
+
+
+def task_of(variety: str) -> str:
+    """What the tests use a model for, unless they say otherwise."""
+    if variety in SEQ2SEQ:
+        return "automatic-speech-recognition" if variety == "whisper" else "text2text-generation"
+    return "text-generation" if variety in DECODERS else "feature-extraction"
+
+
+def tasks_of(variety: str) -> list[str]:
     """The tasks that transformers has a class for, the ones that name a model best first."""
+    model_type = type_of(variety)
     config = AutoConfig.for_model(model_type)
     return [
         task
@@ -251,13 +314,22 @@ def tasks_of(model_type: str) -> list[str]:
     ]
 
 
+def config_of(variety: str, **changes: Any) -> PretrainedConfig:
+    """The small configuration of a model type or of a name of VARIANTS."""
+    model_type, own = VARIANTS.get(variety, (variety, {}))
+    return AutoConfig.for_model(model_type, **CONFIGS[model_type] | own | changes)
+
+
 def tiny_model(
-    model_type: str, *, task: str | None = None, seed: int = 0, attn_implementation: str | None = None, **changes: Any
+    variety: str, *, task: str | None = None, seed: int = 0, attn_implementation: str | None = None, **changes: Any
 ) -> PreTrainedModel:
-    """A random float32 model in eval mode whose biases and norms are random too, so that none of them can hide."""
+    """A random float32 model in eval mode whose biases and norms are random too, so that none of them can hide.
+
+    `variety` is a model type or a name of VARIANTS.
+    """
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **CONFIGS[model_type] | changes)
-    auto = getattr(transformers, auto_classes(config)[task or task_of(model_type)])
+    config = config_of(variety, **changes)
+    auto = getattr(transformers, auto_classes(config)[task or task_of(variety)])
     model = auto.from_config(config, attn_implementation=attn_implementation)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -268,7 +340,7 @@ def tiny_model(
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """What a forward makes without naming a dtype is of this one: CLIP's mask does not fit into a smaller."""
+    """What a forward makes without naming a dtype is of this one: the masks of CLIP and MPT fit into no smaller."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

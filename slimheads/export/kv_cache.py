@@ -29,7 +29,8 @@ def kv_shapes(model: PreTrainedModel) -> tuple[KvShape, ...]:
     """Per layer: (KV heads, key head_dim, value head_dim), read off a forward of two tokens."""
     with torch.no_grad():
         cache = model(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=True).past_key_values
-    return tuple((key.shape[1], key.shape[3], value.shape[3]) for key, value in cache.to_legacy_cache())
+    # GPTBigCode's cache has room for cross-attention behind the two.
+    return tuple((key.shape[1], key.shape[3], value.shape[3]) for key, value, *_ in cache.to_legacy_cache())
 
 
 def seq2seq_kv_shapes(model: PreTrainedModel) -> tuple[tuple[KvShape, ...], tuple[KvShape, ...]]:
