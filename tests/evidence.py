@@ -1,7 +1,8 @@
 """What the central tests prove of each model type, gathered from those that passed: `pytest --evidence FILE`.
 
 A test that takes `prove` is marked `evidence`. What it says with `prove(section, **facts)` travels in its report, from
-parallel workers too, and counts if the test passed. A model type that fails one of them is left out altogether.
+parallel workers too, and counts if the test passed. A model type that fails one of them is left out altogether; a
+session that broke off writes nothing.
 """
 
 from __future__ import annotations
@@ -65,9 +66,13 @@ class _Gatherer:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.whole = True
         self.failed: set[str] = set()
         self.tests: dict[str, Counter[str]] = defaultdict(Counter)
         self.facts: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self.whole = self.whole and not report.failed
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for name, said in report.user_properties:
@@ -79,12 +84,18 @@ class _Gatherer:
                 self.tests[said["model_type"]][report.nodeid.partition("[")[0]] += 1
                 self.facts[said["model_type"]] += said["facts"]
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        self.whole = self.whole and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        if not self.whole:
+            return
         proven = {t: self._of(t, name) for t, name in _covered() if t in self.tests and t not in self.failed}
         versions = {name: installed(name) or "none" for name in VERSIONED}
         self.path.write_text(Evidence(versions=versions, model_types=proven).to_json(), encoding="utf-8")
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if not self.whole:
+            terminalreporter.line("evidence: not written, for not every test was run")
+            return
         lacking = sorted({t for t, _ in _covered()} - (self.tests.keys() - self.failed))
         without = f", without {', '.join(lacking)}" if lacking else ""
         terminalreporter.line(f"evidence: {self.path}{without}")

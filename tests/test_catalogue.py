@@ -174,6 +174,17 @@ def test_only_what_passed_is_written_and_the_largest_difference_counts(
     ended.stdout.fnmatch_lines(["evidence: out.json, without *roberta*"])
 
 
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["here", "in workers"])
+def test_a_session_that_did_not_run_every_test_writes_nothing(
+    workers: tuple[str, ...], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    pytester.makepyfile(test_whole=SUITE, test_broken="import nothing_of_that_name")
+    ended = pytester.runpytest_subprocess("-p", "evidence", "-m", "evidence", "--evidence", "out.json", *workers)
+    assert ended.ret != 0 and not (pytester.path / "out.json").exists()
+    ended.stdout.fnmatch_lines(["evidence: not written*"])
+
+
 @pytest.mark.parametrize("options", [("-m", "evidence", "-k", "bert"), ()], ids=str)
 def test_evidence_of_a_selection_is_refused(options: tuple[str, ...], pytester: pytest.Pytester) -> None:
     pytester.makepyfile(SUITE)
