@@ -19,7 +19,7 @@ BERT_LIKE = {
     *("roformer", "splinter", "xlm-roberta"),
 }
 WAV2VEC2_LIKE = {"data2vec-audio", "hubert", "unispeech", "unispeech-sat", "wav2vec2"}
-VIT_LIKE = {"audio-spectrogram-transformer", "deit", "dinov2", "vit", "vit_msn", "yolos"}
+VIT_LIKE = {"audio-spectrogram-transformer", "deit", "dinov2", "dpt", "vit", "vit_msn", "yolos"}
 BART_LIKE = {"bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "pegasus", "whisper"}
 LLAMA_LIKE = {
     *("arcee", "cohere", "gemma", "gemma2", "gemma3_text", "glm", "granite", "helium", "llama", "mistral", "nemotron"),

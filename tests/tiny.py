@@ -177,6 +177,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "helium": _GROUPED | {"head_dim": 4},  # its output projection takes no other
     "nemotron": _GROUPED | {"head_dim": 8},
     "vit": _IMAGE,
+    "dpt": _IMAGE | {"backbone_out_indices": [0, 1, 2, 2]},
     "deit": _IMAGE | {"architectures": []},  # transformers looks there which of two classifiers to build
     "dinov2": _IMAGE | {"mlp_ratio": 2},
     "vit_msn": _IMAGE,
@@ -228,7 +229,17 @@ ENCODERS = {
     "xlm-roberta",
 }
 VISION = {
-    *("beit", "clip_vision_model", "data2vec-vision", "deit", "dinov2", "donut-swin", "siglip_vision_model", "swin"),
+    *(
+        "beit",
+        "clip_vision_model",
+        "data2vec-vision",
+        "deit",
+        "dinov2",
+        "donut-swin",
+        "dpt",
+        "siglip_vision_model",
+        "swin",
+    ),
     *("vit", "vit_msn", "yolos"),
 }
 TWO_TOWERS = {"clip", "siglip"}
