@@ -23,7 +23,8 @@ from scipy import stats
 
 from slimheads.errors import EnvironmentLackError, UsageError
 from slimheads.inputs import without_length
-from slimheads.sessions import ORT_ERRORS, Array, Interface, inputs_for, open_session, read_interface, require_provider
+from slimheads.interface import Array, Interface, inputs_for, read_interface
+from slimheads.sessions import ORT_ERRORS, open_session, require_provider
 from slimheads.wording import shape_text
 
 Verdict = Literal["faster", "slower", "no difference shown", "inconclusive", "not measured"]

@@ -29,9 +29,10 @@ from slimheads.export import (
 )
 from slimheads.export.kv_cache import kv_shapes
 from slimheads.graph_check import fused_faults, graph_faults, merged_faults
+from slimheads.interface import read_interface
 from slimheads.parity import AnyCase, Form, cases, onnx_form, onnx_greedy, position_limit, torch_form
 from slimheads.selection import Plan
-from slimheads.sessions import open_session, read_interface
+from slimheads.sessions import open_session
 
 PROMPT_TOKENS, NEW_TOKENS = 8, 16
 

@@ -21,8 +21,9 @@ from slimheads import parity
 from slimheads.attention import Site, find_sites
 from slimheads.export import ENCODER, FIRST_DECODER, MERGED_DECODER, NEXT_DECODER, Precision, file_name
 from slimheads.inputs import make_inputs, takes_text
+from slimheads.interface import read_interface
 from slimheads.parity import BATCHES, LENGTHS, PAST, Form, Outputs, Padding, position_limit
-from slimheads.sessions import open_session, read_interface
+from slimheads.sessions import open_session
 
 ENCODED = "encoder_last_hidden_state"
 

@@ -20,9 +20,10 @@ from slimheads.attention import find_sites
 from slimheads.errors import ModelRefusedError
 from slimheads.export import FILES, KvAxes, export, file_name, greedy_options
 from slimheads.inputs import has_length, make_inputs
+from slimheads.interface import KV_SHAPES_KEY, inputs_for, read_interface
 from slimheads.parity import cases, compare_all, onnx_form, onnx_greedy, torch_form
 from slimheads.selection import Plan
-from slimheads.sessions import KV_SHAPES_KEY, inputs_for, open_session, read_interface
+from slimheads.sessions import open_session
 from slimheads.surgery import prune
 
 

@@ -23,8 +23,9 @@ from slimheads.errors import ModelRefusedError, UsageError
 from slimheads.export import export
 from slimheads.flops import encoder_flops, flops, step_flops
 from slimheads.graph_check import merged_faults
+from slimheads.interface import inputs_for, read_interface
 from slimheads.selection import Plan
-from slimheads.sessions import inputs_for, open_session, read_interface
+from slimheads.sessions import open_session
 from slimheads.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]

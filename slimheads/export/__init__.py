@@ -24,7 +24,7 @@ from slimheads.export.optimum_backend import (
     to_onnx,
 )
 from slimheads.export.precisions import to_fp16, to_int8
-from slimheads.sessions import read_interface
+from slimheads.interface import read_interface
 
 Precision = Literal["fp32", "fp16", "int8"]
 FILES: dict[Precision, str] = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from slimheads.export.metadata import set_metadata
-from slimheads.sessions import CROSS_KV_SHAPES_KEY, KV_SHAPES_KEY
+from slimheads.interface import CROSS_KV_SHAPES_KEY, KV_SHAPES_KEY
 
 KvAxes = Literal["symbolic", "static"]
 KvShape = tuple[int, int, int]  # KV heads, head_dim of keys, head_dim of values

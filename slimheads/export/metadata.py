@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 
-from slimheads.sessions import AXES_KEY
+from slimheads.interface import AXES_KEY
 
 
 def label_axes(path: Path, axes: Mapping[str, Any]) -> None:
