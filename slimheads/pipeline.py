@@ -19,12 +19,13 @@ from slimheads.checkpoint import find
 from slimheads.environment import Environment, environment
 from slimheads.errors import UsageError
 from slimheads.memory import PeakMemory
+from slimheads.preconditions import require_providers, require_usable
 from slimheads.progress import Progress, Silent
 from slimheads.recipe import Recipe
 from slimheads.report import Report, StageRecord, append_step_summary
 from slimheads.reporting import assemble, contents
 from slimheads.sessions import session_options_record
-from slimheads.stages import STAGES, Job, Stage, certificate_of, require_providers, require_usable, versions
+from slimheads.stages import STAGES, Job, Stage, certificate_of, versions
 from slimheads.store import Record, Store, lock, publish, stage_key
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,11 @@ from slimheads import flops
 from slimheads.checkpoint import find
 from slimheads.inputs import measured_shapes
 from slimheads.model import load
+from slimheads.preconditions import require_usable
 from slimheads.recipe import Recipe
 from slimheads.scoring import score
 from slimheads.selection import Plan
-from slimheads.stages import choose, require_usable
+from slimheads.stages import choose
 from slimheads.surgery import prune
 
 

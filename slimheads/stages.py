@@ -23,21 +23,20 @@ import slimheads
 from slimheads import flops
 from slimheads.bench import Latency, bench
 from slimheads.certificate import Certificate, Link, SkippedLink, verify
-from slimheads.checkpoint import Source, read_config, side_files, weight_files
+from slimheads.checkpoint import Source, side_files, weight_files
 from slimheads.disk import sha256_file
 from slimheads.drift import Drift, drift_on_inputs, measure_drift
 from slimheads.environment import environment, installed
-from slimheads.errors import EnvironmentLackError, SlimheadsError, UsageError
+from slimheads.errors import SlimheadsError
 from slimheads.export import Precision, export, file_name
 from slimheads.gating import gated
-from slimheads.inputs import NOUNS, inputs_kind, measured_shapes, read_inputs, text_config
+from slimheads.inputs import NOUNS, inputs_kind, measured_shapes, read_inputs
 from slimheads.model import load, save
 from slimheads.pooling import pooling_of
 from slimheads.recipe import Recipe
 from slimheads.reload import reload_tier
 from slimheads.scoring import Scores, score
 from slimheads.selection import Plan, random_plan, select
-from slimheads.sessions import require_provider
 from slimheads.store import Record
 from slimheads.surgery import prune
 from slimheads.texts import read_texts
@@ -311,57 +310,6 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 def _bench_section(job: Job) -> dict[str, Any]:
     machine = {"machine": platform.machine(), "cpu": environment().cpu}
     return _dump(job.recipe.bench) | {"precisions": list(job.recipe.export.precisions)} | machine
-
-
-def require_providers(recipe: Recipe) -> None:
-    """Fails before any work where a provider of the recipe is missing and may not be skipped.
-
-    Raises:
-        EnvironmentLackError: with the recipe's line.
-    """
-    for provider in recipe.bench.providers:
-        if recipe.bench.on_missing == "fail":
-            try:
-                require_provider(provider)
-            except EnvironmentLackError as error:
-                error.where = recipe.where("bench.providers")
-                raise
-
-
-def require_usable(recipe: Recipe, source: Source) -> None:
-    """Fails before any work where the recipe's own sample cannot be read or is of another kind than what the model is
-    fed, or a shape is too long for the model.
-
-    Raises:
-        UsageError: naming the file, or the recipe's line.
-    """
-    config = read_config(source.folder)
-    fed = inputs_kind(config)
-    for key, usable, other in (("text", fed == "text", "inputs"), ("inputs", fed != "text", "text")):
-        if getattr(recipe.verify, key) and not usable:
-            raise UsageError(
-                f"drift of this model is not measured on {key}: it is fed {NOUNS[fed]}s",
-                where=recipe.where(f"verify.{key}"),
-                hint=f"name your own sample as verify.{other}",
-            )
-    if recipe.gates.min_cosine is not None and fed != "text" and not recipe.verify.inputs:
-        raise UsageError(
-            f"there is no built-in sample of {NOUNS[fed]}s to measure the cosine on",
-            where=recipe.where("gates.min_cosine"),
-            hint="name your own sample as verify.inputs",
-        )
-    if recipe.verify.text:
-        read_texts(Path(recipe.verify.text))
-    if recipe.verify.inputs:
-        read_inputs(Path(recipe.verify.inputs), config)
-    limit = getattr(text_config(config), "max_position_embeddings", None)
-    for batch, length in recipe.bench.shapes:
-        if limit and length > limit:
-            raise UsageError(
-                f"the shape [{batch}, {length}] is longer than the {limit} positions of the model",
-                where=recipe.where("bench.shapes"),
-                hint="name shorter shapes",
-            )
 
 
 def _bench(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:

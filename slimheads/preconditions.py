@@ -1,0 +1,63 @@
+"""What has to hold before a run does any work: what a recipe asks for is there, and is of a kind the model can use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slimheads.checkpoint import Source, read_config
+from slimheads.errors import EnvironmentLackError, UsageError
+from slimheads.inputs import NOUNS, inputs_kind, read_inputs, text_config
+from slimheads.recipe import Recipe
+from slimheads.sessions import require_provider
+from slimheads.texts import read_texts
+
+
+def require_providers(recipe: Recipe) -> None:
+    """Fails before any work where a provider of the recipe is missing and may not be skipped.
+
+    Raises:
+        EnvironmentLackError: with the recipe's line.
+    """
+    for provider in recipe.bench.providers:
+        if recipe.bench.on_missing == "fail":
+            try:
+                require_provider(provider)
+            except EnvironmentLackError as error:
+                error.where = recipe.where("bench.providers")
+                raise
+
+
+def require_usable(recipe: Recipe, source: Source) -> None:
+    """Fails before any work where the recipe's own sample cannot be read or is of another kind than what the model is
+    fed, or a shape is too long for the model.
+
+    Raises:
+        UsageError: naming the file, or the recipe's line.
+    """
+    config = read_config(source.folder)
+    fed = inputs_kind(config)
+    for key, usable, other in (("text", fed == "text", "inputs"), ("inputs", fed != "text", "text")):
+        if getattr(recipe.verify, key) and not usable:
+            raise UsageError(
+                f"drift of this model is not measured on {key}: it is fed {NOUNS[fed]}s",
+                where=recipe.where(f"verify.{key}"),
+                hint=f"name your own sample as verify.{other}",
+            )
+    if recipe.gates.min_cosine is not None and fed != "text" and not recipe.verify.inputs:
+        raise UsageError(
+            f"there is no built-in sample of {NOUNS[fed]}s to measure the cosine on",
+            where=recipe.where("gates.min_cosine"),
+            hint="name your own sample as verify.inputs",
+        )
+    if recipe.verify.text:
+        read_texts(Path(recipe.verify.text))
+    if recipe.verify.inputs:
+        read_inputs(Path(recipe.verify.inputs), config)
+    limit = getattr(text_config(config), "max_position_embeddings", None)
+    for batch, length in recipe.bench.shapes:
+        if limit and length > limit:
+            raise UsageError(
+                f"the shape [{batch}, {length}] is longer than the {limit} positions of the model",
+                where=recipe.where("bench.shapes"),
+                hint="name shorter shapes",
+            )
