@@ -192,15 +192,8 @@ def select(
         raise UsageError(f"ratio {ratio} is not in [0, 1)", hint="at least one unit stays in every site")
     if keep_at_least < 1 or multiple_of < 1:
         raise UsageError("keep_at_least and multiple_of start at 1", hint="every site keeps at least one unit")
-    if within_groups and not any(site.query_heads for site in scores.sites):
-        hint = "leave within_groups out: heads are what is deleted here"
-        raise UsageError("within_groups has nothing to act on: no site has several KV groups of query heads", hint=hint)
-    candidates = [_Candidate.of(index, site, within_groups) for index, site in enumerate(scores.sites)]
-    eligible = [c for c in candidates if fnmatchcase(c.site, sites)]
-    if not eligible:
-        raise UsageError(
-            f"no site matches '{sites}'", hint=f"the first site is {candidates[0].site}; * stands for any text"
-        )
+    candidates = _candidates(scores, within_groups)
+    eligible = _eligible(candidates, sites)
     chunks = [_chunks(candidate, normalize, keep_at_least, multiple_of) for candidate in eligible]
     totals = [candidate.total for candidate in eligible]
     if counts == "equal" and len(set(totals)) > 1:
@@ -225,6 +218,21 @@ def select(
             for c in candidates
         )
     )
+
+
+def _candidates(scores: Scores, within_groups: bool) -> list[_Candidate]:
+    if within_groups and not any(site.query_heads for site in scores.sites):
+        hint = "leave within_groups out: heads are what is deleted here"
+        raise UsageError("within_groups has nothing to act on: no site has several KV groups of query heads", hint=hint)
+    return [_Candidate.of(index, site, within_groups) for index, site in enumerate(scores.sites)]
+
+
+def _eligible(candidates: Sequence[_Candidate], sites: str) -> list[_Candidate]:
+    found = [c for c in candidates if fnmatchcase(c.site, sites)]
+    if not found:
+        hint = f"the first site is {candidates[0].site}, and * stands for any text"
+        raise UsageError(f"no site matches '{sites}'", hint=hint)
+    return found
 
 
 def random_plan(scores: Scores, seed: int, ratio: float, **rules: Any) -> Plan:

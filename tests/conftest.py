@@ -33,6 +33,7 @@ MODEL_TYPES = sorted(model_type for family in families().values() for model_type
 VARIETIES = [*MODEL_TYPES, *sorted(VARIANTS)]
 PARAMETERS = {
     "model_type": MODEL_TYPES,
+    "family_type": [family.model_types[0] for family in families().values()],  # for what the layout alone decides
     "variety": VARIETIES,
     "variant": sorted(VARIANTS),
     "decoder_variety": [v for v in VARIETIES if v in DECODERS],

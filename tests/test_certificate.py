@@ -383,10 +383,10 @@ def test_plans_and_models_of_the_tests_differ_in_every_site(bert: Shipped, gpt2:
 
 
 def test_equal_tensors_that_the_exporter_stores_once_are_no_fault(
-    model_type: str, tiny: Callable[..., PreTrainedModel], tmp_path: Path
+    family_type: str, tiny: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
     """A model fresh from its initialisation has biases that are all zero; the dense and slim graphs share them."""
-    dense = tiny(model_type)
+    dense = tiny(family_type)
     with torch.no_grad():
         for name, parameter in dense.named_parameters():
             if name.endswith("bias"):
@@ -396,6 +396,5 @@ def test_equal_tensors_that_the_exporter_stores_once_are_no_fault(
     plan = Plan(
         tuple(SitePlan(s.name, s.unit, s.total, tuple(range(n, s.total))) for s, n in zip(sites, gone, strict=True))
     )
-    task = task_of(model_type)
-    certificate = ship(dense, plan, tmp_path, task=task).certificate()
+    certificate = ship(dense, plan, tmp_path, task=task_of(family_type)).certificate()
     assert certificate.passed, certificate.error()

@@ -69,6 +69,10 @@ def test_a_slim_model_comes_back_bit_for_bit(
     tiny: Tiny, ragged: Ragged, tmp_path: Path, model_type: str, dtype: torch.dtype
 ) -> None:
     model = tiny(model_type).to(dtype)
+    if dtype == torch.float16:  # transformers holds some modules in float32 then (T5's wo), whatever a file says
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in (model._keep_in_fp32_modules or ()):
+                module.float()
     save(prune(model, ragged(model)), tmp_path / "slim")
     loaded = load(tmp_path / "slim")
     assert_same(loaded, model)

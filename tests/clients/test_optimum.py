@@ -48,7 +48,7 @@ def test_an_encoder_of_every_type_gives_torchs_hidden_states(
     encoder_type: str, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
 ) -> None:
     dense = tiny(encoder_type)
-    made = ship(dense, ragged(dense), tmp_path, task="feature-extraction")
+    made = ship(dense, ragged(dense), tmp_path, task="feature-extraction", beside_dense=False)
     client = ORTModelForFeatureExtraction.from_pretrained(made.folder)
     ids = torch.randint(5, 120, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(9) < torch.tensor([[9], [4], [7]])).long()
@@ -81,7 +81,7 @@ def test_every_model_of_images_or_sound_gives_torchs_outputs(
     model_type: str, task: str, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
 ) -> None:
     dense = tiny(model_type, task=task)
-    made = ship(dense, ragged(dense), tmp_path, task=task)
+    made = ship(dense, ragged(dense), tmp_path, task=task, beside_dense=False)
     client = CLIENTS[task].from_pretrained(made.folder)
     for batch in (1, 3):
         feed = to_torch(make_inputs(dense.config, batch, 9, np.random.default_rng(batch)), made.slim)
@@ -99,7 +99,7 @@ def test_a_decoder_generates_torchs_tokens_with_its_cache(
     tmp_path: Path,
 ) -> None:
     dense = tiny(decoder_type)
-    made = ship(dense, ragged(dense), tmp_path, task="text-generation")
+    made = ship(dense, ragged(dense), tmp_path, task="text-generation", beside_dense=False)
     client = ORTModelForCausalLM.from_pretrained(made.folder, use_cache=True)
     assert client.can_use_cache
     ids = torch.randint(5, 120, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -117,7 +117,7 @@ def test_a_decoder_finds_torchs_beams(
 ) -> None:
     """Beam search reorders the cache layer by layer."""
     dense = tiny("llama")
-    made = ship(dense, ragged(dense), tmp_path, task="text-generation")
+    made = ship(dense, ragged(dense), tmp_path, task="text-generation", beside_dense=False)
     client = ORTModelForCausalLM.from_pretrained(made.folder, use_cache=True)
     ids = torch.randint(5, 120, (2, 7), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(7) >= torch.tensor([[0], [3]])).long()

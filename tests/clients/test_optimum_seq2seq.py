@@ -50,7 +50,7 @@ def shipped(
         if model_type not in made:
             dense = tiny(model_type)
             root = tmp_path_factory.mktemp(model_type)
-            made[model_type] = ship(dense, ragged(dense), root, task=task_of(model_type))
+            made[model_type] = ship(dense, ragged(dense), root, task=task_of(model_type), beside_dense=False)
         return made[model_type]
 
     return of
