@@ -1,4 +1,4 @@
-"""What the central tests prove of each model type, gathered from those that passed: `pytest --evidence FILE`.
+"""What the central tests prove of each model type, gathered from those that passed: `pytest --evidence=FILE`.
 
 A test that takes `prove` is marked `evidence`. What it says with `prove(section, **facts)` travels in its report, from
 parallel workers too, and counts if the test passed. A model type that fails one of them is left out altogether; a
