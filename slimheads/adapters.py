@@ -29,10 +29,7 @@ Adapter = Callable[[torch.nn.Module, Blocks], None]
 
 def pick_position_bias(model: torch.nn.Module, blocks: Blocks) -> None:
     """For biases [.., dense heads, .., ..] that all layers share (MPNet, BEiT): each layer picks those of its heads."""
-    for site, kept in blocks:
-        module = _attention(model, site)
-        _compose_kept_heads(module, site.kept_heads(kept))
-        _mix_in(module, _PicksPositionBias)
+    _choose_heads(model, blocks, _PicksPositionBias)
 
 
 class _PicksPositionBias(torch.nn.Module):
@@ -47,10 +44,7 @@ class _PicksPositionBias(torch.nn.Module):
 
 def pass_position_bias_on(model: torch.nn.Module, blocks: Blocks) -> None:
     """For T5, whose first layer makes the biases of all heads: each layer takes those of its own, and hands on all."""
-    for site, kept in blocks:
-        module = _attention(model, site)
-        _compose_kept_heads(module, site.kept_heads(kept))
-        _mix_in(module, _PassesPositionBiasOn)
+    _choose_heads(model, blocks, _PassesPositionBiasOn)
 
 
 class _PassesPositionBiasOn(torch.nn.Module):
@@ -140,10 +134,7 @@ class _JoinsFewerHeads(torch.nn.Module):
 
 def gate_picked_position_bias(model: torch.nn.Module, blocks: Blocks) -> None:
     """For WavLM: picks as MPNet's, and splits hidden states among the dense heads to make each one's gate."""
-    for site, kept in blocks:
-        module = _attention(model, site)
-        _compose_kept_heads(module, site.kept_heads(kept))
-        _mix_in(module, _GatesPickedPositionBias)
+    _choose_heads(model, blocks, _GatesPickedPositionBias)
 
 
 class _GatesPickedPositionBias(torch.nn.Module):
@@ -329,6 +320,14 @@ def _changed(model: torch.nn.Module, blocks: Blocks) -> Iterator[tuple[Any, Site
 def _attention(model: torch.nn.Module, site: Site) -> torch.nn.Module:
     """The module that computes a site's attention: the one that its first projection belongs to."""
     return model.get_submodule(site.projections[0].module.rpartition(".")[0])
+
+
+def _choose_heads(model: torch.nn.Module, blocks: Blocks, mixin: Any) -> None:
+    """Tells every attention module which of the dense model's heads it has, for a forward that chooses by them."""
+    for site, kept in blocks:
+        module = _attention(model, site)
+        _compose_kept_heads(module, site.kept_heads(kept))
+        _mix_in(module, mixin)
 
 
 def _compose_kept_heads(module: torch.nn.Module, kept: Sequence[int]) -> None:
