@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/slimheads run pipelines/minilm.yaml --out $(OUT)
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
