@@ -22,6 +22,7 @@ from slimheads.certificate import Link, SkippedLink
 from slimheads.drift import Drift
 from slimheads.environment import Environment
 from slimheads.family import Inputs
+from slimheads.treatments import Candidate, Treatment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -180,6 +181,8 @@ class Report(_Part):
     drift_text_reason: str | None = None
     latency: tuple[Latency, ...]
     latency_reason: str | None = None
+    candidates: tuple[Candidate, ...] = ()  # the float32 graphs that could ship; one of them does
+    treatments: tuple[Treatment, ...] = ()  # what each further graph and precision gave, apart from the deletion
     gates: tuple[GateResult, ...] = ()
     stages: tuple[StageRecord, ...]
     environment: Environment
@@ -195,6 +198,9 @@ class Report(_Part):
         for row in self.latency:
             if row.speedup is None and not row.reason:
                 raise ValueError(f"latency at {row.shape} was not measured and has no reason")
+        for treated in self.treatments:
+            if treated.on_slim is None and not treated.reason:
+                raise ValueError(f"{treated.treatment} at {treated.shape} was not measured and has no reason")
         for name, drift in (("drift", self.drift), ("drift_text", self.drift_text)):
             if drift is not None and drift.slim is None and not drift.reason:
                 raise ValueError(f"{name} has no figures and no reason")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from slimheads.certificate import Link
     from slimheads.drift import Drift
     from slimheads.report import GateResult, Report
+    from slimheads.treatments import Candidate, Treatment
 
 # task -> (class in transformers, class in optimum.onnxruntime)
 LOADERS = {
@@ -86,6 +87,8 @@ def tables(report: Report) -> dict[str, Any]:
         "chain": sorted([*report.certificate, *report.certificate_skipped], key=lambda link: link.link),
         "drifts": [(name, found, drift_table(found)) for name, found in drifts if found is not None],
         "latencies": latencies(report.latency),
+        "candidates": candidates(report.candidates),
+        "treatments": treatments(report.treatments),
         "gates": gates(report.gates),
         "stages": stages(report),
         "environment": environment_table(report),
@@ -205,6 +208,30 @@ def latencies(rows: Sequence[Latency]) -> Table:
         place = (w.latency_place(row), w.latency_setup(row))
         cells.append((*place, *timings, intervals[0], flop, realised, intervals[1], verdict))
     return table(head, cells, {2, 3, 4, 5, 6, 7})
+
+
+def candidates(found: Sequence[Candidate]) -> Table:
+    """The float32 graphs that could ship."""
+    rows = []
+    for one in found:
+        proven = {None: NONE, True: "proven", False: "refused"}[one.proven]
+        rows.append(
+            (one.candidate, proven if one.built else "not made", "yes" if one.ships else "no", one.reason or "")
+        )
+    return table(("Graph", "Certificate", "Ships", "Why"), rows)
+
+
+def treatments(rows: Sequence[Treatment]) -> Table:
+    """What another graph or precision gave, and what the deletion did under it: read off the same rounds."""
+    head = ("Treatment", "Shape", "Setting", "Deletion", "Treatment, dense", "Treatment, slim", "Both", "Verdict, slim")
+    cells = []
+    for row in rows:
+        setting = f"{row.graph}, " if row.graph else ""
+        setting += f"{row.provider}, {w.plural(row.threads, 'thread')}"
+        ratios = (_interval(ratio) for ratio in (row.deletion, row.on_dense, row.on_slim, row.whole))
+        verdict = f"{row.verdict}: {row.reason}" if row.reason else row.verdict
+        cells.append((row.treatment, w.shape_text(row.shape), setting, *ratios, verdict))
+    return table(head, cells, {3, 4, 5, 6})
 
 
 def gates(found: Sequence[GateResult]) -> Table:

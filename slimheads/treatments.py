@@ -7,7 +7,7 @@ the same rounds: what the treatment gave and what the deletion gave are read off
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import exp, log
 from typing import Literal
 
@@ -48,37 +48,55 @@ class Candidate(BaseModel):
     reason: str | None = None  # why it does not ship, or why it does
 
 
-def choose(rows: Sequence[Treatment]) -> tuple[str, dict[str, str]]:
-    """The candidate that ships, and in words why each other one does not.
-
-    The plain graph ships unless another one is shown to be faster at some shape, is shown to be slower at none, and
-    gains at least MIN_GAIN over all of them (geometric mean): a choice that changed with the noise of the machine would
-    ship another file on every run.
+def candidates_of(
+    built: Mapping[str, str | None], refused: Mapping[str, str | None], rows: Sequence[Treatment]
+) -> tuple[Candidate, ...]:
+    """Every float32 graph with its fate; exactly one ships.
 
     Args:
-        rows: of the provider that decides; those of precisions are passed over.
+        built: the candidates asked for besides the plain graph, each with the reason where it was not made.
+        refused: those that were made, each with the reason where the certificate refused it.
+        rows: what was measured of those that were proven, on the provider that decides.
+    """
+    ships, reasons = choose(rows)
+    gone = f"{ships} ships, {reasons[ships]}" if ships != PLAIN else "no other graph is shown to be faster"
+    found = [Candidate(candidate=PLAIN, built=True, proven=True, ships=ships == PLAIN, reason=gone)]
+    for name, fault in built.items():
+        proven = None if fault else refused[name] is None
+        reason = fault or refused[name] or reasons.get(name, "not measured")
+        found.append(Candidate(candidate=name, built=not fault, proven=proven, ships=name == ships, reason=reason))
+    return tuple(found)
+
+
+def choose(rows: Sequence[Treatment]) -> tuple[str, dict[str, str]]:
+    """The candidate that ships, and how each other one than the plain graph fared, in words.
+
+    The plain graph ships unless another one is conclusively faster at some shape, slower at none, and gains at least
+    MIN_GAIN over all of them (geometric mean): a choice that changed with the noise of the machine would ship another
+    file on every run.
+
+    Args:
+        rows: of one provider; those of precisions are passed over.
     """
     gains: dict[str, float] = {}
     reasons: dict[str, str] = {}
     for name in dict.fromkeys(row.treatment for row in rows if row.kind == "candidate"):
         own = [row for row in rows if row.treatment == name]
-        fault = next((row.reason for row in own if row.on_slim is None), None)
         measured = [row.on_slim.estimate for row in own if row.on_slim]
         if len(measured) < len(own):
-            reasons[name] = f"not measured: {fault}"
+            reasons[name] = next(f"not measured: {row.reason}" for row in own if row.on_slim is None)
             continue
         gain = exp(sum(map(log, measured)) / len(measured))
-        reasons[name] = f"{gain:.3f}x the plain graph's speed over {len(own)} shape{'s' if len(own) > 1 else ''}"
+        reasons[name] = f"{gain:.3f}x the plain graph's speed"
         verdicts = {row.verdict for row in own}
-        if unclear := next((row.reason for row in own if row.verdict == "inconclusive"), None):
-            reasons[name] += f", inconclusive: {unclear}"
+        if "inconclusive" in verdicts:
+            reasons[name] += ", inconclusive"
         elif "slower" in verdicts:
-            reasons[name] += ", and slower at one of them"
+            reasons[name] += ", slower at one shape at least"
         elif "faster" not in verdicts:
-            reasons[name] += ", which is not shown to be faster"
+            reasons[name] += ", which could be noise"
         elif gain < MIN_GAIN:
-            reasons[name] += f", less than the {MIN_GAIN - 1:.0%} that another graph must gain"
+            reasons[name] += f", less than the {MIN_GAIN:.2f}x that another graph must reach"
         else:
             gains[name] = gain
-    best = max(gains, key=lambda name: gains[name], default=PLAIN)
-    return best, reasons
+    return max(gains, key=lambda name: gains[name], default=PLAIN), reasons

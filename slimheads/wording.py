@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from slimheads.certificate import Link
     from slimheads.drift import Drift
     from slimheads.report import ModelFacts, Report
+    from slimheads.treatments import Candidate
 
 FIGURE_NAMES = {
     "cosine": "mean cosine of embeddings",
@@ -156,11 +157,19 @@ def headline(report: Report) -> Headline:
         lines += [f"Latency: {latency_line(row, setup=not same)}." for row in report.latency]
     else:
         lines.append(f"Latency: not measured: {report.latency_reason}.")
+    if len(report.candidates) > 1:
+        lines.append(_graph(report.candidates))
     lines.append(_drift(report.drift, report.drift_reason, report.scores.method))
     if report.drift_text is not None:
         lines.append(_drift(report.drift_text, None, report.scores.method))
     lines.append(_certificate(report))
     return Headline(_one_stop(_verdict(report)), warnings, [_one_stop(line) for line in lines])
+
+
+def _graph(candidates: Sequence[Candidate]) -> str:
+    """Which float32 graph ships, and why."""
+    shipped = next(one for one in candidates if one.ships)
+    return f"Graph: the {shipped.candidate} one ships: {shipped.reason}"
 
 
 def latency_line(row: Latency, *, setup: bool = True) -> str:
