@@ -16,22 +16,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import slimheads
-from slimheads.bench import (
-    EXTENSION,
-    SETS,
-    Interval,
-    Latency,
-    Series,
-    Verdict,
-    add_set,
-    control_fault,
-    judge,
-    one_round,
-    ratio_interval,
-    timing,
-    warm_up,
-)
+from slimheads import measuring
+from slimheads.bench import EXTENSION, Interval, Latency, Verdict, control_fault, judge, ratio_interval, timing
 from slimheads.errors import EnvironmentLackError, UsageError
+from slimheads.measuring import SETS, Effort, Series, add_set, one_round, warm_up
 
 bench_module = importlib.import_module("slimheads.bench")  # the name slimheads.bench is the function
 
@@ -158,7 +146,10 @@ def measure(
     series, rng = Series(), np.random.default_rng(0)
     while not series.done:
         add_set(series, runs, rng, min_seconds=min_seconds, min_pairs=min_pairs, clock=machine.clock)
-        series.consider(min_seconds, seed=0)
+        series.consider(
+            Effort(min_seconds, min_pairs, EXTENSION),
+            lambda dense, control: control_fault(ratio_interval(dense, control)) is None,
+        )
     return series, rng
 
 
@@ -342,13 +333,13 @@ def test_dense_slim_and_control_are_opened_afresh_a_set_with_the_same_options_in
     models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[tuple[Any, ...]] = []
-    real = bench_module.open_session
+    real = measuring.open_session
 
     def spy(path: Path, *options: Any, **named: Any) -> Any:
         opened.append((path, options, tuple(named.items())))
         return real(path, *options, **named)
 
-    monkeypatch.setattr(bench_module, "open_session", spy)
+    monkeypatch.setattr(measuring, "open_session", spy)
     slimheads.bench(*models, shapes=[(1, 8)], threads=1, min_seconds=0.01, min_pairs=1)
     assert len(opened) >= 3 * SETS
     assert len({call[1:] for call in opened}) == 1
