@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import NamedTuple
 
 from slimheads.bench import Latency
-from slimheads.errors import GateError
+from slimheads.errors import GateError, UsageError
 from slimheads.wording import shape_text
 
 
@@ -36,6 +37,16 @@ def latency_bound(rows: Sequence[Latency], limit: float, names: tuple[str, str] 
     met = doubtful is None and ratio is not None and ratio <= limit
     said = f"{worst.verdict} at {where}" if doubtful else f"{names[1]} / {names[0]} latency {ratio:.3f} at {where}"
     return Bound(met, ratio, f"{said}, {'within' if met else 'not within'} {limit}")
+
+
+def require_limit(limit: float, where: str) -> None:
+    """Refuse a limit that is no ratio, before anything is measured.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if not 0 < limit < inf:
+        raise UsageError(f"{limit} is no latency ratio", where=where, hint="give a number above 0, e.g. 0.95")
 
 
 def require_ratio(rows: Sequence[Latency], limit: float, *, asked: str, names: tuple[str, str]) -> None:
