@@ -141,8 +141,7 @@ class Bench(_Section):
     threads: PositiveInt = Field(2, description="threads inside an operator, at least 1")
     shapes: Shapes = Field(
         ((1, 16), (1, 128)),
-        description="inputs to measure: [batch, length in tokens or frames], of images [batch, any], "
-        "of decoders also [batch, new tokens, tokens in the cache]",
+        description="inputs, [batch, tokens or frames]; decoders also [batch, new tokens, tokens in cache]",
     )
     min_seconds: PositiveFloat = Field(3.0, description="seconds to measure each shape for, above 0")
     on_missing: Literal["fail", "skip"] = Field(
