@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -61,6 +64,7 @@ def open_session(
     require_provider(provider)
     if not path.is_file():
         raise UsageError("there is no such ONNX file", where=str(path), hint="check the path")
+    _load_libraries(wanted)
     options = _options(threads, optimize)
     if placement:
         options.add_session_config_entry(_PLACEMENT, "1")
@@ -142,6 +146,7 @@ def _provider_options(provider: str, options: onnxruntime.SessionOptions) -> tup
     other = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
     graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "one", [value], [other])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    _load_libraries(wanted)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=_with_cpu(wanted))
     if wanted not in (found := session.get_provider_options()):
         return None, f"{wanted} could not be started"
@@ -159,6 +164,14 @@ def _options(threads: int, optimize: bool) -> onnxruntime.SessionOptions:
     for key, value in _CONFIG_ENTRIES.items():
         options.add_session_config_entry(key, value)
     return options
+
+
+@cache
+def _load_libraries(provider: str) -> None:
+    """CUDA's and cuDNN's libraries from their own Python packages, where no search path leads to them."""
+    if provider == PROVIDERS["cuda"]:
+        with redirect_stdout(sys.stderr):  # it prints what it does not find; stdout is for data
+            onnxruntime.preload_dlls()
 
 
 def _with_cpu(provider: str) -> list[str]:
