@@ -1,42 +1,34 @@
-"""Latency: dense against slim in ONNX Runtime, in interleaved pairs, with a control and an interval.
+"""Latency: dense against slim in ONNX Runtime, in interleaved rounds, with a control, an interval and a verdict.
 
-A measurement is made of *session sets*: dense, slim and a second dense session (the control), opened afresh in random
-order. Within a set come *rounds*: each of the three runs once, in random order. What disturbs the machine disturbs the
-three of a round alike; what makes one session lucky for its whole life is averaged over the sets.
+How samples are taken is said in measuring.py; this module says what they are worth.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from math import ceil, inf, sqrt
+from math import inf, sqrt
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import onnxruntime
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from scipy import stats
 
+from slimheads.binding import Shape
+from slimheads.environment import Conditions, Watch
 from slimheads.errors import EnvironmentLackError, UsageError
 from slimheads.inputs import without_length
-from slimheads.interface import Array, Interface, inputs_for, read_interface
-from slimheads.sessions import ORT_ERRORS, open_session, require_provider
-from slimheads.wording import shape_text
+from slimheads.interface import read_interface
+from slimheads.measuring import Effort, Floats, Series, measure
+from slimheads.sessions import PROVIDERS, open_session, placement_of, require_provider
 
 Verdict = Literal["faster", "slower", "no difference shown", "inconclusive", "not measured"]
-Shape = tuple[int, ...]  # (batch, length), (batch, length, past), (batch, length, past, encoder's positions), (batch,)
-Floats = NDArray[np.float64]
 
-SETS = 10  # session sets before a measurement is judged; at most EXTENSION times as many where it is prolonged
-EXTENSION = 3
+EXTENSION = 3  # a measurement is prolonged at most to so many times its seconds and session sets
 CONTROL_WIDTH = 0.10  # a control interval wider than this cannot vouch for anything
 RESAMPLES = 9999
-_MIN_SAMPLE_NS = 1_000_000  # shorter runs are repeated within a sample: the clock's grain and Python's own cost fade
-_MAX_ROUNDS = 10_000  # in one set
 
 
 class Timing(BaseModel):
@@ -47,6 +39,7 @@ class Timing(BaseModel):
     p10_ms: float
     p90_ms: float
     runs: int
+    tokens_per_second: float | None = None  # of decoders: new tokens of all sequences over the median
 
 
 class Interval(BaseModel):
@@ -67,6 +60,22 @@ class Samples(BaseModel):
     control: tuple[tuple[float, ...], ...]
 
 
+class CacheBytes(BaseModel):
+    """Bytes by which a decoder's KV cache grows with each token of a sequence, in all layers together."""
+
+    model_config = ConfigDict(frozen=True)
+    dense: int
+    slim: int
+
+
+class Placement(BaseModel):
+    """How many operators of each file run on which provider of ONNX Runtime."""
+
+    model_config = ConfigDict(frozen=True)
+    dense: dict[str, int]
+    slim: dict[str, int]
+
+
 class Latency(BaseModel):
     """One measurement: one provider, thread count, precision and shape."""
 
@@ -84,7 +93,17 @@ class Latency(BaseModel):
     realised: float | None = None  # speedup.estimate / flop_speedup
     verdict: Verdict
     reason: str | None = None  # why nothing was measured, or why it is inconclusive
+    cache_bytes_per_token: CacheBytes | None = None  # decoders only
+    placement: Placement | None = None  # null on the CPU, where all of it runs there
+    conditions: Conditions | None = None  # null where nothing was measured
     samples: Samples | None = Field(default=None, exclude=True, repr=False)  # for plots; report.json goes without
+
+    @property
+    def phase(self) -> Literal["prefill", "decode"] | None:
+        """What a decoder does at this shape: one token after others, or more; None of other models."""
+        if self.cache_bytes_per_token is None:
+            return None
+        return "decode" if len(self.shape) > 2 and self.shape[1] == 1 and self.shape[2] > 0 else "prefill"
 
 
 # ----------------------------------------------------------------------------------------------------- public function
@@ -112,7 +131,8 @@ def bench(
         dense: the file to compare against; it is measured twice, the second time as the control.
         slim: the file in question.
         shapes: (batch, length), (batch, length, past) or, for the decoder behind an encoder, (batch, length, past,
-            encoder's positions) of each measurement; (batch,) where inputs have no length.
+            encoder's positions) of each measurement; (batch,) where inputs have no length. The cache holds `past`
+            tokens that the file itself has read.
         provider: `cpu` or `cuda`.
         threads: threads within an operator.
         precision, graph: labels for the report.
@@ -128,57 +148,144 @@ def bench(
 
     Raises:
         UsageError: a file cannot be opened or fed, or does not run at a shape.
-        EnvironmentLackError: the provider is missing and `on_missing` is "fail".
+        EnvironmentLackError: the provider is missing or runs nothing of a file, and `on_missing` is "fail".
     """
+    effort = effort_of(min_seconds, min_pairs)
+    setup = Setup(provider, threads, precision, graph, flops or {}, on_missing, seed)
+    found = measured_rows((Path(dense), Path(slim)), shapes, setup, effort, on_progress)
+    return tuple(row for row, _ in found)
+
+
+# ----------------------------------------------------------------------------------------------- from samples to a row
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all rows of one measurement share."""
+
+    provider: str
+    threads: int
+    precision: str
+    graph: str | None
+    flops: Mapping[Shape, tuple[float, float]]
+    on_missing: Literal["fail", "skip"]
+    seed: int
+
+
+def effort_of(min_seconds: float, min_pairs: int) -> Effort:
+    """How long to measure for; refuses what measures nothing."""
     if not 0 < min_seconds < inf or min_pairs < 1:
         raise UsageError(
             f"min_seconds {min_seconds} with min_pairs {min_pairs} measures nothing",
             where="bench",
             hint="give a positive time and at least one pair",
         )
+    return Effort(min_seconds, min_pairs, EXTENSION)
+
+
+def measured_rows(
+    files: Sequence[Path],
+    shapes: Sequence[Shape],
+    setup: Setup,
+    effort: Effort,
+    on_progress: Callable[[str], None] | None,
+) -> list[tuple[Latency, Series | None]]:
+    """A row a shape about the first two files, and the samples of all of them; no samples where nothing was measured.
+
+    Args, raises: as `bench`.
+    """
     shapes = tuple(tuple(shape) for shape in shapes)
-    ratios = {shape: dense_flops / slim_flops for shape, (dense_flops, slim_flops) in (flops or {}).items()}
-    row = partial(Latency, provider=provider, threads=threads, precision=precision, graph=graph)
-    pair = _Pair(Path(dense), Path(slim), provider, threads, seed)
+    ratios = {shape: dense / slim for shape, (dense, slim) in setup.flops.items()}
+    labels = {name: getattr(setup, name) for name in ("provider", "threads", "precision", "graph")}
+
+    def row(shape: Shape) -> partial[Latency]:
+        return partial(Latency, **labels, shape=shape, flop_speedup=ratios.get(shape))
+
+    watch = Watch()
     try:
-        require_provider(provider)
-        if not read_interface(dense).has_length:
+        require_provider(setup.provider)
+        interfaces = [read_interface(file) for file in files[:2]]
+        if not interfaces[0].has_length:
             shapes = without_length(shapes)
-        series = _measure(pair, shapes, min_seconds, min_pairs, on_progress or (lambda line: None))
-    except EnvironmentLackError as error:
-        if on_missing == "fail":
-            raise
-        return tuple(
-            row(shape=shape, flop_speedup=ratios.get(shape), verdict="not measured", reason=str(error))
-            for shape in shapes
+        placement = _placement(files, setup)
+        series = measure(
+            files,
+            shapes,
+            effort,
+            provider=setup.provider,
+            threads=setup.threads,
+            vouched=lambda first, control: control_fault(ratio_interval(first, control, setup.seed)) is None,
+            seed=setup.seed,
+            on_progress=on_progress or (lambda line: None),
         )
-    return tuple(_result(partial(row, shape=shape), series[shape], ratios.get(shape), seed) for shape in shapes)
+    except EnvironmentLackError as error:
+        if setup.on_missing == "fail":
+            raise
+        return [(row(shape)(verdict="not measured", reason=str(error)), None) for shape in shapes]
+    dense_cache, slim_cache = (interface.cache_bytes_per_token for interface in interfaces)
+    cache = None if dense_cache is None or slim_cache is None else CacheBytes(dense=dense_cache, slim=slim_cache)
+    made = partial(_result, placement=placement, cache=cache, conditions=watch.conditions(), seed=setup.seed)
+    return [(made(row(shape), series[shape], shape), series[shape]) for shape in shapes]
 
 
-def _result(row: Callable[..., Latency], series: Series, flop_speedup: float | None, seed: int) -> Latency:
-    dense, slim, control = (series.samples(role) for role in range(3))
+def _placement(files: Sequence[Path], setup: Setup) -> Placement | None:
+    """Where the operators of the first two files run; on the CPU provider there is no other place.
+
+    Raises:
+        EnvironmentLackError: the provider runs nothing of a file, which would be measured on the CPU instead.
+    """
+    wanted = PROVIDERS[setup.provider]
+    if wanted == PROVIDERS["cpu"]:
+        return None
+    found = []
+    for file in files:
+        found.append(placement_of(open_session(file, setup.provider, setup.threads, placement=True)))
+        if not found[-1].get(wanted):
+            raise EnvironmentLackError(
+                f"{wanted} runs no operator of the file", where=str(file), hint="measure it with provider cpu"
+            )
+    return Placement(dense=found[0], slim=found[1])
+
+
+def _result(
+    row: Callable[..., Latency],
+    series: Series,
+    shape: Shape,
+    *,
+    placement: Placement | None,
+    cache: CacheBytes | None,
+    conditions: Conditions,
+    seed: int,
+) -> Latency:
+    dense, slim, control = (series.samples(role) for role in (0, 1, -1))
     speedup, dense_twice = ratio_interval(dense, slim, seed), ratio_interval(dense, control, seed)
     verdict, reason = judge(speedup, dense_twice)
-    return row(
-        dense=timing(dense, series.repeats),
-        slim=timing(slim, series.repeats),
+    tokens = shape[0] * shape[1] if cache else None
+    made = row(
+        dense=timing(dense, series.repeats, tokens),
+        slim=timing(slim, series.repeats, tokens),
         speedup=speedup,
         control=dense_twice,
-        flop_speedup=flop_speedup,
-        realised=None if flop_speedup is None else speedup.estimate / flop_speedup,
         verdict=verdict,
         reason=reason,
+        cache_bytes_per_token=cache,
+        placement=placement,
+        conditions=conditions,
         samples=Samples(dense=dense.tolist(), slim=slim.tolist(), control=control.tolist()),
     )
+    if made.flop_speedup is None:
+        return made
+    return made.model_copy(update={"realised": speedup.estimate / made.flop_speedup})
 
 
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 
-def timing(samples: Floats, repeats: int = 1) -> Timing:
-    """Summarize samples in milliseconds a run; `repeats` runs make up a sample."""
-    p10, median, p90 = np.percentile(samples, [10, 50, 90])
-    return Timing(median_ms=float(median), p10_ms=float(p10), p90_ms=float(p90), runs=samples.size * repeats)
+def timing(samples: Floats, repeats: int = 1, tokens: int | None = None) -> Timing:
+    """Summarize samples in milliseconds a run; `repeats` runs make up a sample, and `tokens` are new in each run."""
+    p10, median, p90 = (float(value) for value in np.percentile(samples, [10, 50, 90]))
+    rate = None if tokens is None else 1e3 * tokens / median
+    return Timing(median_ms=median, p10_ms=p10, p90_ms=p90, runs=samples.size * repeats, tokens_per_second=rate)
 
 
 def ratio_interval(numerator: Floats, denominator: Floats, seed: int = 0) -> Interval:
@@ -231,152 +338,3 @@ def judge(speedup: Interval, control: Interval) -> tuple[Verdict, str | None]:
     if speedup.low > 1:
         return "faster", None
     return ("slower" if speedup.high < 1 else "no difference shown"), None
-
-
-# ----------------------------------------------------------------------------------------------------------- measuring
-
-
-@dataclass(frozen=True)
-class _Pair:
-    dense: Path
-    slim: Path
-    provider: str
-    threads: int
-    seed: int
-
-    def open(self, rng: np.random.Generator) -> tuple[onnxruntime.InferenceSession, ...]:
-        """Dense, slim and control, opened in random order: who comes first gets other memory than who comes last."""
-        paths = (self.dense, self.slim, self.dense)
-        opened = {role: open_session(paths[role], self.provider, self.threads) for role in rng.permutation(3).tolist()}
-        return tuple(opened[role] for role in range(3))
-
-
-@dataclass
-class Series:
-    """What was measured so far at one shape."""
-
-    sets: list[Floats] = field(default_factory=list)  # each [rounds, 3], milliseconds a run
-    rounds: int = 0  # a set
-    repeats: int = 1  # runs a sample
-    seconds: float = 0.0  # in timed runs
-    next_look: int = 0  # not before this many sets
-    done: bool = False
-
-    def samples(self, role: int) -> Floats:
-        return np.array(self.sets)[:, :, role]
-
-    def consider(self, min_seconds: float, seed: int) -> None:
-        """Decide whether another set is needed.
-
-        The control is looked at when the minimum is reached and then only every SETS sets: stopping at the first moment
-        it suits would flatter it.
-        """
-        count = len(self.sets)
-        if count >= EXTENSION * SETS:
-            self.done = True
-        elif count >= max(SETS, self.next_look) and self.seconds >= min_seconds:
-            control = ratio_interval(self.samples(0), self.samples(2), seed)
-            self.done = self.seconds >= EXTENSION * min_seconds or control_fault(control) is None
-            self.next_look = count + SETS
-
-
-def _measure(
-    pair: _Pair, shapes: Sequence[Shape], min_seconds: float, min_pairs: int, on_progress: Callable[[str], None]
-) -> dict[Shape, Series]:
-    """Rounds at every shape in the same session sets, until each shape is finished."""
-    interfaces = (read_interface(pair.dense), read_interface(pair.slim))
-    feeds = {shape: [_feed(interface, shape, pair.seed) for interface in interfaces] for shape in shapes}
-    series = {shape: Series() for shape in shapes}
-    rng = np.random.default_rng(pair.seed)
-    while pending := [shape for shape in series if not series[shape].done]:
-        sessions = pair.open(rng)
-        for index in rng.permutation(len(pending)).tolist():
-            shape = pending[index]
-            dense, slim = feeds[shape]
-            runs = [
-                partial(session.run, None, feed) for session, feed in zip(sessions, (dense, slim, dense), strict=True)
-            ]
-            try:
-                add_set(series[shape], runs, rng, min_seconds=min_seconds, min_pairs=min_pairs)
-            except ORT_ERRORS as error:
-                raise UsageError(
-                    f"ONNX Runtime cannot run the shape ({' '.join(str(error).split())[:200]})",
-                    where=f"{pair.dense} or {pair.slim}, shape {list(shape)}",
-                    hint="give a shape that both files accept",
-                ) from error
-            del runs
-            series[shape].consider(min_seconds, pair.seed)
-            on_progress(f"latency {shape_text(shape)}: session set {len(series[shape].sets)}")
-        del sessions  # before the next are opened: three at a time are enough for the memory
-    return series
-
-
-def _feed(interface: Interface, shape: Shape, seed: int) -> dict[str, Array]:
-    if len(shape) not in ((2, 3, 4) if interface.has_length else (1,)):
-        raise UsageError(
-            f"{list(shape)} is not a shape", where="shapes", hint="give [batch, length] or [batch, length, past]"
-        )
-    batch, length, past = (*shape, *(1, 0)[len(shape) - 1 :])[:3]
-    return inputs_for(interface, batch, length, past, seed, encoder_length=shape[3] if len(shape) > 3 else None)
-
-
-Clock = Callable[[], int]
-
-
-def add_set(
-    series: Series,
-    runs: Sequence[Callable[[], object]],
-    rng: np.random.Generator,
-    *,
-    min_seconds: float,
-    min_pairs: int,
-    clock: Clock = time.perf_counter_ns,
-) -> None:
-    """Warm the runs of one session set up, then add its rounds; the first set decides how many rounds a set has.
-
-    Every set has the same number of rounds, so that none weighs more than another.
-    """
-    run_ns = warm_up(runs, clock, limit_ns=int(0.5e9 * min_seconds / SETS))
-    if not series.sets:
-        series.repeats = max(1, ceil(_MIN_SAMPLE_NS / min(run_ns)))
-        # A tenth more than needed, or a machine that speeds up a little would always need one set more.
-        in_time = 1.1e9 * min_seconds / SETS / (sum(run_ns) * series.repeats)
-        series.rounds = min(_MAX_ROUNDS, ceil(max(in_time, min_pairs / SETS)))
-    start = clock()
-    rounds = [one_round(runs, order, series.repeats, clock) for order in _orders(series.rounds, len(runs), rng)]
-    series.seconds += (clock() - start) / 1e9
-    series.sets.append(np.array(rounds) / 1e6)
-
-
-def warm_up(runs: Sequence[Callable[[], object]], clock: Clock, limit_ns: int) -> list[float]:
-    """Run in turns until the times settle: 4 to 50 turns, or as few as 2 where these take longer than the limit.
-
-    Settled: the quickest turn of the last two is within 5% of the quickest before. Returns the quickest time of
-    each run in nanoseconds: what came later will hardly be quicker, so a time planned with it is reached.
-    """
-    start, turns = clock(), list[list[float]]()
-    while len(turns) < 50:
-        turns.append(one_round(runs, range(len(runs)), 1, clock))
-        totals = [sum(turn) for turn in turns]
-        settled = len(turns) >= 4 and min(totals[-2:]) > 0.95 * min(totals[:-2])
-        if settled or (len(turns) >= 2 and clock() - start > limit_ns):
-            break
-    return [max(1.0, float(quickest)) for quickest in np.min(turns, axis=0)]
-
-
-def one_round(
-    runs: Sequence[Callable[[], object]], order: Sequence[int] | NDArray[np.intp], repeats: int, clock: Clock
-) -> list[float]:
-    """Time each run once, in the given order; nanoseconds a run, in the order of `runs`."""
-    times = [0.0] * len(runs)
-    for role in order:
-        run = runs[role]
-        start = clock()
-        for _ in range(repeats):
-            run()
-        times[role] = (clock() - start) / repeats
-    return times
-
-
-def _orders(rounds: int, roles: int, rng: np.random.Generator) -> Iterator[NDArray[np.intp]]:
-    yield from rng.permuted(np.tile(np.arange(roles), (rounds, 1)), axis=1)

@@ -130,18 +130,31 @@ def bench(
     first: Annotated[Path, typer.Argument(metavar="A.onnx", help="The file to compare against.")],
     second: Annotated[Path, typer.Argument(metavar="B.onnx", help="The file in question.")],
     shapes: Annotated[
-        list[str] | None, typer.Option("--shape", metavar="BxL", help="Batch x length, e.g. 1x128.")
+        list[str] | None,
+        typer.Option("--shape", metavar="BxL[xP]", help="Batch x length, e.g. 1x128; 1x1x512: one token after 512."),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads within an operator.")] = 2,
     provider: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     min_seconds: Annotated[float, typer.Option(help="Seconds to measure each shape for.")] = 3.0,
+    plot: Annotated[Path | None, typer.Option(help="Draw every sample over time to this .svg or .png file.")] = None,
+    max_ratio: Annotated[
+        float | None,
+        typer.Option(help="Exit with 7 unless B / A latency is at most this in every shape, conclusively."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how much faster one ONNX file runs than another, with an interval and a control."""
     from slimheads import terminal
     from slimheads.bench import bench as measure
+    from slimheads.drawing import require_picture
+    from slimheads.latency_gate import require_limit, require_ratio
+    from slimheads.timeline import write_timeline
 
     wanted = [_shape(text) for text in shapes or ["1x16", "1x128"]]
+    if plot:
+        require_picture(plot)
+    if max_ratio is not None:
+        require_limit(max_ratio, "--max-ratio")
     with _display() as display:
         display.start("bench")
         rows = measure(
@@ -149,6 +162,10 @@ def bench(
             on_progress=display.note,
         )  # fmt: skip
     _show(as_json, [row.model_dump(mode="json") for row in rows], lambda: terminal.print_latency(rows))
+    if plot:
+        write_timeline(rows, plot, names=("first", "second"))
+    if max_ratio is not None:
+        require_ratio(rows, max_ratio, asked=f"--max-ratio {max_ratio}", names=("first", "second"))
 
 
 @app.command()
@@ -283,8 +300,8 @@ def _command(recipe: Path, out: Path, overrides: Sequence[str] | None) -> str:
 
 def _shape(text: str) -> tuple[int, ...]:
     sizes = text.lower().split("x")
-    if len(sizes) not in (2, 3) or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise UsageError(f"'{text}' is no shape", where="--shape", hint="write batch x length, like 1x128")
+    if len(sizes) not in (2, 3, 4) or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise UsageError(f"'{text}' is no shape", where="--shape", hint="write batch x length, like 1x128, or 1x1x512")
     return tuple(int(size) for size in sizes)
 
 

@@ -9,12 +9,17 @@ import html
 import io
 import math
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Polygon, Rectangle
+
+from slimheads.errors import UsageError
 
 # Name -> (light, dark). Blue and orange are told apart by all common kinds of colour blindness; the ramp rises in
 # lightness alone, towards the page's ink, so that it reads the same in print and in grey.
@@ -45,7 +50,9 @@ PALETTE |= {
 }
 # matplotlib wants real colours: each name is drawn in a stand-in that no palette uses, and put back in the SVG's text.
 _STAND_IN = {name: f"#0102{index:02x}" for index, name in enumerate(PALETTE)}
+_LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 SMALL, TEXT = 11.0, 12.5  # px
+PICTURES = (".svg", ".png")
 
 
 def palette_css(dark: bool) -> str:
@@ -74,11 +81,29 @@ class Axis:
         return [round(index * step, 10) for index in range(first, math.floor(self.high / step) + 1)]
 
 
-class Canvas:
-    """matplotlib's SVG backend as a sheet measured in CSS pixels, y downwards."""
+def require_picture(path: Path) -> None:
+    """Refuse a file that a picture cannot be written to, before there is one.
 
-    def __init__(self, width: float, height: float, name: str) -> None:
+    Raises:
+        UsageError: its ending is none of PICTURES, or its folder is missing.
+    """
+    if path.suffix.lower() not in PICTURES:
+        raise UsageError(
+            f"pictures are written as {' or '.join(PICTURES)}", where=str(path), hint="name the file with one of these"
+        )
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError("there is no such folder to write to", where=str(path), hint="make it, or name another")
+
+
+class Canvas:
+    """matplotlib's SVG backend as a sheet measured in CSS pixels, y downwards.
+
+    A drawing for a page takes the page's colours and font; a drawing for a file of its own (`file`) has its own.
+    """
+
+    def __init__(self, width: float, height: float, name: str, *, file: bool = False) -> None:
         self.width, self.height, self.name = width, height, name
+        self._colours = _LIGHT if file else _STAND_IN
         self.figure = Figure(figsize=(width / 72, height / 72), dpi=72)  # one SVG unit is one pixel
         self.figure.patch.set_visible(False)
         self.drawn = 0
@@ -105,21 +130,26 @@ class Canvas:
         stroke: str | None = None,
         gid: str | None = None,
     ) -> None:
-        face, edge = _STAND_IN[fill] if fill else "none", _STAND_IN[stroke] if stroke else "none"
+        face, edge = self._colours[fill] if fill else "none", self._colours[stroke] if stroke else "none"
         self._add(Rectangle((x, y), w, h, facecolor=face, edgecolor=edge, linewidth=1.0, gid=gid))
 
     def line(self, x0: float, y0: float, x1: float, y1: float, *, colour: str, weight: float = 1.0) -> None:
-        self._add(Line2D([x0, x1], [y0, y1], color=_STAND_IN[colour], linewidth=weight, solid_capstyle="butt"))
+        self._add(Line2D([x0, x1], [y0, y1], color=self._colours[colour], linewidth=weight, solid_capstyle="butt"))
+
+    def path(self, points: Sequence[tuple[float, float]], *, colour: str, weight: float = 1.0) -> None:
+        """A line through the points."""
+        xs, ys = zip(*points, strict=True)
+        self._add(Line2D(xs, ys, color=self._colours[colour], linewidth=weight, solid_joinstyle="round"))
 
     def dot(
         self, x: float, y: float, radius: float, *, fill: str, stroke: str | None = None, gid: str | None = None
     ) -> None:
-        edge = _STAND_IN[stroke] if stroke else "none"
-        self._add(Circle((x, y), radius, facecolor=_STAND_IN[fill], edgecolor=edge, linewidth=1.6, gid=gid))
+        edge = self._colours[stroke] if stroke else "none"
+        self._add(Circle((x, y), radius, facecolor=self._colours[fill], edgecolor=edge, linewidth=1.6, gid=gid))
 
     def diamond(self, x: float, y: float, size: float) -> None:
         corners = [(x, y - size), (x + size, y), (x, y + size), (x - size, y)]
-        self._add(Polygon(corners, facecolor=_STAND_IN["paper"], edgecolor=_STAND_IN["limit"], linewidth=1.6))
+        self._add(Polygon(corners, facecolor=self._colours["paper"], edgecolor=self._colours["limit"], linewidth=1.6))
 
     def text(
         self,
@@ -133,7 +163,7 @@ class Canvas:
         paper: bool = False,
     ) -> None:
         """One line, centred on y; `paper` lays it on a patch of the page's colour."""
-        box = {"facecolor": _STAND_IN["paper"], "edgecolor": "none", "pad": 0.5} if paper else None
+        box = {"facecolor": self._colours["paper"], "edgecolor": "none", "pad": 0.5} if paper else None
         self.drawn += 1
         self.axes.text(
             x,
@@ -141,7 +171,7 @@ class Canvas:
             text,
             ha=align,
             va="center_baseline",
-            color=_STAND_IN[colour],
+            color=self._colours[colour],
             fontsize=TEXT if bold else SMALL,
             fontweight="bold" if bold else "normal",
             parse_math=False,
@@ -173,6 +203,25 @@ class Canvas:
         label = html.escape(description, quote=True)
         opening = f'<svg role="img" aria-label="{label}" viewBox="0 0 {self.width:g} {self.height:g}" class="plot">'
         return re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1).strip()
+
+    def write(self, path: Path, description: str) -> None:
+        """The drawing as a file of its own, .svg or .png by the path's ending (twice as many dots as pixels).
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        self.figure.patch.set(visible=True, facecolor=_LIGHT["paper"])
+        try:
+            if path.suffix.lower() == ".png":
+                self.figure.set_dpi(144)
+                FigureCanvasAgg(self.figure).print_png(path, metadata={"Description": description, "Software": None})
+                return
+            size = f'xmlns="http://www.w3.org/2000/svg" width="{self.width:g}" height="{self.height:g}"'
+            text = self.svg(description).replace("<svg ", f'<svg {size} font-family="sans-serif" ', 1)
+            path.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            hint = "name another file"
+            raise UsageError(f"the picture cannot be written ({error.strerror})", where=str(path), hint=hint) from error
 
 
 def _round(tag: re.Match[str]) -> str:

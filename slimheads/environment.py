@@ -6,6 +6,7 @@ import io
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -30,7 +31,16 @@ MIN_CORES = 2  # bench.threads unless the recipe says otherwise
 MIN_MEMORY = 2.5 * GIB  # what the MiniLM recipe may take at most
 MIN_DISK = 2 * GIB  # both exports and the stage records of a BERT-base-sized model
 CGROUPS = Path("/sys/fs/cgroup")
-CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+CPUS = Path("/sys/devices/system/cpu")
+
+
+class Gpu(BaseModel):
+    """A GPU as its driver names it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    driver: str
+    memory: str  # "81559 MiB"
 
 
 class Environment(BaseModel):
@@ -49,9 +59,23 @@ class Environment(BaseModel):
     memory_available_bytes: int
     load_average: tuple[float, float, float] | None  # at the start, over 1, 5 and 15 minutes; null on Windows
     cpu_governor: str | None  # null: not readable
-    cpu_frequency_mhz: float | None  # at the start; null: not readable
+    cpu_frequency_mhz: float | None  # at the start, mean over the cores; null: not readable
+    cpu_frequency_max_mhz: float | None = None  # null: not readable
+    cpu_boost: bool | None = None  # whether clocks above the nominal one are allowed; null: not readable
     providers: tuple[str, ...]  # what this onnxruntime was built with
-    session_options: dict[str, JsonValue]
+    gpus: tuple[Gpu, ...] | None = None  # null, with the reason, where CUDA is not used or they cannot be listed
+    gpu_reason: str | None = None
+    session_options: dict[str, dict[str, JsonValue]]  # by provider of the run
+
+
+class Conditions(BaseModel):
+    """What changes while a measurement goes on: at its start and at its end; null where the system does not tell."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    load_start: float | None  # processes that ran or waited for a core, mean over the last minute
+    load_end: float | None
+    cpu_mhz_start: float | None  # mean over the cores
+    cpu_mhz_end: float | None
 
 
 class Check(BaseModel):
@@ -65,14 +89,16 @@ class Check(BaseModel):
     hint: str | None  # what to do; null where nothing is to be done
 
 
-def environment(session_options: Mapping[str, Any] | None = None) -> Environment:
+def environment(session_options: Mapping[str, dict[str, Any]] | None = None) -> Environment:
     """The environment as it is now; call it when a run starts.
 
     Args:
-        session_options: JSON data: the ONNX Runtime options of the run, as recorded by whoever opens the sessions.
+        session_options: JSON data: the ONNX Runtime options of the run by provider, as recorded by whoever opens the
+            sessions. GPUs are looked for where `cuda` is among these.
     """
     memory = psutil.virtual_memory()
     limit = _cgroup_memory(CGROUPS)
+    gpus, gpu_reason = _gpus() if "cuda" in (session_options or {}) else (None, "the run does not use CUDA")
     return Environment(
         slimheads=__version__,
         python=platform.python_version(),
@@ -85,11 +111,28 @@ def environment(session_options: Mapping[str, Any] | None = None) -> Environment
         memory_bytes=min(memory.total, limit) if limit else memory.total,
         memory_available_bytes=min(memory.available, limit) if limit else memory.available,
         load_average=_load_average(),
-        cpu_governor=_read(CPUFREQ / "scaling_governor"),
+        cpu_governor=_read(CPUS / "cpu0/cpufreq/scaling_governor"),
         cpu_frequency_mhz=_frequency_mhz(),
+        cpu_frequency_max_mhz=_megahertz(CPUS / "cpu0/cpufreq/cpuinfo_max_freq"),
+        cpu_boost=_boost(CPUS),
         providers=_providers(),
+        gpus=gpus,
+        gpu_reason=gpu_reason,
         session_options=dict(session_options or {}),
     )
+
+
+class Watch:
+    """Made at a measurement's start; says at its end under which conditions it went on."""
+
+    def __init__(self) -> None:
+        self._load, self._mhz = _load(), _frequency_mhz()
+
+    def conditions(self) -> Conditions:
+        """From the start to now."""
+        return Conditions(
+            load_start=self._load, load_end=_load(), cpu_mhz_start=self._mhz, cpu_mhz_end=_frequency_mhz()
+        )
 
 
 def usable_cores() -> float:
@@ -156,11 +199,49 @@ def _load_average() -> tuple[float, float, float] | None:
     return os.getloadavg() if hasattr(os, "getloadavg") else None
 
 
+def _load() -> float | None:
+    average = _load_average()
+    return average[0] if average else None
+
+
 def _frequency_mhz() -> float | None:
-    khz = _read(CPUFREQ / "scaling_cur_freq")
-    if khz is not None and khz.isdigit():
-        return int(khz) / 1000
+    """The cores' mean clock now; virtual machines often tell it in /proc/cpuinfo only."""
+    scaled = [_megahertz(path) for path in CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
+    found = [clock for clock in scaled if clock is not None] or _cpuinfo_clocks(_read(Path("/proc/cpuinfo")) or "")
+    return sum(found) / len(found) if found else None
+
+
+def _cpuinfo_clocks(info: str) -> list[float]:
+    return [float(clock) for clock in re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", info, flags=re.M)]
+
+
+def _megahertz(path: Path) -> float | None:
+    khz = _read(path)
+    return int(khz) / 1000 if khz is not None and khz.isdigit() else None
+
+
+def _boost(cpus: Path) -> bool | None:
+    """Whether the processor may go above its nominal clock: two drivers say so in two ways, others in none."""
+    if (allowed := _read(cpus / "cpufreq/boost")) in ("0", "1"):
+        return allowed == "1"
+    if (forbidden := _read(cpus / "intel_pstate/no_turbo")) in ("0", "1"):
+        return forbidden == "0"
     return None
+
+
+def _gpus() -> tuple[tuple[Gpu, ...] | None, str | None]:
+    """The GPUs that the driver lists, or why there is no list."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return None, "nvidia-smi is not on the path"
+    query = [tool, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, f"nvidia-smi failed ({type(error).__name__})"
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
+    if not rows or any(len(row) != 3 for row in rows):
+        return None, "nvidia-smi lists no GPU"
+    return tuple(Gpu(name=name, driver=driver, memory=memory) for name, driver, memory in rows), None
 
 
 def _read(path: Path) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,21 +27,33 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def flops(model: PreTrainedModel, batch: int, length: int = 1) -> int:
+def flops(model: PreTrainedModel, batch: int, length: int = 1, past: int = 0) -> int:
     """Floating-point operations of one forward: 2 a multiply-add, matrix products and convolutions only.
 
     Args:
         batch: texts, images or recordings.
         length: tokens or frames of each; of no effect where inputs have no length. An encoder-decoder's decoder reads
             as many tokens.
+        past: tokens of each that a decoder has in its cache already.
 
     Counted by torch's own FlopCounterMode while the model runs, so nothing is assumed about the architecture.
 
     Raises:
-        UsageError: the model does not run at this shape.
+        UsageError: the model does not run at this shape, or has no cache for the past.
     """
-    feed = to_torch(make_inputs(model.config, batch, length, np.random.default_rng(0)), model)
-    return _counted(partial(model, **feed), batch, length)
+    feed: dict[str, Any] = dict(
+        to_torch(make_inputs(model.config, batch, past + length, np.random.default_rng(0)), model)
+    )
+    if past:
+        with _refused(batch, length, past), torch.no_grad():
+            earlier = {name: tensor[:, :past] for name, tensor in feed.items()}
+            cache = getattr(model(**earlier, use_cache=True), "past_key_values", None)
+        if cache is None or model.config.is_encoder_decoder:
+            raise UsageError(
+                f"the model keeps no cache to hold {past} tokens in", where="bench.shapes", hint="name [batch, length]"
+            )
+        feed |= {"input_ids": feed["input_ids"][:, past:], "past_key_values": cache, "use_cache": True}
+    return _counted(partial(model, **feed), batch, length, past)
 
 
 def encoder_flops(model: PreTrainedModel, batch: int, length: int = 1) -> int:
@@ -64,23 +77,33 @@ def step_flops(model: PreTrainedModel, batch: int, length: int, past: int, posit
     with torch.no_grad():
         cache = model(encoder_outputs=states, decoder_input_ids=ids[:, :past], use_cache=True).past_key_values
     run = partial(model, encoder_outputs=states, decoder_input_ids=ids[:, past:], past_key_values=cache, use_cache=True)
-    return _counted(run, batch, length)
+    return _counted(run, batch, length, past)
 
 
-def _counted(run: Callable[[], Any], batch: int, length: int) -> int:
+def _counted(run: Callable[[], Any], batch: int, length: int, past: int = 0) -> int:
     # torch counts the attention of GPUs but not its CPU kernel.
     cpu_attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
-        try:
-            run()
-        except (IndexError, RuntimeError) as error:  # past the end of a position table, say
-            said = " ".join(str(error).split())[:200]
-            raise UsageError(
-                f"the model does not run on [{batch}, {length}] tokens ({said})",
-                where="bench.shapes",
-                hint="name shorter shapes",
-            ) from error
+    counter = FlopCounterMode(display=False, custom_mapping=cpu_attention)
+    with torch.no_grad(), counter, _refused(batch, length, past):
+        run()
     return int(counter.get_total_flops())
+
+
+@contextmanager
+def _refused(batch: int, length: int, past: int) -> Iterator[None]:
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:  # past the end of a position table, say
+        raise _no_shape(" ".join(str(error).split())[:200], batch, length, past) from error
+
+
+def _no_shape(why: str, batch: int, length: int, past: int) -> UsageError:
+    after = f" after {past}" if past else ""
+    return UsageError(
+        f"the model does not run on [{batch}, {length}] tokens{after} ({why})",
+        where="bench.shapes",
+        hint="name shorter shapes",
+    )
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,6 +35,16 @@ class Input:
     dtype: np.dtype[Any]
     dims: tuple[int | str | None, ...]
 
+    @property
+    def is_cache(self) -> bool:
+        """Whether it holds keys or values of earlier tokens."""
+        return self.name.split(".")[0] == "past_key_values"
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether it holds what a decoder keeps of its encoder."""
+        return self.is_cache and "encoder" in self.name.split(".")
+
 
 @dataclass(frozen=True)
 class Interface:
@@ -52,6 +62,45 @@ class Interface:
     kv_shapes: tuple[tuple[int, int, int], ...] = ()
     cross_kv_shapes: tuple[tuple[int, int, int], ...] = ()
     axes: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+
+    @property
+    def cache(self) -> dict[str, str]:
+        """Which outputs of a run are the caches of the next: output -> input."""
+        inputs = (wanted.name for wanted in self.inputs if wanted.is_cache)
+        carried = {"present" + name.removeprefix("past_key_values"): name for name in inputs}
+        return {output: name for output, name in carried.items() if output in self.outputs}
+
+    @property
+    def cache_bytes_per_token(self) -> int | None:
+        """Bytes that a decoder's cache grows by with each token of a sequence: over all layers, KV heads x (key width
+        + value width) x bytes an element. None where there is no such cache, or the file does not give its sizes.
+        What is kept of an encoder does not grow.
+        """
+        own = [wanted for wanted in self.inputs if wanted.is_cache and not wanted.is_cross]
+        sizes = [(self.cache_size(wanted), wanted.dtype.itemsize) for wanted in own]
+        if not sizes or any(size is None for size, _ in sizes):
+            return None
+        return sum(size[0] * size[1] * item for size, item in sizes if size)
+
+    def cache_size(self, wanted: Input) -> tuple[int, int] | None:
+        """(KV heads, width) of a cache [batch, heads, past, width], where its axes or the metadata give them."""
+        if len(wanted.dims) != 4:
+            return None
+        heads, width = wanted.dims[1], wanted.dims[3]
+        if isinstance(heads, int) and isinstance(width, int):
+            return heads, width
+        parts, shapes = wanted.name.split("."), self.cross_kv_shapes if wanted.is_cross else self.kv_shapes
+        layer = next((int(part) for part in parts if part.isdigit()), len(shapes))
+        if layer >= len(shapes) or parts[-1] not in {"key", "value"}:
+            return None
+        kv_heads, key_width, value_width = shapes[layer]
+        stated = key_width if parts[-1] == "key" else value_width
+        return heads if isinstance(heads, int) else kv_heads, width if isinstance(width, int) else stated
+
+    def without(self, names: Collection[str]) -> Interface:
+        """The same file as if it had none of these inputs."""
+        return replace(self, inputs=tuple(wanted for wanted in self.inputs if wanted.name not in names))
 
     @property
     def has_length(self) -> bool:
@@ -75,7 +124,8 @@ def read_interface(source: str | Path | onnxruntime.InferenceSession) -> Interfa
         inputs = tuple(Input(i.name, _ort_dtype(i.type), tuple(i.shape)) for i in source.get_inputs())
         metadata = source.get_modelmeta().custom_metadata_map
         own, cross = _kv_shapes(metadata, "session")
-        return Interface("session", inputs, None, own, cross, _axes(metadata, "session"))
+        outputs = tuple(output.name for output in source.get_outputs())
+        return Interface("session", inputs, None, own, cross, _axes(metadata, "session"), outputs)
     try:
         model = onnx.load(str(source), load_external_data=False)
     except (OSError, DecodeError) as error:
@@ -93,9 +143,9 @@ def read_interface(source: str | Path | onnxruntime.InferenceSession) -> Interfa
         if value.name not in stored
     )
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    where = str(source)
+    where, outputs = str(source), tuple(value.name for value in model.graph.output)
     own, cross = _kv_shapes(metadata, where)
-    return Interface(where, inputs, _vocabulary(model.graph), own, cross, _axes(metadata, where))
+    return Interface(where, inputs, _vocabulary(model.graph), own, cross, _axes(metadata, where), outputs)
 
 
 def _dims(value: onnx.ValueInfoProto) -> Iterator[int | str | None]:
@@ -299,19 +349,11 @@ def _normal(wanted: Input, request: _Request) -> Array:
 def _cache(wanted: Input, request: _Request) -> Array:
     if len(wanted.dims) != 4:
         raise _cannot_fill(wanted, request, "a cache of [batch, heads, past, dim] is expected")
-    heads, width = wanted.dims[1], wanted.dims[3]
-    parts = wanted.name.split(".")
-    cross = "encoder" in parts
-    if not (isinstance(heads, int) and isinstance(width, int)):
-        shapes = request.interface.cross_kv_shapes if cross else request.interface.kv_shapes
-        layer = next((int(part) for part in parts if part.isdigit()), len(shapes))
-        if layer >= len(shapes) or parts[-1] not in {"key", "value"}:
-            key = CROSS_KV_SHAPES_KEY if cross else KV_SHAPES_KEY
-            raise _cannot_fill(wanted, request, f"its axes 1 and 3 are free and metadata {key} does not give them")
-        kv_heads, key_width, value_width = shapes[layer]
-        heads = heads if isinstance(heads, int) else kv_heads
-        width = width if isinstance(width, int) else (key_width if parts[-1] == "key" else value_width)
-    past = request.encoder_length if cross else request.past
+    if (size := request.interface.cache_size(wanted)) is None:
+        key = CROSS_KV_SHAPES_KEY if wanted.is_cross else KV_SHAPES_KEY
+        raise _cannot_fill(wanted, request, f"its axes 1 and 3 are free and metadata {key} does not give them")
+    heads, width = size
+    past = request.encoder_length if wanted.is_cross else request.past
     return request.rng(wanted.name).standard_normal((request.batch, heads, past, width), dtype=np.float32)
 
 

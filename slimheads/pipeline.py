@@ -70,7 +70,8 @@ def run(
     source = find(recipe.model, recipe.task)
     require_usable(recipe, source)
     with lock(out):
-        surroundings = environment(session_options_record(threads=recipe.bench.threads))
+        bench = recipe.bench
+        surroundings = environment({name: session_options_record(name, bench.threads) for name in bench.providers})
         job = Job(recipe, source, progress.note)
         timings: list[StageRecord] = []
         for stage in stages_until(until):

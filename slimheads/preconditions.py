@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import PretrainedConfig
+
 from slimheads.checkpoint import Source, read_config
 from slimheads.errors import EnvironmentLackError, UsageError
 from slimheads.inputs import NOUNS, inputs_kind, read_inputs, text_config
@@ -54,10 +56,24 @@ def require_usable(recipe: Recipe, source: Source) -> None:
     if recipe.verify.inputs:
         read_inputs(Path(recipe.verify.inputs), config)
     limit = getattr(text_config(config), "max_position_embeddings", None)
-    for batch, length in recipe.bench.shapes:
-        if limit and length > limit:
+    for shape in recipe.bench.shapes:
+        _require_cache(recipe, source, config, shape)
+        if limit and sum(shape[1:]) > limit:
             raise UsageError(
-                f"the shape [{batch}, {length}] is longer than the {limit} positions of the model",
+                f"the shape {list(shape)} is longer than the {limit} positions of the model",
                 where=recipe.where("bench.shapes"),
                 hint="name shorter shapes",
             )
+
+
+def _require_cache(recipe: Recipe, source: Source, config: PretrainedConfig, shape: tuple[int, ...]) -> None:
+    if len(shape) < 3 or source.task == "text-generation":
+        return
+    why = "has no cache to hold them"
+    if config.is_encoder_decoder:
+        why = "has its decoder measured with a full cache at every [batch, length]"
+    raise UsageError(
+        f"the shape {list(shape)} asks for {shape[2]} tokens in the cache, and a model for {source.task} {why}",
+        where=recipe.where("bench.shapes"),
+        hint="name it as [batch, length]",
+    )

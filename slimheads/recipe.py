@@ -59,7 +59,7 @@ Providers = Annotated[
     Field(min_length=1, json_schema_extra={"uniqueItems": True}),
     AfterValidator(_distinct),
 ]
-Shape = Annotated[tuple[PositiveInt, PositiveInt], Strict(False)]
+Shape = Annotated[tuple[PositiveInt, ...], Strict(False), Field(min_length=2, max_length=3)]
 Shapes = Annotated[
     tuple[Shape, ...],
     Strict(False),
@@ -141,7 +141,7 @@ class Bench(_Section):
     threads: PositiveInt = Field(2, description="threads inside an operator, at least 1")
     shapes: Shapes = Field(
         ((1, 16), (1, 128)),
-        description="inputs to measure, each [batch, length in tokens or frames]; of images [batch, any]",
+        description="inputs, [batch, tokens or frames]; decoders also [batch, new tokens, tokens in cache]",
     )
     min_seconds: PositiveFloat = Field(3.0, description="seconds to measure each shape for, above 0")
     on_missing: Literal["fail", "skip"] = Field(

@@ -14,6 +14,7 @@ from slimheads.errors import GateError
 from slimheads.export import graph_bytes
 from slimheads.family import Inputs, families
 from slimheads.inputs import NOUNS
+from slimheads.latency_gate import latency_bound
 from slimheads.recipe import Gates
 from slimheads.report import (
     GateResult,
@@ -32,7 +33,6 @@ from slimheads.report import (
 from slimheads.stages import Job, certificate_of
 from slimheads.store import Source
 from slimheads.tables import short_name
-from slimheads.wording import shape_text
 from slimheads.workloads import loaded_graphs
 
 _REMEDIES = {
@@ -156,25 +156,8 @@ def _unmet(gate: GateResult, job: Job) -> GateError:
 
 
 def _latency_gate(limit: float, latency: Sequence[Latency]) -> GateResult:
-    measured = [row for row in latency if row.speedup is not None]
-    if not measured:
-        return GateResult(gate="latency_ratio", limit=limit, measured=None, met=False, reason="no latency was measured")
-    # A speedup that could be noise does not count: where one is asked for it must be shown. Then the worst row decides.
-    noise = ("inconclusive", "no difference shown") if limit < 1 else ("inconclusive",)
-    doubtful = next((row for row in measured if row.verdict in noise), None)
-    worst = doubtful or min(measured, key=lambda row: row.speedup.estimate if row.speedup else 0.0)
-    ratio = 1 / worst.speedup.estimate if worst.speedup else None
-    graph = f"{worst.graph}, " if worst.graph else ""
-    where = f"{shape_text(worst.shape)} ({graph}{worst.provider}, {worst.precision})"
-    met = doubtful is None and ratio is not None and ratio <= limit
-    said = f"{worst.verdict} at {where}" if doubtful else f"slim / dense latency {ratio:.3f} at {where}"
-    return GateResult(
-        gate="latency_ratio",
-        limit=limit,
-        measured=ratio,
-        met=met,
-        reason=f"{said}, {'within' if met else 'not within'} {limit}",
-    )
+    met, ratio, reason = latency_bound(latency, limit)
+    return GateResult(gate="latency_ratio", limit=limit, measured=ratio, met=met, reason=reason)
 
 
 def _at_most(gate: str, limit: float, value: float | None, what: str) -> GateResult:

@@ -197,17 +197,29 @@ def drift_table(drift: Drift) -> Table:
 
 
 def latencies(rows: Sequence[Latency]) -> Table:
-    """One row a measurement, with its control and its verdict."""
+    """One row a measurement, with its control and its verdict; what only decoders have where there is one."""
     head = ("Shape", "Setting", "Dense", "Slim", "Speedup", "FLOP ratio", "Realised", "Control", "Verdict")
+    decoders = any(row.phase for row in rows)
     cells = []
     for row in rows:
         flop = w.ratio(row.flop_speedup) if row.flop_speedup is not None else "not counted"
         realised = w.percent(row.realised) if row.realised is not None else NONE
         verdict = f"{row.verdict}: {row.reason}" if row.reason else row.verdict
         timings, intervals = (_timing(row.dense), _timing(row.slim)), (_interval(row.speedup), _interval(row.control))
-        place = (w.latency_place(row), w.latency_setup(row))
-        cells.append((*place, *timings, intervals[0], flop, realised, intervals[1], verdict))
-    return table(head, cells, {2, 3, 4, 5, 6, 7})
+        place, written = (w.latency_place(row), w.latency_setup(row)), _decoder_cells(row) if decoders else ()
+        cells.append((*place, *timings, *written, intervals[0], flop, realised, intervals[1], verdict))
+    extra = ("Tokens/s", "Cache a token") if decoders else ()
+    return table((*head[:4], *extra, *head[4:]), cells, range(2, 8 + len(extra)))
+
+
+def _decoder_cells(row: Latency) -> tuple[str, str]:
+    """Tokens per second and bytes of the cache per token, dense to slim."""
+    rates = [timing.tokens_per_second if timing else None for timing in (row.dense, row.slim)]
+    cache = row.cache_bytes_per_token
+    return (
+        NONE if None in rates else " to ".join(w.figures(rate) for rate in rates if rate is not None),
+        NONE if cache is None else f"{w.size(cache.dense)} to {w.size(cache.slim)}",
+    )
 
 
 def candidates(found: Sequence[Candidate]) -> Table:
@@ -259,6 +271,8 @@ def environment_table(report: Report) -> Table:
     env, hidden = report.environment, "not readable on this system"
     load = " ".join(f"{value:.2f}" for value in env.load_average) if env.load_average else hidden
     clock = f"{w.whole(env.cpu_frequency_mhz)} MHz at the start" if env.cpu_frequency_mhz else hidden
+    clock += f", at most {w.whole(env.cpu_frequency_max_mhz)} MHz" if env.cpu_frequency_max_mhz else ""
+    boost = hidden if env.cpu_boost is None else "allowed" if env.cpu_boost else "off"
     cores = ", ".join(
         f"{count or 'unknown'} {kind}"
         for count, kind in ((env.cores_physical, "physical"), (env.cores_logical, "logical"))
@@ -272,11 +286,14 @@ def environment_table(report: Report) -> Table:
         ("Cores", f"{cores}, {env.cores_usable:g} usable"),
         ("CPU governor", env.cpu_governor or hidden),
     ]
-    rows += [("CPU clock", clock), ("Memory", memory), ("Load, 1, 5, 15 min", load)]
+    rows += [("CPU clock", clock), ("Clock boost", boost), ("Memory", memory), ("Load, 1, 5, 15 min", load)]
     rows += [("Providers", ", ".join(env.providers) or "none")]
+    gpus = [f"{gpu.name}, driver {gpu.driver}, {gpu.memory}" for gpu in env.gpus or ()]
+    rows += [("GPU", "; ".join(gpus) or str(env.gpu_reason))] if env.gpus or "cuda" in env.session_options else []
     rows += [
-        (f"Session: {key}", str(value or "none") if isinstance(value, dict | list) else str(value))
-        for key, value in env.session_options.items()
+        (f"Session, {provider}: {key}", str(value or "none") if isinstance(value, dict | list) else str(value))
+        for provider, options in env.session_options.items()
+        for key, value in options.items()
     ]
     return table(("What", "Value"), rows)
 

@@ -89,14 +89,23 @@ def print_checks(checks: Sequence[Check]) -> None:
 
 
 def print_latency(rows: Sequence[Latency]) -> None:
-    """One row a shape: medians, and the ratio with its interval and verdict."""
+    """One row a shape: medians, and the ratio with its interval and verdict; of decoders what they write a second."""
     table = Table("shape", "first", "second", "speedup (95% interval)", "control", "verdict", box=None, pad_edge=False)
+    console = stdout()
     for row in rows:
-        shape = wording.shape_text(row.shape)
+        shape = wording.latency_place(row)
         if row.dense is None or row.slim is None or row.speedup is None or row.control is None:
             table.add_row(shape, "", "", "", "", f"{row.verdict}: {row.reason}")
             continue
         speedup, control = (f"{i.estimate:.3f} ({i.low:.3f} to {i.high:.3f})" for i in (row.speedup, row.control))
         medians = (wording.milliseconds(t.median_ms) for t in (row.dense, row.slim))
-        table.add_row(shape, *medians, speedup, control, row.verdict)
-    stdout().print(table)
+        table.add_row(shape, *medians, speedup, control, f"{row.verdict}: {row.reason}" if row.reason else row.verdict)
+    console.print(table)
+    for row in rows:
+        if row.dense and row.slim and row.dense.tokens_per_second and row.slim.tokens_per_second:
+            rates = (wording.figures(t.tokens_per_second or 0) for t in (row.dense, row.slim))
+            console.print(f"{wording.latency_place(row)}: {' to '.join(rates)} tokens a second", markup=False)
+    cache = next((row.cache_bytes_per_token for row in rows if row.cache_bytes_per_token), None)
+    if cache:
+        sizes = f"{wording.size(cache.dense)} to {wording.size(cache.slim)}"
+        console.print(f"cache: {sizes} a token of each sequence", markup=False)

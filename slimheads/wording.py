@@ -190,8 +190,8 @@ def latency_line(row: Latency, *, setup: bool = True) -> str:
 
 
 def latency_place(row: Latency) -> str:
-    """1x128, 1x1 past 512, or batch 1 where inputs have no length."""
-    return shape_text(row.shape)
+    """1x128, or batch 1 where inputs have no length; of a decoder, prefill 1x128 or decode 1x1 after 512."""
+    return f"{row.phase} {shape_text(row.shape)}" if row.phase else shape_text(row.shape)
 
 
 def latency_setup(row: Latency) -> str:
@@ -201,14 +201,14 @@ def latency_setup(row: Latency) -> str:
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """Batch x length, and the lengths of the cache and of the encoder's input where there are; the batch alone where
-    inputs have no length.
+    """Batch x length, after how many tokens in the cache, and what a decoder's encoder saw, where there are such: 1x1
+    after 512; the batch alone where inputs have no length.
     """
     if len(shape) == 1:
         return f"batch {shape[0]}"
     text = "x".join(str(number) for number in shape[:2])
-    past = f" past {shape[2]}" if len(shape) > 2 and shape[2] else ""
-    return text + past + (f" after {shape[3]}" if len(shape) > 3 else "")
+    past = f" after {shape[2]}" if len(shape) > 2 and shape[2] else ""
+    return text + past + (f", encoder {shape[3]}" if len(shape) > 3 else "")
 
 
 def _verdict(report: Report) -> str:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from slimheads import flops
+from slimheads.binding import Shape
 from slimheads.export import ENCODER, MERGED_DECODER
 from slimheads.inputs import measured_shapes, takes_text
 from slimheads.seq2seq import decoder_limit
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class Workload:
     flops: Callable[..., int]  # (model, *shape) -> floating-point operations
 
 
-def workloads(config: PretrainedConfig, shapes: Sequence[tuple[int, int]]) -> tuple[Workload, ...]:
-    """What is timed of a model at the recipe's shapes, each [batch, length].
+def workloads(config: PretrainedConfig, shapes: Sequence[Shape]) -> tuple[Workload, ...]:
+    """What is timed of a model at the recipe's shapes, each [batch, length] or, of a decoder, [batch, length, past].
 
     Of an encoder-decoder: its encoder at that length, and one new token of its decoder after as many, in the merged
     graph, which is what clients load.
@@ -33,7 +32,7 @@ def workloads(config: PretrainedConfig, shapes: Sequence[tuple[int, int]]) -> tu
     measured = measured_shapes(config, shapes)
     if not config.is_encoder_decoder:
         return (Workload("model", measured, flops.flops),)
-    steps = tuple(dict.fromkeys(_step(config, *shape) for shape in shapes))
+    steps = tuple(dict.fromkeys(_step(config, batch, length) for batch, length in shapes))
     return Workload(ENCODER, measured, flops.encoder_flops), Workload(MERGED_DECODER, steps, flops.step_flops)
 
 

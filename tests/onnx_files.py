@@ -52,6 +52,41 @@ def write_encoder(path: Path) -> Path:
     )
 
 
+WIDTH = 8  # of each head of write_decoder
+
+
+def write_decoder(path: Path, heads: int, *, carries: bool = True, dim: int | str = WIDTH) -> Path:
+    """A decoder whose "keys" are rows of a table, so that what its cache must hold is known: input_ids [b, s] ->
+    present.0.key [b, heads, past + s, WIDTH], the past before the new. Its other output is the sum of them all.
+
+    Args:
+        carries: whether it puts the cache out.
+        dim: how axis 3 of the past is declared.
+    """
+    table = np.arange(VOCABULARY * heads * WIDTH, dtype=np.float32).reshape(VOCABULARY, heads * WIDTH)
+    past = ["batch_size", heads, "past_sequence_length", dim]
+    values = {"input_ids": (INT64, ["batch_size", "sequence_length"]), "past_key_values.0.key": (FLOAT, past)}
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
+        helper.make_node("Reshape", ["rows", "split"], ["heads"]),
+        helper.make_node("Transpose", ["heads"], ["new"], perm=[0, 2, 1, 3]),
+        helper.make_node("Concat", ["past_key_values.0.key", "new"], ["present.0.key"], axis=2),
+        helper.make_node("ReduceSum", ["present.0.key"], ["logits"], keepdims=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info(name, *kind) for name, kind in values.items()],
+        [helper.make_tensor_value_info(name, FLOAT, None) for name in ("logits", "present.0.key")[: 1 + carries]],
+        [
+            numpy_helper.from_array(table, "table"),
+            numpy_helper.from_array(np.array([0, 0, heads, WIDTH], np.int64), "split"),
+        ],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
 def assert_one_line(error: Exception, *words: str) -> None:
     assert "\n" not in str(error)
     for word in words:

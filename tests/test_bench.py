@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,24 +13,13 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx_files import WIDTH, write_decoder
 
 import slimheads
-from slimheads.bench import (
-    EXTENSION,
-    SETS,
-    Interval,
-    Latency,
-    Series,
-    Verdict,
-    add_set,
-    control_fault,
-    judge,
-    one_round,
-    ratio_interval,
-    timing,
-    warm_up,
-)
+from slimheads import measuring
+from slimheads.bench import Interval, Latency, Verdict, judge, ratio_interval, timing
 from slimheads.errors import EnvironmentLackError, UsageError
+from slimheads.measuring import SETS
 
 bench_module = importlib.import_module("slimheads.bench")  # the name slimheads.bench is the function
 
@@ -131,138 +119,6 @@ def test_the_verdict_follows_the_interval_unless_the_control_vetoes_it(
         assert f"[{control[0]:.3f}, {control[1]:.3f}]" in reason
 
 
-# ------------------------------------------------------------------------------------------- measuring, on a fake clock
-
-
-@dataclass
-class Machine:
-    """A clock that only runs move on, and a log of who ran."""
-
-    now_ns: int = 0
-    log: list[int] = field(default_factory=list)
-
-    def clock(self) -> int:
-        return self.now_ns
-
-    def run(self, role: int, cost_ms: Callable[[], float]) -> Callable[[], None]:
-        def once() -> None:
-            self.now_ns += int(cost_ms() * 1e6)
-            self.log.append(role)
-
-        return once
-
-
-def measure(
-    machine: Machine, runs: list[Callable[[], None]], min_seconds: float = 3.0, min_pairs: int = 30
-) -> tuple[Series, np.random.Generator]:
-    series, rng = Series(), np.random.default_rng(0)
-    while not series.done:
-        add_set(series, runs, rng, min_seconds=min_seconds, min_pairs=min_pairs, clock=machine.clock)
-        series.consider(min_seconds, seed=0)
-    return series, rng
-
-
-def verdict_of(series: Series) -> tuple[str, str | None]:
-    dense, slim, control = (series.samples(role) for role in range(3))
-    return judge(ratio_interval(dense, slim), ratio_interval(dense, control))
-
-
-def test_each_round_runs_every_session_once_in_an_order_that_varies() -> None:
-    machine = Machine()
-    runs = [machine.run(role, lambda: 20.0) for role in range(3)]
-    series = Series()
-    add_set(series, runs, np.random.default_rng(0), min_seconds=60, min_pairs=1, clock=machine.clock)
-    rounds = len(series.sets[0])
-    timed = [
-        tuple(machine.log[start : start + 3]) for start in range(len(machine.log) - 3 * rounds, len(machine.log), 3)
-    ]
-    assert all(sorted(order) == [0, 1, 2] for order in timed)
-    counts = [timed.count(order) for order in itertools.permutations(range(3))]
-    assert min(counts) > rounds / 6 / 3  # about a sixth each: with 110 rounds 18, give or take 4
-
-
-def test_times_are_credited_to_the_session_that_took_them_whatever_the_order() -> None:
-    machine = Machine()
-    runs = [machine.run(role, lambda cost=cost: cost) for role, cost in enumerate((3.0, 2.0, 5.0))]
-    for order in itertools.permutations(range(3)):
-        assert one_round(runs, order, 2, machine.clock) == pytest.approx([3e6, 2e6, 5e6])
-
-
-@pytest.mark.parametrize(("min_seconds", "min_pairs", "cost_ms"), [(3.0, 30, 4.0), (0.5, 200, 40.0), (2.0, 1, 700.0)])
-def test_a_calm_measurement_reaches_both_minimums_and_stops_there(
-    min_seconds: float, min_pairs: int, cost_ms: float
-) -> None:
-    machine = Machine()
-    series, _ = measure(machine, [machine.run(role, lambda: cost_ms) for role in range(3)], min_seconds, min_pairs)
-    assert len(series.sets) == SETS
-    pairs = sum(len(rounds) for rounds in series.sets)
-    assert pairs >= min_pairs and series.seconds >= min_seconds
-    one_more_each = SETS * 3 * cost_ms / 1e3
-    assert series.seconds <= max(1.2 * min_seconds, min_pairs * 3 * cost_ms / 1e3) + one_more_each
-
-
-def test_a_machine_that_gets_faster_after_the_first_set_is_measured_for_min_seconds_all_the_same() -> None:
-    machine = Machine()
-    series, _ = measure(machine, [machine.run(role, lambda: 8.0 if machine.now_ns < 3e8 else 4.0) for role in range(3)])
-    assert len(series.sets) > SETS and series.seconds >= 3.0
-    assert len({len(rounds) for rounds in series.sets}) == 1
-
-
-def test_warm_up_lasts_until_times_settle_and_ends_on_a_machine_that_never_does() -> None:
-    machine = Machine()
-    slow_start = [machine.run(role, lambda: 2.0 + 20.0 * 0.8 ** len(machine.log)) for role in range(3)]
-    assert warm_up(slow_start, machine.clock, limit_ns=10**12) == pytest.approx([2e6] * 3, rel=0.05)
-    assert len(machine.log) < 150  # it stopped because they settled
-    restless = Machine()
-    ever_faster = [restless.run(role, lambda: 1e3 * 0.9 ** len(restless.log)) for role in range(3)]
-    warm_up(ever_faster, restless.clock, limit_ns=10**15)
-    assert len(restless.log) <= 150
-    slow = Machine()
-    warm_up([slow.run(role, lambda: 9e3) for role in range(3)], slow.clock, limit_ns=10**9)
-    assert len(slow.log) == 6
-
-
-def test_a_run_of_microseconds_is_repeated_until_a_sample_is_a_millisecond() -> None:
-    machine = Machine()
-    series, _ = measure(machine, [machine.run(role, lambda: 0.01) for role in range(3)], min_seconds=0.2)
-    assert series.repeats * 0.01 >= 1.0
-    assert timing(series.samples(0), series.repeats).median_ms == pytest.approx(0.01)
-
-
-def test_a_machine_that_slows_down_all_the_time_does_not_fake_a_speedup() -> None:
-    machine, rng = Machine(), np.random.default_rng(1)
-
-    def cost() -> float:  # three times slower after three seconds
-        return 4.0 * (1 + 2 * machine.now_ns / 3e9) * float(np.exp(rng.normal(0, 0.03)))
-
-    series, _ = measure(machine, [machine.run(role, cost) for role in range(3)])
-    verdict, reason = verdict_of(series)
-    assert verdict == "no difference shown", reason
-    assert timing(series.samples(0)).p90_ms > 1.5 * timing(series.samples(0)).p10_ms  # it really slowed down
-
-
-@pytest.mark.parametrize("trouble", ["biased", "bimodal"])
-def test_a_control_that_is_off_prolongs_the_measurement_and_then_makes_it_inconclusive(trouble: str) -> None:
-    machine, rng = Machine(), np.random.default_rng(2)
-    mode = {"now": 1.0}
-
-    def control() -> float:
-        if trouble == "bimodal" and rng.random() < 0.02:  # stays in one mode for about a session set
-            mode["now"] = 2.6 - mode["now"]
-        return 4.0 * (1.1 if trouble == "biased" else mode["now"]) * float(np.exp(rng.normal(0, 0.03)))
-
-    calm = [
-        machine.run(role, lambda cost=cost: cost * float(np.exp(rng.normal(0, 0.03))))
-        for role, cost in enumerate((4.0, 2.0))
-    ]
-    series, _ = measure(machine, [*calm, machine.run(2, control)])
-    assert series.seconds >= EXTENSION * 3.0 or len(series.sets) == EXTENSION * SETS
-    verdict, reason = verdict_of(series)
-    found = ratio_interval(series.samples(0), series.samples(2))
-    assert verdict == "inconclusive"
-    assert reason is not None and f"[{found.low:.3f}, {found.high:.3f}]" in reason and control_fault(found) == reason
-
-
 # ---------------------------------------------------------------------------------------------------- real ONNX Runtime
 
 
@@ -342,13 +198,13 @@ def test_dense_slim_and_control_are_opened_afresh_a_set_with_the_same_options_in
     models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[tuple[Any, ...]] = []
-    real = bench_module.open_session
+    real = measuring.open_session
 
     def spy(path: Path, *options: Any, **named: Any) -> Any:
         opened.append((path, options, tuple(named.items())))
         return real(path, *options, **named)
 
-    monkeypatch.setattr(bench_module, "open_session", spy)
+    monkeypatch.setattr(measuring, "open_session", spy)
     slimheads.bench(*models, shapes=[(1, 8)], threads=1, min_seconds=0.01, min_pairs=1)
     assert len(opened) >= 3 * SETS
     assert len({call[1:] for call in opened}) == 1
@@ -415,17 +271,44 @@ def test_a_shape_that_a_file_takes_but_cannot_run_is_a_usage_error_that_names_it
     assert str(short) in str(refused.value) and "[1, 9]" in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_decoders_with_different_head_counts_each_get_a_cache_of_their_own_shape(tmp_path: Path) -> None:
-    paths = []
-    for heads in (4, 2):
-        cache = ["batch_size", heads, "past_sequence_length", 8]
-        graph = helper.make_graph(
-            [helper.make_node("Identity", ["past_key_values.0.key"], ["y"])],
-            "g",
-            [helper.make_tensor_value_info("past_key_values.0.key", TensorProto.FLOAT, cache)],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, cache)],
-        )
-        paths.append(tmp_path / f"{heads}.onnx")
-        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), paths[-1])
-    (row,) = slimheads.bench(*paths, shapes=[(1, 1, 16)], min_seconds=0.01)
-    assert row.shape == (1, 1, 16) and row.speedup is not None
+def test_decoders_with_different_head_counts_each_fill_a_cache_of_their_own(tmp_path: Path) -> None:
+    dense, slim = (write_decoder(tmp_path / f"{heads}.onnx", heads) for heads in (4, 2))
+    prefill, decode = slimheads.bench(dense, slim, shapes=[(2, 8), (2, 1, 16)], min_seconds=0.02)
+    assert (prefill.shape, prefill.phase, decode.shape, decode.phase) == ((2, 8), "prefill", (2, 1, 16), "decode")
+    for row, tokens in ((prefill, 16), (decode, 2)):
+        assert row.speedup and row.dense and row.slim
+        assert row.dense.tokens_per_second == pytest.approx(1e3 * tokens / row.dense.median_ms)
+        assert row.slim.tokens_per_second == pytest.approx(1e3 * tokens / row.slim.median_ms)
+        cache = row.cache_bytes_per_token
+        assert cache and (cache.dense, cache.slim) == (4 * WIDTH * 4, 2 * WIDTH * 4)
+
+
+def test_what_only_decoders_have_is_null_of_others(measured: tuple[tuple[Latency, ...], list[str]]) -> None:
+    for row in measured[0]:
+        assert row.phase is None and row.cache_bytes_per_token is None
+        assert row.dense and row.slim and (row.dense.tokens_per_second, row.slim.tokens_per_second) == (None, None)
+
+
+def test_a_row_tells_the_conditions_of_its_measurement(measured: tuple[tuple[Latency, ...], list[str]]) -> None:
+    first, second = (row.conditions for row in measured[0])
+    assert first is not None and first == second  # the shapes of one call share their session sets
+    assert (first.load_start is None) == (first.load_end is None) == (not hasattr(os, "getloadavg"))
+
+
+def test_a_gpu_provider_that_runs_nothing_of_a_file_is_not_measured_as_if_it_did(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The provider is pretended: sessions run on the CPU, through the code that every provider takes."""
+    placed = {"CUDAExecutionProvider": 5, "CPUExecutionProvider": 2}
+    monkeypatch.setattr(bench_module, "require_provider", lambda provider: None)
+    for module in (bench_module, measuring):
+        real = module.open_session
+        monkeypatch.setattr(module, "open_session", lambda path, *_, real=real, **named: real(path, **named))
+    monkeypatch.setattr(bench_module, "placement_of", lambda session: placed)
+    (row,) = slimheads.bench(*models, shapes=[(1, 8)], provider="cuda", min_seconds=0.02)
+    assert row.provider == "cuda" and row.placement and row.placement.dense == row.placement.slim == placed
+    del placed["CUDAExecutionProvider"]
+    with pytest.raises(EnvironmentLackError, match="runs no operator of the file"):
+        slimheads.bench(*models, shapes=[(1, 8)], provider="cuda")
+    (row,) = slimheads.bench(*models, shapes=[(1, 8)], provider="cuda", on_missing="skip")
+    assert row.verdict == "not measured" and row.reason and "runs no operator" in row.reason

@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import onnxruntime
 import pytest
@@ -21,6 +22,7 @@ from whole_runs import (
     Ended,
     checkpoint,
     finished,
+    measured,
     report_of,
     slimheads,
     steady_bench,
@@ -376,6 +378,68 @@ def test_bench_for_people_and_for_programs() -> None:
         assert row["dense"]["runs"] >= 30
     people = slimheads("bench", graph, graph, "--shape", "1x4", "--min-seconds", "0.01")
     assert people.code == 0 and "1x4" in people.out and "control" in people.out
+
+
+def test_bench_decodes_after_a_past() -> None:
+    graph = finished("gpt2") / "slim" / "onnx" / "model.onnx"
+    options = ["--shape", "1x1x32", "--shape", "1x8", "--min-seconds", "0.01"]
+    decode, prefill = slimheads("bench", graph, graph, *options, "--json").json
+    assert (decode["shape"], prefill["shape"]) == ([1, 1, 32], [1, 8])
+    assert decode["slim"]["tokens_per_second"] and decode["cache_bytes_per_token"]["slim"]
+    people = slimheads("bench", graph, graph, *options).out
+    assert "decode 1x1 after 32" in people and "prefill 1x8" in people and "tokens a second" in people
+
+
+@pytest.mark.parametrize("ending", ["svg", "PNG"])
+def test_bench_draws_only_where_it_is_asked_to(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    graph, picture = finished() / "slim" / "onnx" / "model.onnx", tmp_path / f"samples.{ending}"
+    quick = ["--shape", "1x4", "--min-seconds", "0.01"]
+    assert slimheads("bench", graph, graph, *quick).code == 0 and not list(tmp_path.iterdir())
+    assert slimheads("bench", graph, graph, *quick, "--plot", picture).code == 0
+    assert picture.read_bytes().startswith(b"<svg" if ending == "svg" else b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--plot", "samples.pdf"], ".svg or .png"),
+        (["--plot", "missing/samples.svg"], "no such folder"),
+        (["--max-ratio", "nan"], "no latency ratio"),
+        (["--max-ratio", "0"], "no latency ratio"),
+    ],
+)
+def test_bench_refuses_a_picture_or_a_gate_that_cannot_be_before_it_measures(options: list[str], said: str) -> None:
+    graph = finished() / "slim" / "onnx" / "model.onnx"
+    with mock.patch("slimheads.measuring.measure", side_effect=AssertionError):
+        assert said in failed(slimheads("bench", graph, graph, *options), 2)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "estimate", "limit", "code"),
+    [
+        ("faster", 1.25, 0.85, 0),
+        ("faster", 1.25, 0.75, 7),
+        ("no difference shown", 1.0, 1.05, 0),
+        ("no difference shown", 1.2, 0.95, 7),
+        ("inconclusive", 1.25, 2.0, 7),
+        ("inconclusive", 1.25, None, 0),
+        ("slower", 0.5, None, 0),
+    ],
+)
+def test_bench_ends_with_7_only_where_a_gate_was_asked_for_and_not_conclusively_met(
+    verdict: str, estimate: float, limit: float | None, code: int
+) -> None:
+    options = [] if limit is None else ["--max-ratio", limit]
+    with mock.patch.object(import_module("slimheads.bench"), "bench", lambda *_, **__: (measured(verdict, estimate),)):
+        ended = slimheads("bench", "a.onnx", "b.onnx", *options)
+    assert ended.code == code, ended.err
+    assert verdict in ended.out
+    if code:
+        (line,) = ended.complaints
+        assert (
+            f"--max-ratio {limit}" in line and "1x8" in line and ("noisy" in ended.out) == (verdict == "inconclusive")
+        )
 
 
 def test_bench_refuses_what_is_no_model(tmp_path: Path) -> None:

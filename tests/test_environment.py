@@ -17,15 +17,82 @@ from slimheads.environment import Environment, doctor, environment
 
 
 def test_record_is_what_the_packages_and_the_system_say() -> None:
-    found = environment({"intra_op_num_threads": 2})
+    found = environment({"cpu": {"intra_op_num_threads": 2}})
     assert found.python == platform.python_version()
     for package in ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime"):
         assert found.packages[package] == metadata.version(package)
     assert "CPUExecutionProvider" in found.providers
     assert 0 < found.cores_usable <= (found.cores_logical or 1)
     assert 0 < found.memory_available_bytes <= found.memory_bytes
-    assert found.session_options == {"intra_op_num_threads": 2}
+    assert found.session_options == {"cpu": {"intra_op_num_threads": 2}}
     assert Environment.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "allowed"),
+    [
+        ("cpufreq/boost", "1", True),
+        ("cpufreq/boost", "0", False),
+        ("intel_pstate/no_turbo", "1", False),
+        ("intel_pstate/no_turbo", "0", True),
+        ("intel_pstate/no_turbo", "", None),
+        ("other", "1", None),
+    ],
+)
+def test_boost_of_both_drivers_is_null_where_neither_tells(
+    file: str, text: str, allowed: bool | None, tmp_path: Path
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text + "\n")
+    assert module._boost(tmp_path) is allowed
+
+
+def test_clocks_are_the_mean_over_the_cores_from_either_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module._cpuinfo_clocks("cpu MHz\t\t: 2400.000\nflags : x\ncpu MHz\t\t: 2600.5\n") == [2400.0, 2600.5]
+    monkeypatch.setattr(module, "CPUS", tmp_path)
+    for core, khz in enumerate(("1000000", "3000000")):
+        (tmp_path / f"cpu{core}/cpufreq").mkdir(parents=True)
+        (tmp_path / f"cpu{core}/cpufreq/scaling_cur_freq").write_text(khz)
+    (tmp_path / "cpu0/cpufreq/cpuinfo_max_freq").write_text("3500000\n")
+    found = environment()
+    assert (found.cpu_frequency_mhz, found.cpu_frequency_max_mhz) == (2000.0, 3500.0)
+
+
+def test_conditions_are_those_of_the_start_and_of_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads, clocks = iter([0.5, 3.5]), iter([2000.0, None])
+    monkeypatch.setattr(module, "_load_average", lambda: (next(loads), 0.0, 0.0))
+    monkeypatch.setattr(module, "_frequency_mhz", lambda: next(clocks))
+    found = module.Watch().conditions()
+    assert (found.load_start, found.load_end) == (0.5, 3.5)
+    assert (found.cpu_mhz_start, found.cpu_mhz_end) == (2000.0, None)
+
+
+@pytest.mark.parametrize(
+    ("script", "gpus", "reason"),
+    [
+        ("echo 'NVIDIA X100, 570.1, 81559 MiB'", [("NVIDIA X100", "570.1", "81559 MiB")], None),
+        ("exit 9", None, "nvidia-smi failed (CalledProcessError)"),
+        ("true", None, "nvidia-smi lists no GPU"),
+        (None, None, "nvidia-smi is not on the path"),
+    ],
+)
+def test_gpus_are_what_the_driver_lists_or_null_with_a_reason(
+    script: str | None, gpus: list[tuple[str, ...]] | None, reason: str | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if script is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = environment({"cuda": {}})
+    assert found.gpu_reason == reason
+    assert (found.gpus and [tuple(gpu.model_dump().values()) for gpu in found.gpus]) == gpus
+
+
+def test_gpus_are_not_looked_for_where_the_run_does_not_use_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_gpus", _refuse)
+    found = environment({"cpu": {}})
+    assert found.gpus is None and found.gpu_reason == "the run does not use CUDA"
 
 
 def test_record_names_no_person_host_or_path() -> None:

@@ -17,9 +17,9 @@ HIDDEN, LAYERS, INNER, VOCABULARY, DIM = 32, 3, 48, 120, 8
 SHAPES = [(1, 1), (1, 16), (4, 9)]
 
 
-def attention(batch: int, length: int, heads: int, dim: int) -> int:
+def attention(batch: int, length: int, heads: int, dim: int, past: int = 0) -> int:
     """Scores and the weighted sum of values."""
-    return 2 * (2 * batch * heads * length * length * dim)
+    return 2 * (2 * batch * heads * length * (past + length) * dim)
 
 
 def bert(batch: int, length: int, counts: list[int]) -> int:
@@ -31,22 +31,22 @@ def bert(batch: int, length: int, counts: list[int]) -> int:
     return total
 
 
-def gpt2(batch: int, length: int, counts: list[int]) -> int:
+def gpt2(batch: int, length: int, counts: list[int], past: int = 0) -> int:
     tokens = batch * length
     total = 2 * tokens * HIDDEN * VOCABULARY
     for heads in counts:
-        total += 4 * 2 * tokens * HIDDEN * heads * DIM + attention(batch, length, heads, DIM)
+        total += 4 * 2 * tokens * HIDDEN * heads * DIM + attention(batch, length, heads, DIM, past)
         total += 2 * 2 * tokens * HIDDEN * 4 * HIDDEN
     return total
 
 
-def llama(batch: int, length: int, counts: list[int]) -> int:
+def llama(batch: int, length: int, counts: list[int], past: int = 0) -> int:
     """Two query heads to a KV head, four features each; three matrices in the feed-forward block."""
     tokens, dim = batch * length, HIDDEN // 8
     total = 2 * tokens * HIDDEN * VOCABULARY + 2 * length * dim // 2  # the angles of the positions, an outer product
     for groups in counts:
         total += 2 * tokens * HIDDEN * dim * (2 * groups + groups + groups + 2 * groups)
-        total += attention(batch, length, 2 * groups, dim) + 3 * 2 * tokens * HIDDEN * INNER
+        total += attention(batch, length, 2 * groups, dim, past) + 3 * 2 * tokens * HIDDEN * INNER
     return total
 
 
@@ -77,6 +77,26 @@ def test_flops_are_those_of_the_formula_dense_and_slim(
     prune(model, plan)
     for shape in SHAPES:
         assert flops(model, *shape) == formula(*shape, [len(site.kept) for site in plan.sites])
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+@pytest.mark.parametrize("past", [1, 20])
+def test_flops_after_a_past_are_those_of_the_new_tokens_against_all(
+    model_type: str, past: int, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan]
+) -> None:
+    formula, model = {"gpt2": gpt2, "llama": llama}[model_type], tiny(model_type)
+    plan = ragged(model)
+    for batch, length in ((1, 1), (2, 3)):
+        assert flops(model, batch, length, past) == formula(batch, length, [site.total for site in plan.sites], past)
+    prune(model, plan)
+    assert flops(model, 1, 1, past) == formula(1, 1, [len(site.kept) for site in plan.sites], past)
+
+
+def test_a_past_that_a_model_cannot_hold_is_a_usage_error(tiny: Callable[..., PreTrainedModel]) -> None:
+    with pytest.raises(UsageError, match="keeps no cache to hold 4 tokens"):
+        flops(tiny("bert"), 1, 1, 4)
+    with pytest.raises(UsageError, match=r"\[1, 1\] tokens after 160"):
+        flops(tiny("gpt2"), 1, 1, 160)
 
 
 def test_counting_leaves_the_model_as_it_was(tiny: Callable[..., PreTrainedModel]) -> None:

@@ -40,3 +40,26 @@ def test_a_shape_may_be_as_long_as_the_model_and_no_longer(model_type: str) -> N
         else:
             with pytest.raises(UsageError, match=r"the shape \[2, 161\] is longer than the 160 positions"):
                 require_usable(recipe, source)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "said"),
+    [
+        ("gpt2", "[2, 1, 159]", None),
+        ("gpt2", "[2, 1, 160]", "the shape [2, 1, 160] is longer than the 160 positions"),
+        ("bert", "[1, 1, 8]", "a model for feature-extraction has no cache"),
+        ("t5", "[1, 1, 8]", "has its decoder measured with a full cache at every [batch, length]"),
+    ],
+)
+def test_a_past_is_for_decoders_and_as_long_as_their_positions(
+    kind: str, shape: str, said: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: m\nbench:\n  shapes: [[1, 8], {shape}]\n")
+    recipe, source = Recipe.read(path), find(str(checkpoint(kind)))
+    if said is None:
+        require_usable(recipe, source)
+        return
+    with pytest.raises(UsageError) as caught:
+        require_usable(recipe, source)
+    assert said in str(caught.value) and caught.value.where == f"{path}:3:11"

@@ -133,7 +133,7 @@ def make_environment() -> Environment:
         cpu_governor=None,
         cpu_frequency_mhz=None,
         providers=("CPUExecutionProvider",),
-        session_options={"intra_op_num_threads": 2, "graph_optimization_level": "all"},
+        session_options={"cpu": {"intra_op_num_threads": 2, "graph_optimization_level": "all"}},
     )
 
 

@@ -75,7 +75,7 @@ def test_latency_has_rows_for_the_encoder_and_for_a_step_of_the_decoder(finished
     assert all(row["flop_speedup"] > 1 for row in report["latency"])
     assert report["model"]["flops_shape"] == ([2] if whisper else [2, 5])
     page = (finished / "report.md").read_text()
-    assert "decoder_model_merged, int8, cpu" in page and f"1x1 past 8 after {steps[0][3]}" in page
+    assert "decoder_model_merged, int8, cpu" in page and f"1x1 after 8, encoder {steps[0][3]}" in page
 
 
 def test_drift_is_measured_on_texts_and_null_with_a_reason_for_sound(finished: Path) -> None:

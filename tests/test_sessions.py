@@ -11,7 +11,7 @@ from onnx_files import assert_one_line, write_encoder
 
 from slimheads.errors import EnvironmentLackError, UsageError
 from slimheads.interface import inputs_for
-from slimheads.sessions import open_session, session_options_record
+from slimheads.sessions import PROVIDERS, device_of, open_session, placement_of, session_options_record
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,32 @@ def test_a_session_has_the_options_that_the_record_states(encoder: Path) -> None
     assert options.graph_optimization_level.name == record["graph_optimization_level"] == "ORT_ENABLE_ALL"
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
     assert json.loads(json.dumps(record)) == record
+
+
+def test_the_record_has_the_provider_s_own_options_or_says_why_not(
+    encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = open_session(encoder).get_provider_options()["CPUExecutionProvider"]
+    record = session_options_record("cpu")
+    assert (record["provider_options"], record["provider_reason"]) == (real, None)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    record = session_options_record("cuda")
+    assert record["provider_options"] is None and "no CUDAExecutionProvider" in record["provider_reason"]
+
+
+def test_every_provider_has_a_device_and_a_session_tells_its_own(encoder: Path) -> None:
+    assert device_of(open_session(encoder)) == "cpu"
+
+    class Cuda:
+        def get_providers(self) -> list[str]:
+            return [PROVIDERS["cuda"], PROVIDERS["cpu"]]
+
+    assert device_of(Cuda()) == "cuda"  # type: ignore[arg-type]
+
+
+def test_placement_counts_the_operators_that_run_on_each_provider(encoder: Path) -> None:
+    session = open_session(encoder, optimize=False, placement=True)
+    assert placement_of(session) == {"CPUExecutionProvider": 2}  # Cast and Gather
 
 
 def test_a_provider_that_is_not_there_is_refused_and_never_replaced_by_the_cpu(
