@@ -84,6 +84,7 @@ class Latency(BaseModel):
     threads: int
     graph: str | None = None  # which file's, where a model is more than one: "encoder_model"
     precision: str
+    candidate: str = "plain"  # which form of the float32 graph
     shape: tuple[int, ...]
     dense: Timing | None = None
     slim: Timing | None = None

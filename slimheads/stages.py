@@ -33,14 +33,17 @@ from slimheads.gating import gated
 from slimheads.inputs import NOUNS, inputs_kind, measured_shapes, read_inputs
 from slimheads.model import load, save
 from slimheads.pooling import pooling_of
-from slimheads.recipe import Recipe
+from slimheads.recipe import Provider, Recipe
 from slimheads.reload import reload_tier
 from slimheads.scoring import Scores, score
 from slimheads.selection import Plan, random_plan, select
 from slimheads.store import Record
 from slimheads.surgery import prune
 from slimheads.texts import read_texts
-from slimheads.workloads import workloads
+from slimheads.treated import bench_treated
+from slimheads.treatments import PLAIN, Kind, Treatment, lacking_memory, treatment_of, unmeasured
+from slimheads.treatments import choose as choose_graph
+from slimheads.workloads import Workload, workloads
 
 CONTROL_SEEDS = (1, 2, 3)
 _VERSIONED = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "scipy")
@@ -313,33 +316,75 @@ def _bench_section(job: Job) -> dict[str, Any]:
 
 
 def _bench(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
-    section = job.recipe.bench
-    config = job.dense().config
-    timed = workloads(config, section.shapes)
-    counted = [
-        {shape: (w.flops(job.dense(), *shape), w.flops(job.slim(), *shape)) for shape in w.shapes} for w in timed
-    ]
+    section, config = job.recipe.bench, job.dense().config
     rows: list[Latency] = []
-    for provider, precision in product(section.providers, job.recipe.export.precisions):
-        for workload, ratios in zip(timed, counted, strict=True):
-            rows += bench(
-                job.onnx("dense", precision, workload.graph),
-                job.onnx("slim", precision, workload.graph),
-                shapes=workload.shapes,
-                provider=provider,
-                threads=section.threads,
-                precision=precision,
-                graph=workload.graph if len(timed) > 1 else None,
-                min_seconds=section.min_seconds,
-                flops=ratios,
-                on_missing=section.on_missing,
-                on_progress=job.tell,
-            )
+    treatments: list[Treatment] = []
+    forms: list[Latency] = []  # of the candidates: one of them may ship
+    for provider, workload in product(section.providers, workloads(config, section.shapes)):
+        measured = _Measured(job, provider, workload)
+        rows += measured.plain()
+        for precision in job.recipe.export.precisions:
+            if precision != "fp32":
+                of_precision, given = measured.treated(precision, precision)
+                rows, treatments = rows + of_precision, treatments + given
+        for candidate in job.proven_candidates():
+            of_form, given = measured.treated(candidate, "fp32")
+            forms, treatments = forms + of_form, treatments + given
+    ships, _ = choose_graph([t for t in treatments if t.provider == section.providers[0]])
+    if ships != PLAIN:
+        rows = [row for row in forms if row.candidate == ships] + [row for row in rows if row.precision != "fp32"]
+    place = {name: at for at, name in enumerate((*section.providers, *job.recipe.export.precisions))}
+    rows.sort(key=lambda row: (place[row.provider], place[row.precision]))
     shape = measured_shapes(config, section.shapes)[-1]
     whole = {side: flops.flops(model(), *shape) for side, model in (("dense", job.dense), ("slim", job.slim))}
-    result = {"latency": [row.model_dump(mode="json") for row in rows], "flops": {"shape": list(shape)} | whole}
+    result = {
+        "latency": [row.model_dump(mode="json") for row in rows],
+        "treatments": [row.model_dump(mode="json") for row in treatments],
+        "flops": {"shape": list(shape)} | whole,
+    }
     # What was not measured, or not conclusively, is measured again next time.
-    return result, all(row.verdict not in ("inconclusive", "not measured") for row in rows)
+    return result, all(row.verdict not in ("inconclusive", "not measured") for row in (*rows, *treatments))
+
+
+class _Measured:
+    """The measurements of one graph of a model on one provider."""
+
+    def __init__(self, job: Job, provider: Provider, workload: Workload) -> None:
+        section, models = job.recipe.bench, (job.dense(), job.slim())
+        self._job, self._graph = job, workload.graph
+        self._options: dict[str, Any] = {
+            "shapes": workload.shapes,
+            "provider": provider,
+            "threads": section.threads,
+            "graph": workload.graph if models[0].config.is_encoder_decoder else None,
+            "min_seconds": section.min_seconds,
+            "flops": {shape: tuple(workload.flops(model, *shape) for model in models) for shape in workload.shapes},
+            "on_missing": section.on_missing,
+            "on_progress": job.tell,
+        }
+
+    def plain(self) -> list[Latency]:
+        """Dense against slim as exported."""
+        return list(bench(*self._files("fp32"), precision="fp32", **self._options))
+
+    def treated(self, treatment: str, precision: Precision) -> tuple[list[Latency], list[Treatment]]:
+        """Dense against slim under a treatment, and what the treatment gave."""
+        candidate = treatment if precision == "fp32" else PLAIN
+        self._job.tell(f"latency of {treatment}")
+        plain, treated = self._files("fp32"), self._files(precision, candidate)
+        kind: Kind = "candidate" if precision == "fp32" else "precision"
+        if reason := lacking_memory((*treated, *plain)):
+            rows = list(bench(*treated, precision=precision, **self._options))
+            given = [unmeasured(row, treatment, kind, reason) for row in rows]
+        else:
+            found = bench_treated(*plain, *treated, precision=precision, **self._options)
+            rows = [one.latency for one in found]
+            given = [treatment_of(one, treatment, kind) for one in found]
+        return [row.model_copy(update={"candidate": candidate}) for row in rows], given
+
+    def _files(self, precision: Precision, candidate: str = PLAIN) -> tuple[Path, Path]:
+        dense, slim = (self._job.onnx(side, precision, self._graph, candidate) for side in ("dense", "slim"))
+        return dense, slim
 
 
 STAGES: tuple[Stage, ...] = (
@@ -350,5 +395,5 @@ STAGES: tuple[Stage, ...] = (
     Stage("recover", ("prune",), lambda job: _dump(job.recipe.recover), _recover),
     Stage("export", ("load", "recover"), lambda job: _dump(job.recipe.export), _export),
     Stage("verify", ("select", "recover", "export"), _verify_section, _verify),
-    Stage("bench", ("export",), _bench_section, _bench),
+    Stage("bench", ("export", "verify"), _bench_section, _bench),
 )

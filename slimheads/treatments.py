@@ -9,12 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import exp, log
+from pathlib import Path
 from typing import Literal
 
+import psutil
 from pydantic import BaseModel, ConfigDict
 
-from slimheads.bench import Interval, Verdict
+from slimheads.bench import Interval, Latency, Verdict
+from slimheads.export import graph_bytes
+from slimheads.treated import TreatedLatency
+from slimheads.wording import size
 
+Kind = Literal["candidate", "precision"]
 PLAIN = "plain"
 MIN_GAIN = 1.01  # less than one percent is not worth another graph than the one every tool knows
 
@@ -24,7 +30,7 @@ class Treatment(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     treatment: str  # fused, int8, ...
-    kind: Literal["candidate", "precision"]
+    kind: Kind
     provider: str
     threads: int
     graph: str | None  # which file's, where a model is more than one
@@ -35,6 +41,46 @@ class Treatment(BaseModel):
     whole: Interval | None  # plain dense, which is what optimum exports, against treated slim
     verdict: Verdict  # on `on_slim`: what the treatment gives the model that ships
     reason: str | None = None
+
+
+def treatment_of(found: TreatedLatency, treatment: str, kind: Kind) -> Treatment:
+    """What a measurement says of the treatment itself."""
+    row = found.latency
+    verdict, reason = (found.on_slim.verdict, found.on_slim.reason) if found.on_slim else (row.verdict, row.reason)
+    ratios = {
+        name: ratio.interval if ratio else None
+        for name, ratio in (("on_dense", found.on_dense), ("on_slim", found.on_slim), ("whole", found.whole))
+    }
+    return Treatment(
+        treatment=treatment,
+        kind=kind,
+        provider=row.provider,
+        threads=row.threads,
+        graph=row.graph,
+        shape=row.shape,
+        deletion=row.speedup,
+        verdict=verdict,
+        reason=reason,
+        **ratios,
+    )
+
+
+def lacking_memory(files: Sequence[Path]) -> str | None:
+    """Why these files cannot all be open at once, the first one twice, or None where they can.
+
+    ONNX Runtime keeps the weights as they are read and, for matrix products, packed for the CPU besides.
+    """
+    needed = 2 * sum(map(graph_bytes, (*files, files[0])))
+    free = psutil.virtual_memory().available
+    if needed <= free:
+        return None
+    return f"five sessions of this model need about {size(needed)} of memory, and {size(free)} are free"
+
+
+def unmeasured(row: Latency, treatment: str, kind: Kind, reason: str) -> Treatment:
+    """A treatment of which only the deletion was measured."""
+    found = treatment_of(TreatedLatency(latency=row), treatment, kind)
+    return found.model_copy(update={"verdict": "not measured", "reason": reason})
 
 
 class Candidate(BaseModel):

@@ -197,7 +197,8 @@ def latency_place(row: Latency) -> str:
 def latency_setup(row: Latency) -> str:
     """fp32, cpu, 2 threads; before that the graph, where there are several."""
     graph = f"{row.graph}, " if row.graph else ""
-    return f"{graph}{row.precision}, {row.provider}, {plural(row.threads, 'thread')}"
+    form = "" if row.candidate == "plain" else f" ({row.candidate})"
+    return f"{graph}{row.precision}{form}, {row.provider}, {plural(row.threads, 'thread')}"
 
 
 def shape_text(shape: Sequence[int]) -> str:
