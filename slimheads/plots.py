@@ -94,8 +94,11 @@ def latency(rows: Sequence[Latency], *, width: int, name: str) -> str | None:
     if not measured:
         return None
     side_by_side = width > 600
-    label_w = 150.0 if side_by_side else 0.0
-    band = 64.0 if side_by_side else 128.0
+    labels = [(wording.latency_place(row), wording.latency_setup(row)) for row in measured]
+    label_w = max(150.0, *(max(7.3 * len(place), 5.8 * len(setup)) + 14 for place, setup in labels))
+    label_w = min(label_w, 290.0) if side_by_side else 0.0
+    below = 16.0 if any(7.3 * len(place) + 5.8 * len(setup) > width for place, setup in labels) else 0.0
+    band = 64.0 if side_by_side else 128.0 + below
     head = 52.0 if side_by_side else 62.0
     panel_w = (width - label_w - 40) / 2 if side_by_side else float(width)
     times_x, ratio_x = label_w, (label_w + panel_w + 40 if side_by_side else 0.0)
@@ -114,11 +117,11 @@ def latency(rows: Sequence[Latency], *, width: int, name: str) -> str | None:
         y = head + index * band
         if index:
             canvas.line(0, y - 6, width, y - 6, colour="rule")
-        above = -2 if side_by_side else 68  # the ratio's scale does not run through the bars above it
+        above = -2 if side_by_side else 68 + below  # the ratio's scale does not run through the bars above it
         for tick in ticks:
             canvas.line(axis(tick), y + above, axis(tick), y + band - 10, colour="rule")
         canvas.line(axis(1), y + above, axis(1), y + band - 10, colour="ink", weight=1.2)
-        title, note = wording.latency_place(row), wording.latency_setup(row)
+        title, note = labels[index]
         if side_by_side:
             canvas.text(0, y + 16, title, bold=True)
             canvas.text(0, y + 33, note, colour="muted")
@@ -126,9 +129,12 @@ def latency(rows: Sequence[Latency], *, width: int, name: str) -> str | None:
             _speedup(canvas, row, axis, y + 24)
         else:
             canvas.text(0, y + 10, title, bold=True, paper=True)
-            canvas.text(width, y + 10, note, align="right", colour="muted", paper=True)
-            _times(canvas, row, 0, y + 22, width - 72.0, longest)
-            _speedup(canvas, row, axis, y + 90)
+            if below:
+                canvas.text(0, y + 26, note, colour="muted", paper=True)
+            else:
+                canvas.text(width, y + 10, note, align="right", colour="muted", paper=True)
+            _times(canvas, row, 0, y + 22 + below, width - 72.0, longest)
+            _speedup(canvas, row, axis, y + 90 + below)
     summary = "; ".join(wording.latency_line(row) for row in measured)
     return canvas.svg(f"Latency of the dense and the slim model, and the speedup with its 95% interval. {summary}.")
 

@@ -88,9 +88,9 @@ def _span(interval: Interval) -> str:
 
 
 def _scale(times: Floats, bottom: float, top: float) -> Axis:
-    """From the quickest sample to where all but a hundredth lie: a single hiccup would flatten everything else."""
-    low, high = float(times.min()), float(np.percentile(times, 99))
-    return Axis(low, high, bottom, top)
+    """From the quickest sample to the slowest, or to where all but a hundredth lie: a hiccup would flatten the rest."""
+    low, most, slowest = float(times.min()), float(np.percentile(times, 99)), float(times.max())
+    return Axis(low, slowest if slowest - low < 2 * (most - low) else most, bottom, top)
 
 
 def _points(times: Floats, start: float, end: float) -> list[tuple[float, float]]:

@@ -16,7 +16,7 @@ from slimheads import binding
 from slimheads.binding import BoundRun, bind, feed_for
 from slimheads.errors import UsageError
 from slimheads.export import export
-from slimheads.interface import read_interface
+from slimheads.interface import Input, Interface, read_interface
 from slimheads.selection import Plan
 from slimheads.sessions import open_session
 from slimheads.surgery import prune
@@ -118,3 +118,11 @@ def test_cache_bytes_are_null_where_the_file_does_not_give_its_sizes(tmp_path: P
     assert read_interface(write_decoder(tmp_path / "a.onnx", 3)).cache_bytes_per_token == 3 * WIDTH * 4
     assert read_interface(write_decoder(tmp_path / "b.onnx", 3, dim="head_dim")).cache_bytes_per_token is None
     assert read_interface(write_encoder(tmp_path / "c.onnx")).cache_bytes_per_token is None
+
+
+def test_what_is_kept_of_an_encoder_does_not_count_as_growing_with_each_token() -> None:
+    dims = ("batch_size", 3, "past", 8)
+    names = ("past_key_values.0.decoder.key", "past_key_values.0.decoder.value", "past_key_values.0.encoder.key")
+    inputs = tuple(Input(name, np.dtype(np.float16), dims) for name in names)
+    assert Interface("m.onnx", inputs).cache_bytes_per_token == 2 * 3 * 8 * 2
+    assert Interface("m.onnx", inputs[2:]).cache_bytes_per_token is None

@@ -20,10 +20,10 @@ from rich.console import Console
 from ruamel.yaml import YAML
 
 from slimheads import plots, tables
-from slimheads.bench import Interval, Latency, Timing
+from slimheads.bench import CacheBytes, Interval, Latency, Timing
 from slimheads.certificate import Link, SkippedLink
 from slimheads.drift import Drift, Figures, RandomControl
-from slimheads.environment import Environment
+from slimheads.environment import Environment, Gpu
 from slimheads.report import (
     PlanTable,
     Report,
@@ -575,3 +575,37 @@ def test_every_links_tolerance_is_in_words() -> None:
     tokens = link.model_copy(update={"link": 5, "max_abs": None, "max_rel": None, "atol": None, "rtol": None})
     assert tables.allowed(precision) == "1.0% of the largest output"
     assert (tables.largest(tokens), tables.allowed(tokens)) == ("tokens only", "no deviation")
+
+
+def test_what_only_decoders_have_is_a_column_only_where_there_is_one() -> None:
+    row = make_report().latency[0]
+    assert "Tokens/s" not in tables.latencies([row]).head
+    fast = Timing(median_ms=2.0, p10_ms=1.9, p90_ms=2.1, runs=30, tokens_per_second=500.0)
+    cache = CacheBytes(dense=36864, slim=18432)
+    found = row.model_copy(update={"dense": fast, "slim": fast, "cache_bytes_per_token": cache, "shape": (1, 1, 512)})
+    lost = Latency(
+        provider="cuda", threads=2, precision="fp32", shape=(1, 8), verdict="not measured", reason="no provider"
+    )
+    table = tables.latencies([found, lost])
+    cells = [dict(zip(table.head, cells, strict=True)) for cells in table.rows]
+    assert cells[0]["Shape"] == "decode 1x1 after 512"
+    assert (cells[0]["Tokens/s"], cells[0]["Cache a token"]) == ("500 to 500", "36.9 kB to 18.4 kB")
+    assert cells[1]["Tokens/s"] == cells[1]["Cache a token"] == "not measured"
+    assert table.head[-1] == "Verdict" and table.numeric == {*range(2, 10)}
+
+
+def test_the_environment_shows_each_provider_s_options_and_the_gpus_of_a_run_on_cuda() -> None:
+    report = make_report()
+    rows = dict(tables.environment_table(report).rows)
+    assert rows["Session, cpu: intra_op_num_threads"] == "2" and "GPU" not in rows
+    assert rows["Clock boost"] == "not readable on this system"
+    options = {"cuda": {"provider_options": {"device_id": "0"}}}
+    gpu = Gpu(name="Some GPU", driver="570.1", memory="80000 MiB")
+    for found, said in (
+        ({"gpus": (gpu,)}, "Some GPU, driver 570.1, 80000 MiB"),
+        ({"gpu_reason": "no tool"}, "no tool"),
+    ):
+        env = report.environment.model_copy(update={"session_options": options, "cpu_boost": True} | found)
+        rows = dict(tables.environment_table(report.model_copy(update={"environment": env})).rows)
+        assert rows["GPU"] == said and rows["Clock boost"] == "allowed"
+        assert rows["Session, cuda: provider_options"] == "{'device_id': '0'}"

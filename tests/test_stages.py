@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from whole_runs import checkpoint, report_of, slimheads, steady_bench, write_rec
 
 from slimheads import stages
 from slimheads.attention import find_sites
+from slimheads.bench import bench
 from slimheads.checkpoint import find
 from slimheads.errors import UsageError
 from slimheads.model import load
@@ -136,6 +139,25 @@ def test_a_decoder_s_generation_settings_ship_and_both_folders_hold_a_config(mod
     assert "slimheads" in slim and "slimheads" not in dense
     source = json.loads((checkpoint(model_type) / "config.json").read_text())
     assert dense == source
+
+
+def test_a_decoder_is_measured_at_prefill_and_at_decode_and_the_report_tells_them_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "bench", partial(bench, min_pairs=10))
+    monkeypatch.setattr(import_module("slimheads.bench"), "EXTENSION", 1)
+    shapes = {"shapes": [[1, 8], [1, 1, 16]], "min_seconds": 0.05, "threads": 1}
+    report = ended_well(write_recipe(tmp_path / "r.yaml", checkpoint("llama"), bench=shapes), tmp_path / "out")
+    prefill, decode = report["latency"]
+    assert (prefill["shape"], decode["shape"], report["model"]["flops_shape"]) == ([1, 8], [1, 1, 16], [1, 1, 16])
+    for row, tokens in ((prefill, 8), (decode, 1)):
+        assert row["dense"]["tokens_per_second"] == pytest.approx(1e3 * tokens / row["dense"]["median_ms"])
+        assert row["flop_speedup"] > 1 and row["realised"]
+        # Three layers of four KV heads, keys and values of four float32 each.
+        assert row["cache_bytes_per_token"] == {"dense": 3 * 4 * 2 * 4 * 4, "slim": 6 * 2 * 4 * 4}
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "prefill 1x8" in page and "decode 1x1 after 16" in page
+    assert "Tokens/s" in page and "384 bytes to 192 bytes" in page
 
 
 def test_slim_reloads_as_the_plan_says(tmp_path: Path) -> None:
