@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -101,10 +101,14 @@ class Shipped:
         """The slim graphs."""
         return self.folder / "onnx"
 
+    def as_candidate(self, folder: Path) -> Shipped:
+        """The same models with another form of their graphs, which `folder` holds below dense/ and slim/."""
+        return replace(self, dense_onnx=folder / "dense" / "onnx", folder=folder / "slim")
+
 
 def chain_of(shipped: Shipped) -> Chain:
     """The chain that fits the model."""
-    return _FourFiles(shipped) if shipped.dense.config.is_encoder_decoder else _OneFile(shipped)
+    return _FourFiles(shipped) if shipped.dense.config.is_encoder_decoder else OneFile(shipped)
 
 
 def fixed_cache_axes(path: Path) -> bool:
@@ -113,7 +117,9 @@ def fixed_cache_axes(path: Path) -> bool:
     return any(isinstance(i.dims[1], int) for i in caches)
 
 
-class _OneFile:
+class OneFile:
+    """The chain of a model in one file."""
+
     def __init__(self, shipped: Shipped) -> None:
         self._shipped = shipped
         self._with_cache = shipped.task == "text-generation"
@@ -123,13 +129,25 @@ class _OneFile:
         return torch_form(model)
 
     def subjects(self, precision: Precision) -> list[Subject]:
-        path = self._shipped.onnx / FILES[precision]
+        return [self._subject(self._shipped.onnx / FILES[precision], self._shipped.slim)]
 
+    def dense_subject(self) -> Subject:
+        """The dense model's file."""
+        return self._subject(self._shipped.dense_onnx / FILES["fp32"], self._shipped.dense)
+
+    def _subject(self, path: Path, model: PreTrainedModel) -> Subject:
         def form() -> Form:
-            shapes = kv_shapes(self._shipped.slim) if self._with_cache else ()
-            return onnx_form(open_session(path), shapes)
+            return onnx_form(open_session(path), kv_shapes(model) if self._with_cache else ())
 
-        return [Subject(path, self.cases, form)]
+        return Subject(path, self.cases, form)
+
+    def fused(self) -> list[Structure]:
+        """Of both files: whether each fused attention node counts the heads of its own layer."""
+        sites, plan = find_sites(self._shipped.dense), self._shipped.plan
+        whole = Plan(tuple(replace(site, kept=tuple(range(site.total))) for site in plan.sites))
+        sides = ((self._shipped.dense_onnx, whole), (self._shipped.onnx, plan))
+        paths = [(folder / FILES["fp32"], kept) for folder, kept in sides]
+        return [Structure(path, len(sites), partial(fused_faults, path, sites, kept)) for path, kept in paths]
 
     def structures(self, further: Sequence[Precision]) -> list[Structure]:
         sites, plan, path = find_sites(self._shipped.dense), self._shipped.plan, self._shipped.onnx / FILES["fp32"]
