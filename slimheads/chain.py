@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,7 @@ from slimheads.export import (
     seq2seq_greedy_tokens,
 )
 from slimheads.export.kv_cache import kv_shapes
-from slimheads.graph_check import fused_faults, graph_faults, merged_faults
+from slimheads.graph_check import fused_faults, graph_faults, merged_faults, write_rounded
 from slimheads.interface import read_interface
 from slimheads.parity import AnyCase, Form, cases, onnx_form, onnx_greedy, position_limit, torch_form
 from slimheads.selection import Plan
@@ -78,7 +80,16 @@ class Chain(Protocol):
 
     def torch_form(self, model: PreTrainedModel) -> Form: ...
 
-    def subjects(self, precision: Precision) -> list[Subject]: ...
+    def subjects(self, precision: Precision) -> list[Subject]:
+        """The slim files of a precision."""
+        ...
+
+    def rounded(self, precision: Precision) -> list[Subject | None]:
+        """For each of these, what its arithmetic is held against where its weights are too coarse for float32's.
+
+        Weights of 4 bits change outputs by as much as a wrong head does, so their own graph is no yardstick for them.
+        """
+        ...
 
     def structures(self, further: Sequence[Precision]) -> list[Structure]: ...
 
@@ -117,6 +128,21 @@ def fixed_cache_axes(path: Path) -> bool:
     return any(isinstance(i.dims[1], int) for i in caches)
 
 
+@contextmanager
+def _rounded_copy(plain: Path, made: Path) -> Iterator[Path]:
+    """The float32 graph with the weights that a q4 file stands for."""
+    with tempfile.TemporaryDirectory(prefix="slimheads-") as scratch:
+        path = Path(scratch) / plain.name
+        write_rounded(plain, made, path)
+        yield path
+
+
+def _own(part: str, run: Form) -> Form:
+    """A form that gives only what one of an encoder-decoder's files puts out."""
+    own = seq2seq.outputs_of(part)
+    return lambda case: {name: array for name, array in run(case).items() if own(name)}
+
+
 class OneFile:
     """The chain of a model in one file."""
 
@@ -140,6 +166,17 @@ class OneFile:
             return onnx_form(open_session(path), kv_shapes(model) if self._with_cache else ())
 
         return Subject(path, self.cases, form)
+
+    def rounded(self, precision: Precision) -> list[Subject | None]:
+        if precision != "q4":
+            return [None]
+        plain, made = (self._shipped.onnx / FILES[p] for p in ("fp32", precision))
+
+        def form() -> Form:
+            with _rounded_copy(plain, made) as path:
+                return self._subject(path, self._shipped.slim).open()
+
+        return [Subject(plain, self.cases, form)]
 
     def fused(self) -> list[Structure]:
         """Of both files: whether each fused attention node counts the heads of its own layer."""
@@ -200,9 +237,7 @@ class _FourFiles:
         run_by = {ENCODER: fresh, FIRST_DECODER: fresh, NEXT_DECODER: [case for case in self.cases if case.past]}
 
         def form(part: str) -> Form:
-            run = seq2seq.Files.in_folder(self._shipped.onnx, part, precision).open().form
-            own = seq2seq.outputs_of(part)
-            return lambda case: {name: array for name, array in run(case).items() if own(name)}
+            return _own(part, seq2seq.Files.in_folder(self._shipped.onnx, part, precision).open().form)
 
         return [
             Subject(
@@ -212,6 +247,26 @@ class _FourFiles:
                 converted=part != MERGED_DECODER,
             )
             for part in PARTS
+        ]
+
+    def rounded(self, precision: Precision) -> list[Subject | None]:
+        """The merged decoder's weights are those of the other two, which it is held against."""
+        if precision != "q4":
+            return [None] * len(PARTS)
+        folder = self._shipped.onnx
+        parts = seq2seq.Files(*(folder / file_name(part, precision) for part in (ENCODER, FIRST_DECODER, NEXT_DECODER)))
+        plain = seq2seq.Files.in_folder(folder)
+        names: dict[str, str] = {ENCODER: "encoder", FIRST_DECODER: "first", NEXT_DECODER: "following"}
+
+        def form(part: str) -> Form:
+            if part == MERGED_DECODER:
+                return _own(part, replace(parts, encoder=plain.encoder).open().form)
+            with _rounded_copy(folder / file_name(part, "fp32"), getattr(parts, names[part])) as path:
+                return _own(part, replace(plain, **{names[part]: path}).open().form)
+
+        return [
+            Subject(subject.path, subject.cases, partial(form, part))
+            for part, subject in zip(PARTS, self.subjects(precision), strict=True)
         ]
 
     def structures(self, further: Sequence[Precision]) -> list[Structure]:

@@ -24,6 +24,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from slimheads.attention import Projection, Site
 from slimheads.errors import UsageError
+from slimheads.export.graph_files import save_graph
 from slimheads.interface import nodes_of
 from slimheads.selection import Plan
 from slimheads.surgery import match_plan
@@ -31,6 +32,7 @@ from slimheads.surgery import match_plan
 Shape = tuple[int, ...]
 _BLOCK = 2**20  # elements
 _NOT_ROUNDED = "is not the float32 graph's, rounded"
+_TINY = float(np.finfo(np.float32).tiny)
 _HALF_A_STEP = 0.501  # rounding to the nearest step; scales are float32
 _HEAD_COUNTS = ("num_heads", "kv_num_heads")
 # What may stand between a fused node and the projection that reads it.
@@ -194,16 +196,44 @@ def _is_rounded_in_blocks(exact: np.ndarray, packed: np.ndarray, scales: np.ndar
     columns = max(1, _BLOCK // (packed.shape[1] * size))
     for start in range(0, len(packed), columns):
         part = slice(start, start + columns)
-        steps = np.stack([packed[part] & 15, packed[part] >> 4], axis=-1).reshape(*packed[part].shape[:2], size)
+        steps, scale = _steps(packed[part]), scales[part, :, None].astype(np.float64)
         whole = np.zeros((len(steps), steps.shape[1] * size))
         whole[:, : len(exact)] = exact[:, part].T
-        blocks, scale = whole.reshape(steps.shape), scales[part, :, None].astype(np.float64)
+        blocks = whole.reshape(steps.shape)
         largest = np.abs(blocks).max(axis=-1, keepdims=True)
         ends = -8 * scale, 7 * scale
-        off = np.abs((steps - 8.0) * scale - blocks.clip(np.minimum(*ends), np.maximum(*ends)))
-        if not ((off <= _HALF_A_STEP * np.abs(scale)) & (np.abs(8 * np.abs(scale) - largest) <= 1e-6 * largest)).all():
+        off = np.abs(steps * scale - blocks.clip(np.minimum(*ends), np.maximum(*ends))) / np.abs(scale).clip(_TINY)
+        # What fills up the last block stands for nothing.
+        rounded = off.reshape(whole.shape)[:, : len(exact)] <= _HALF_A_STEP
+        if not (rounded.all() and (np.abs(8 * np.abs(scale) - largest) <= 1e-6 * largest).all()):
             return False
     return True
+
+
+def _steps(packed: np.ndarray) -> np.ndarray:
+    """Multiples of a block's scale, float64 [outputs, blocks, size], from [outputs, blocks, size / 2]."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1) - 8.0
+
+
+def write_rounded(source: Path, quantized: Path, target: Path) -> None:
+    """Writes the float32 graph with each weight that a q4 file holds in 4 bits as what these stand for.
+
+    Args:
+        source, quantized: as `quantized_faults` takes them.
+        target: an ONNX file in an existing folder.
+    """
+    proto = _load(source, weights=True)
+    made = {t.name: onnx.numpy_helper.to_array(t) for t in _read(quantized, weights=True).initializer}
+    for tensor in proto.graph.initializer:
+        shape = tuple(tensor.dims)
+        for stored, turned in ((tensor.name, False), (f"{tensor.name}_Transposed", True)):
+            if f"{stored}_Q4" in made:
+                packed = made[f"{stored}_Q4"]
+                scales = made[f"{stored}_scales"].reshape(*packed.shape[:2], 1)
+                weight = (_steps(packed) * scales).reshape(len(packed), -1)[:, : shape[1 if turned else 0]]
+                weight = np.ascontiguousarray(weight if turned else weight.T, dtype=np.float32)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(weight, tensor.name))
+    save_graph(proto, target)
 
 
 class _Graph:
@@ -272,8 +302,12 @@ def _scope_of(node: onnx.NodeProto) -> str:
 
 
 def _read(path: Path, *, weights: bool = False) -> onnx.GraphProto:
+    return _load(path, weights=weights).graph
+
+
+def _load(path: Path, *, weights: bool) -> onnx.ModelProto:
     try:
-        return onnx.load(str(path), load_external_data=weights).graph
+        return onnx.load(str(path), load_external_data=weights)
     except (OSError, DecodeError, onnx.checker.ValidationError) as error:
         raise UsageError(f"the ONNX file cannot be read ({error})", where=str(path), hint="export it again") from error
 
