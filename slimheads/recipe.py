@@ -128,7 +128,7 @@ class Export(_Section):
     precisions: Precisions = Field(("fp32",), description="graphs to write: fp32 (always), fp16, int8, q4 (4 bits)")
     candidates: Candidates = Field(
         ("plain", "optimized", "fused", "rewritten"),
-        description="forms of the fp32 graph to try: plain (always), optimized, fused, rewritten",
+        description="forms of the fp32 graph to try; plain is always made",
     )
     int8_for: Literal["avx512_vnni", "avx2", "arm64"] = Field(
         "avx512_vnni", description="CPUs that int8 is for: avx512_vnni, arm64, or avx2 (weights of 7 bits)"

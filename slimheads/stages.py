@@ -43,7 +43,17 @@ from slimheads.texts import read_texts
 from slimheads.workloads import workloads
 
 CONTROL_SEEDS = (1, 2, 3)
-_VERSIONED = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "scipy")
+_VERSIONED = (
+    "torch",
+    "transformers",
+    "optimum",
+    "optimum-onnx",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxscript",
+    "scipy",
+)
 
 
 @dataclass
@@ -256,7 +266,8 @@ def _verify_section(job: Job) -> dict[str, Any]:
 
 def _verify(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
     exported = job.records["export"]
-    built = [candidate for candidate, reason in exported.result["candidates"].items() if reason is None]
+    reasons = exported.result["candidates"]
+    built = [candidate for candidate in job.recipe.export.candidates if reasons.get(candidate, "plain") is None]
     certificate = verify(
         job.dense(),
         job.slim(),

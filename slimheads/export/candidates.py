@@ -95,7 +95,8 @@ def _rewritten(plain: Path, _scratch: Path, _config: PretrainedConfig) -> onnx.M
     import onnx_ir
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-    made: onnx.ModelProto = onnx_ir.to_proto(optimize_for_ort(onnx_ir.load(str(plain)))[0])
+    # Read with its external data: what onnx_ir reads by itself would go on pointing at the plain graph's.
+    made: onnx.ModelProto = onnx_ir.to_proto(optimize_for_ort(onnx_ir.from_proto(onnx.load(str(plain))))[0])
     return made
 
 
