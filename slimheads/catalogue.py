@@ -26,7 +26,7 @@ EVIDENCE = cast(Path, files("slimheads") / "families" / "evidence.json")
 NOT_PROVEN = "not proven"
 _LAYOUTS = ("separate", "fused in blocks", "fused by head")
 # A graph's link 3 is one proof a precision.
-_PRECISION = re.compile(r"_(fp16|int8)\.onnx$")
+_PRECISION = re.compile(r"_(fp16|int8|q4)\.onnx$")
 
 
 class _Part(BaseModel):

@@ -7,34 +7,45 @@
 5. decoders: greedy tokens through ONNX Runtime with the cache == torch, token for token
 
 An encoder-decoder ships as four files, and links 2 to 5 have a row for each that they concern.
+
+Candidate graphs have links 3 to 5 of their own, apart from the run's: one that does not hold cannot ship, and that is
+all that follows from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
+from math import inf
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 from transformers import PreTrainedModel
 
-from slimheads.chain import Chain, Generation, Shipped, Structure, Subject, chain_of
-from slimheads.errors import CertificateError, SlimheadsError
-from slimheads.export import Precision
+from slimheads.chain import Chain, Generation, OneFile, Shipped, Structure, Subject, chain_of
+from slimheads.errors import CertificateError, SlimheadsError, in_short
+from slimheads.export import FILES, Candidate, Precision
 from slimheads.gating import gated
 from slimheads.graph_check import quantized_faults
-from slimheads.parity import REFUSALS, Comparison, Outputs, compare_all, in_short
+from slimheads.parity import REFUSALS, Agreement, Comparison, Form, Outputs, compare_all
 from slimheads.selection import Plan
 
 # Deleting equals gating up to the order of additions: 0.0 on small models, 3e-6 on BERT-base (float32).
 SURGERY_TOLERANCE = 1e-5
 # What a precision may cost by itself, as a share of the largest output. Measured: fp16 0.001 to 0.002, int8 0.01 to
-# 0.15 (MiniLM at 128 tokens). A wrong head can cost less than that: int8 weights are also held one by one against those
-# they were rounded from. What is lost in quality is drift.
-PRECISION_TOLERANCES: dict[Precision, float] = {"fp16": 0.01, "int8": 0.3}
+# 0.15 (MiniLM at 128 tokens), q4 XXX against float32 with the same weights. A wrong head can cost less than
+# that: int8 and q4 weights are also held one by one against those they were rounded from. What is lost in quality is
+# drift.
+PRECISION_TOLERANCES: dict[Precision, float] = {"fp16": 0.01, "int8": 0.3, "q4": 0.3}
+# What another form of the same float32 graph may cost, absolute and relative. Measured: TODO
+CANDIDATE_TOLERANCE = 1e-4
+# Precisions whose every weight is held against the float32 one that it was rounded from.
+_ROUNDED = ("int8", "q4")
+_NO_CANDIDATES: Mapping[Candidate, Path] = MappingProxyType({})
 # How a model, a file or a runtime says that it cannot do what a link asks of it.
 _FAILURES: tuple[type[Exception], ...] = (SlimheadsError, OSError, *REFUSALS)
 
@@ -46,6 +57,9 @@ class Link(BaseModel):
     that case. A case holds where |a - b| <= atol + rtol * |a| at every unpadded position and every value is finite;
     where `atol` is null, where max_rel <= rtol.
     Links 4 and 5 compare structure and tokens, not numbers: their differences are null.
+
+    A precision's drift from float32 stands beside its link 3, over the same cases: `cosine` is the mean cosine of the
+    two outputs at a position, `top1_agreement` (of what writes text) the share of positions with the same next token.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -56,6 +70,8 @@ class Link(BaseModel):
     max_rel: float | None = None
     atol: float | None = None
     rtol: float | None = None
+    cosine: float | None = None
+    top1_agreement: float | None = None
     cases: int
     passed: bool
     worst_case: str | None = None  # e.g. "batch 4, length 128, left padding, past 7"
@@ -70,16 +86,38 @@ class SkippedLink(BaseModel):
     reason: str
 
 
+class CandidateProof(BaseModel):
+    """What was found of a candidate graph; `reason` says why it may not ship."""
+
+    model_config = ConfigDict(frozen=True)
+    candidate: Candidate
+    links: tuple[Link, ...]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def passed(self) -> bool:
+        """True if every link held."""
+        return all(link.passed for link in self.links)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def reason(self) -> str | None:
+        """The first link that did not hold, in words."""
+        failed = next((link for link in self.links if not link.passed), None)
+        return f"link {failed.link} ({failed.subject}): {_failure(failed)}" if failed else None
+
+
 @dataclass(frozen=True)
 class Certificate:
     """All links of one run; links after the first failed one are still tried, for they say where the fault lies."""
 
     links: tuple[Link, ...]
     skipped: tuple[SkippedLink, ...]
+    candidates: tuple[CandidateProof, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """True if every link held."""
+        """True if every link held; candidates have no say in it."""
         return all(link.passed for link in self.links)
 
     def error(self) -> CertificateError | None:
@@ -87,12 +125,25 @@ class Certificate:
         failed = next((link for link in self.links if not link.passed), None)
         if failed is None:
             return None
-        size = f", largest difference {failed.max_abs:.3g}" if failed.max_abs is not None else ""
         where = f"link {failed.link} ({failed.subject})"
-        case = f" at {failed.worst_case}" if failed.worst_case else ""
-        return CertificateError(
-            f"{failed.name} failed{case}: {failed.reason}{size}", where=where, hint="nothing was published; report this"
+        return CertificateError(_failure(failed), where=where, hint="nothing was published; report this")
+
+    def with_candidate(self, name: Candidate) -> Certificate:
+        """The certificate of what ships where this candidate ships as onnx/model.onnx: its links close the chain.
+
+        Raises:
+            KeyError: there is no such candidate.
+        """
+        if name == "plain":
+            return self
+        proof = {proof.candidate: proof for proof in self.candidates}[name]
+        shown = _shown(Path(FILES["fp32"]))
+        plain = tuple(
+            link.model_copy(update={"subject": f"{shown} (plain)"}) if link.subject == shown else link
+            for link in self.links
         )
+        skipped = tuple(link for link in self.skipped if link.link not in {own.link for own in proof.links})
+        return replace(self, links=plain + proof.links, skipped=skipped)
 
 
 def verify(
@@ -106,9 +157,10 @@ def verify(
     precisions: Sequence[Precision] = ("fp32",),
     atol: float = 1e-4,
     rtol: float = 1e-4,
+    candidates: Mapping[Candidate, Path] = _NO_CANDIDATES,
     on_progress: Callable[[str], None] | None = None,
 ) -> Certificate:
-    """Tries every link.
+    """Tries every link, and those of the candidates where all others held.
 
     Args:
         dense: the untouched model, float32.
@@ -119,33 +171,56 @@ def verify(
         task: as `slimheads.checkpoint` names tasks.
         precisions: the graphs in `folder/onnx` to hold against the fp32 one.
         atol, rtol: for link 2.
+        candidates: name -> folder with dense/ and slim/, each with config.json and onnx/model.onnx; of one-file models.
         on_progress: called with each link's name before it is tried.
 
     Returns:
         The certificate; a link that fails is in it, nothing is raised for it.
     """
-    chain = chain_of(Shipped(dense, slim, plan, Path(dense_onnx), Path(folder), task))
+    shipped = Shipped(dense, slim, plan, Path(dense_onnx), Path(folder), task)
+    chain = chain_of(shipped)
     tell = on_progress or (lambda _: None)
     tell("link 1: gated dense torch == slim torch")
     links = [_surgery(chain, dense, slim, plan)]
     tell("link 2: slim torch == slim ONNX")
     links += [_exported(chain, slim, subject, atol, rtol) for subject in chain.subjects("fp32")]
     further = [p for p in precisions if p != "fp32"]
+    generations = chain.generations()
     for precision in further:
         tell(f"link 3: {precision} against fp32")
-        pairs = zip(chain.subjects("fp32"), chain.subjects(precision), strict=True)
-        links += [_derived(precision, plain, made) for plain, made in pairs]
+        files = zip(chain.subjects("fp32"), chain.subjects(precision), chain.rounded(precision), strict=True)
+        links += [_derived(precision, *subjects, writes=bool(generations)) for subjects in files]
     tell("link 4: the graph itself")
-    links += [_structure(structure) for structure in chain.structures(further)]
+    shrank = "every targeted tensor shrank by what the plan says"
+    links += [_structure(structure, shrank, _shown(structure.path)) for structure in chain.structures(further)]
     skipped = [] if further else [SkippedLink(link=3, reason="no graph beyond fp32 was asked for")]
-    generations = chain.generations()
     if generations:
         tell("link 5: greedy tokens with the cache")
         by_file = groupby(generations, key=lambda generation: generation.path)
-        links += [_tokens(path, list(group)) for path, group in by_file]
+        links += [_tokens(_shown(path), list(group)) for path, group in by_file]
     else:
         skipped.append(SkippedLink(link=5, reason="not a decoder: it generates no tokens"))
-    return Certificate(tuple(links), tuple(skipped))
+    proofs: list[CandidateProof] = []
+    for name, made in candidates.items() if all(link.passed for link in links) else ():
+        tell(f"links 3 to 5 of the {name} graph")
+        proofs.append(_candidate(name, OneFile(shipped), OneFile(shipped.as_candidate(made))))
+    return Certificate(tuple(links), tuple(skipped), tuple(proofs))
+
+
+def _candidate(name: Candidate, plain: OneFile, made: OneFile) -> CandidateProof:
+    """Links 3 to 5 of another form of both graphs: the dense one is what the slim one's speed is measured against."""
+    shown = [f"{place} ({name})" for place in (f"dense/{_shown(Path(FILES['fp32']))}", _shown(Path(FILES["fp32"])))]
+    dense, slim = ((plain.dense_subject(), made.dense_subject()), (plain.subjects("fp32")[0], made.subjects("fp32")[0]))
+    links = []
+    for side, where, (before, after) in zip(("dense", "slim"), shown, (dense, slim), strict=True):
+        said = f"{side} ONNX plain == {side} ONNX {name}"
+        links.append(_compared(3, said, where, before.open, after, CANDIDATE_TOLERANCE, CANDIDATE_TOLERANCE))
+    for where, structure in zip(shown, made.fused(), strict=True):
+        links.append(_structure(structure, "fused attention nodes carry their own layer's head count", where))
+    generations = made.generations()
+    if generations:
+        links.append(_tokens(shown[1], generations))
+    return CandidateProof(candidate=name, links=tuple(links))
 
 
 def _surgery(chain: Chain, dense: PreTrainedModel, slim: PreTrainedModel, plan: Plan) -> Link:
@@ -161,30 +236,50 @@ def _surgery(chain: Chain, dense: PreTrainedModel, slim: PreTrainedModel, plan: 
 
 
 def _exported(chain: Chain, slim: PreTrainedModel, subject: Subject, atol: float, rtol: float) -> Link:
-    name, shown = "slim torch == slim ONNX fp32", _shown(subject.path)
-    try:
-        found = compare_all(chain.torch_form(slim), subject.open(), subject.cases, atol, rtol)
-    except _FAILURES as error:
-        return _broken(2, name, shown, error)
-    return _link(2, name, shown, found, atol, rtol)
+    name = "slim torch == slim ONNX fp32"
+    return _compared(2, name, _shown(subject.path), lambda: chain.torch_form(slim), subject, atol, rtol)
 
 
-def _derived(precision: Precision, plain: Subject, made: Subject) -> Link:
-    rtol = PRECISION_TOLERANCES[precision]
+def _derived(precision: Precision, plain: Subject, made: Subject, rounded: Subject | None, *, writes: bool) -> Link:
     name, shown = f"slim ONNX fp32 == slim ONNX {precision}", _shown(made.path)
+    agreement = Agreement()
+    if rounded:
+        name = f"slim ONNX fp32 with weights rounded to 4 bits == slim ONNX {precision}"
     try:
-        found = compare_all(plain.open(), made.open(), made.cases, None, rtol)
-        faults = list(quantized_faults(plain.path, made.path)) if precision == "int8" and made.converted else []
+        reference = (rounded or plain).open
+        link = _compared(3, name, shown, reference, made, None, PRECISION_TOLERANCES[precision], agreement)
+        if not link.passed:
+            return link
+        if rounded:
+            agreement = Agreement()
+            compare_all(plain.open(), made.open(), made.cases, None, inf, agreement)
+        drift = {"cosine": agreement.cosine, "top1_agreement": agreement.top1 if writes else None}
+        weighed = precision in _ROUNDED and made.converted
+        faults = list(quantized_faults(plain.path, made.path)) if weighed else []
     except _FAILURES as error:
         return _broken(3, name, shown, error)
-    link = _link(3, name, shown, found, None, rtol)
-    if link.passed and faults:
-        return link.model_copy(update={"passed": False, "worst_case": None, "reason": _first_of(faults)})
-    return link
+    failed = {"passed": False, "worst_case": None, "reason": _first_of(faults)} if faults else {}
+    return link.model_copy(update=drift | failed)
 
 
-def _structure(structure: Structure) -> Link:
-    name, shown = "every targeted tensor shrank by what the plan says", _shown(structure.path)
+def _compared(
+    number: int,
+    name: str,
+    shown: str,
+    reference: Callable[[], Form],
+    made: Subject,
+    atol: float | None,
+    rtol: float,
+    agreement: Agreement | None = None,
+) -> Link:
+    try:
+        found = compare_all(reference(), made.open(), made.cases, atol, rtol, agreement)
+    except _FAILURES as error:
+        return _broken(number, name, shown, error)
+    return _link(number, name, shown, found, atol, rtol)
+
+
+def _structure(structure: Structure, name: str, shown: str) -> Link:
     try:
         faults = list(structure.faults())
     except SlimheadsError as error:
@@ -193,7 +288,7 @@ def _structure(structure: Structure) -> Link:
     return Link(link=4, name=name, subject=shown, cases=structure.tensors, passed=not faults, reason=reason)
 
 
-def _tokens(path: Path, generations: Sequence[Generation]) -> Link:
+def _tokens(shown: str, generations: Sequence[Generation]) -> Link:
     wrong: list[tuple[str, str]] = []
     for generation in generations:
         try:
@@ -205,7 +300,7 @@ def _tokens(path: Path, generations: Sequence[Generation]) -> Link:
     return Link(
         link=5,
         name="greedy tokens with the cache == torch",
-        subject=_shown(path),
+        subject=shown,
         cases=len(generations),
         passed=not wrong,
         worst_case=wrong[0][0] if wrong else None,
@@ -221,6 +316,12 @@ def _first_other_token(generation: Generation) -> str | None:
         return None
     row, column = differs[0].tolist()
     return f"row {row} differs from new token {column - (expected.shape[1] - generation.new_tokens) + 1} on"
+
+
+def _failure(link: Link) -> str:
+    size = f", largest difference {link.max_abs:.3g}" if link.max_abs is not None else ""
+    case = f" at {link.worst_case}" if link.worst_case else ""
+    return f"{link.name} failed{case}: {link.reason}{size}"
 
 
 def _shown(path: Path) -> str:

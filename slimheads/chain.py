@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +30,7 @@ from slimheads.export import (
     seq2seq_greedy_tokens,
 )
 from slimheads.export.kv_cache import kv_shapes
-from slimheads.graph_check import fused_faults, graph_faults, merged_faults
+from slimheads.graph_check import fused_faults, graph_faults, merged_faults, write_rounded
 from slimheads.interface import read_interface
 from slimheads.parity import AnyCase, Form, cases, onnx_form, onnx_greedy, position_limit, torch_form
 from slimheads.selection import Plan
@@ -78,7 +80,16 @@ class Chain(Protocol):
 
     def torch_form(self, model: PreTrainedModel) -> Form: ...
 
-    def subjects(self, precision: Precision) -> list[Subject]: ...
+    def subjects(self, precision: Precision) -> list[Subject]:
+        """The slim files of a precision."""
+        ...
+
+    def rounded(self, precision: Precision) -> list[Subject | None]:
+        """For each of these, what its arithmetic is held against where its weights are too coarse for float32's.
+
+        Weights of 4 bits change outputs by as much as a wrong head does, so their own graph is no yardstick for them.
+        """
+        ...
 
     def structures(self, further: Sequence[Precision]) -> list[Structure]: ...
 
@@ -101,10 +112,14 @@ class Shipped:
         """The slim graphs."""
         return self.folder / "onnx"
 
+    def as_candidate(self, folder: Path) -> Shipped:
+        """The same models with another form of their graphs, which `folder` holds below dense/ and slim/."""
+        return replace(self, dense_onnx=folder / "dense" / "onnx", folder=folder / "slim")
+
 
 def chain_of(shipped: Shipped) -> Chain:
     """The chain that fits the model."""
-    return _FourFiles(shipped) if shipped.dense.config.is_encoder_decoder else _OneFile(shipped)
+    return _FourFiles(shipped) if shipped.dense.config.is_encoder_decoder else OneFile(shipped)
 
 
 def fixed_cache_axes(path: Path) -> bool:
@@ -113,7 +128,24 @@ def fixed_cache_axes(path: Path) -> bool:
     return any(isinstance(i.dims[1], int) for i in caches)
 
 
-class _OneFile:
+@contextmanager
+def _rounded_copy(plain: Path, made: Path) -> Iterator[Path]:
+    """The float32 graph with the weights that a q4 file stands for."""
+    with tempfile.TemporaryDirectory(prefix="slimheads-") as scratch:
+        path = Path(scratch) / plain.name
+        write_rounded(plain, made, path)
+        yield path
+
+
+def _own(part: str, run: Form) -> Form:
+    """A form that gives only what one of an encoder-decoder's files puts out."""
+    own = seq2seq.outputs_of(part)
+    return lambda case: {name: array for name, array in run(case).items() if own(name)}
+
+
+class OneFile:
+    """The chain of a model in one file."""
+
     def __init__(self, shipped: Shipped) -> None:
         self._shipped = shipped
         self._with_cache = shipped.task == "text-generation"
@@ -123,13 +155,36 @@ class _OneFile:
         return torch_form(model)
 
     def subjects(self, precision: Precision) -> list[Subject]:
-        path = self._shipped.onnx / FILES[precision]
+        return [self._subject(self._shipped.onnx / FILES[precision], self._shipped.slim)]
+
+    def dense_subject(self) -> Subject:
+        """The dense model's file."""
+        return self._subject(self._shipped.dense_onnx / FILES["fp32"], self._shipped.dense)
+
+    def _subject(self, path: Path, model: PreTrainedModel) -> Subject:
+        def form() -> Form:
+            return onnx_form(open_session(path), kv_shapes(model) if self._with_cache else ())
+
+        return Subject(path, self.cases, form)
+
+    def rounded(self, precision: Precision) -> list[Subject | None]:
+        if precision != "q4":
+            return [None]
+        plain, made = (self._shipped.onnx / FILES[p] for p in ("fp32", precision))
 
         def form() -> Form:
-            shapes = kv_shapes(self._shipped.slim) if self._with_cache else ()
-            return onnx_form(open_session(path), shapes)
+            with _rounded_copy(plain, made) as path:
+                return self._subject(path, self._shipped.slim).open()
 
-        return [Subject(path, self.cases, form)]
+        return [Subject(plain, self.cases, form)]
+
+    def fused(self) -> list[Structure]:
+        """Of both files: whether each fused attention node counts the heads of its own layer."""
+        sites, plan = find_sites(self._shipped.dense), self._shipped.plan
+        whole = Plan(tuple(replace(site, kept=tuple(range(site.total))) for site in plan.sites))
+        sides = ((self._shipped.dense_onnx, whole), (self._shipped.onnx, plan))
+        paths = [(folder / FILES["fp32"], kept) for folder, kept in sides]
+        return [Structure(path, len(sites), partial(fused_faults, path, sites, kept)) for path, kept in paths]
 
     def structures(self, further: Sequence[Precision]) -> list[Structure]:
         sites, plan, path = find_sites(self._shipped.dense), self._shipped.plan, self._shipped.onnx / FILES["fp32"]
@@ -182,9 +237,7 @@ class _FourFiles:
         run_by = {ENCODER: fresh, FIRST_DECODER: fresh, NEXT_DECODER: [case for case in self.cases if case.past]}
 
         def form(part: str) -> Form:
-            run = seq2seq.Files.in_folder(self._shipped.onnx, part, precision).open().form
-            own = seq2seq.outputs_of(part)
-            return lambda case: {name: array for name, array in run(case).items() if own(name)}
+            return _own(part, seq2seq.Files.in_folder(self._shipped.onnx, part, precision).open().form)
 
         return [
             Subject(
@@ -194,6 +247,26 @@ class _FourFiles:
                 converted=part != MERGED_DECODER,
             )
             for part in PARTS
+        ]
+
+    def rounded(self, precision: Precision) -> list[Subject | None]:
+        """The merged decoder's weights are those of the other two, which it is held against."""
+        if precision != "q4":
+            return [None] * len(PARTS)
+        folder = self._shipped.onnx
+        parts = seq2seq.Files(*(folder / file_name(part, precision) for part in (ENCODER, FIRST_DECODER, NEXT_DECODER)))
+        plain = seq2seq.Files.in_folder(folder)
+        names: dict[str, str] = {ENCODER: "encoder", FIRST_DECODER: "first", NEXT_DECODER: "following"}
+
+        def form(part: str) -> Form:
+            if part == MERGED_DECODER:
+                return _own(part, replace(parts, encoder=plain.encoder).open().form)
+            with _rounded_copy(folder / file_name(part, "fp32"), getattr(parts, names[part])) as path:
+                return _own(part, replace(plain, **{names[part]: path}).open().form)
+
+        return [
+            Subject(subject.path, subject.cases, partial(form, part))
+            for part, subject in zip(PARTS, self.subjects(precision), strict=True)
         ]
 
     def structures(self, further: Sequence[Precision]) -> list[Structure]:

@@ -58,3 +58,8 @@ class GateError(SlimheadsError):
     """A gate of the recipe was not met."""
 
     exit_code = 7
+
+
+def in_short(error: Exception) -> str:
+    """The first line of an error, or its class's name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

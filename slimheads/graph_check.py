@@ -4,8 +4,8 @@ Link 4: did every targeted tensor shrink by what the plan says, and nothing else
 module it came from (`/encoder/layer.0/attention/self/query/MatMul`), and that ties tensors to sites even where it
 renamed the weights (`onnx::MatMul_185`).
 
-Link 3 of an int8 graph: is every weight its float32 one, rounded? Outputs alone cannot tell: on MiniLM, moving the
-queries of one site to another head costs 0.09 to 0.28 of the largest output, and honest rounding up to 0.15.
+Link 3 of an int8 or q4 graph: is every weight its float32 one, rounded? Outputs alone cannot tell: on MiniLM, moving
+the queries of one site to another head costs 0.09 to 0.28 of the largest output, and honest rounding up to 0.15.
 """
 
 from __future__ import annotations
@@ -24,13 +24,19 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from slimheads.attention import Projection, Site
 from slimheads.errors import UsageError
+from slimheads.export.graph_files import save_graph
+from slimheads.interface import nodes_of
 from slimheads.selection import Plan
 from slimheads.surgery import match_plan
 
 Shape = tuple[int, ...]
 _BLOCK = 2**20  # elements
+_NOT_ROUNDED = "is not the float32 graph's, rounded"
+_TINY = float(np.finfo(np.float32).tiny)
 _HALF_A_STEP = 0.501  # rounding to the nearest step; scales are float32
 _HEAD_COUNTS = ("num_heads", "kv_num_heads")
+# What may stand between a fused node and the projection that reads it.
+_MOVES = {"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 _FUSED = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention", "PackedMultiHeadAttention"}
 
 
@@ -88,21 +94,27 @@ def _table_faults(before: _Graph, after: _Graph, site: Site, kept: tuple[int, ..
 
 
 def fused_faults(path: Path, sites: Sequence[Site], plan: Plan) -> Iterator[str]:
-    """Fused attention nodes that do not carry their own layer's head count; nothing if there are none or all do."""
-    nodes = [n for n in _read(path).node if n.op_type in _FUSED]
-    if not nodes:
-        return
-    pairs = match_plan(sites, plan)
-    if len(nodes) != len(pairs):
-        yield f"{path.name}: {len(nodes)} fused attention nodes for {len(pairs)} sites"
-        return
-    for node, (site, kept) in zip(nodes, pairs, strict=True):
+    """Fused attention nodes that do not carry their own layer's head count; nothing if there are none or all do.
+
+    A node's layer is the one whose output projection reads it: fusing renames all before that. Where the tool fused
+    some layers and left others, or one layer is called again and again, every node is held against its own.
+    """
+    graph = _Graph(path)
+    nodes = [node for node in graph.nodes if node.op_type in _FUSED]
+    pairs = match_plan(sites, plan) if nodes else []
+    for node in nodes:
+        name = node.name or node.op_type
+        owner = next((pair for pair in pairs if graph.feeds(node, pair[0].output.module)), None)
+        if owner is None:
+            yield f"{path.name}: no site's output projection reads {name}"
+            continue
+        site, kept = owner
         counts = {a.name: a.i for a in node.attribute if a.name in _HEAD_COUNTS}
         expected = {"num_heads": site.counted("heads", kept), "kv_num_heads": site.counted("units", kept)}
-        for name, count in counts.items():
-            if count != expected[name]:
-                said = f"{node.name or node.op_type} of {site.name} says {name} {count}"
-                yield f"{path.name}: {said}, the plan {expected[name]}"
+        for attribute, count in counts.items():
+            if count != expected[attribute]:
+                said = f"{name} of {site.name} says {attribute} {count}"
+                yield f"{path.name}: {said}, the plan {expected[attribute]}"
 
 
 def merged_faults(first: Path, following: Path, merged: Path) -> Iterator[str]:
@@ -125,13 +137,14 @@ def _contents(path: Path) -> set[tuple[int, Shape, bytes]]:
 
 
 def quantized_faults(source: Path, quantized: Path) -> Iterator[str]:
-    """Tensors of an int8 file that are not those of the float32 file it came from, rounded; nothing if all are.
+    """Tensors of an int8 or q4 file that are not those of the float32 file it came from, rounded; nothing if all are.
 
     Args:
         source: the float32 file.
         quantized: as ONNX Runtime's `quantize_dynamic` writes it: a tensor that it rounded is `<name>_quantized` with
-            `<name>_scale` and `<name>_zero_point`, one for all or one for each index of the last axis; a Gemm's
-            transposed weight is `<name>_Transposed` first.
+            `<name>_scale` and `<name>_zero_point`, one for all or one for each index of the last axis. Or as its
+            `MatMulNBitsQuantizer` does: `<name>_Q4` and `<name>_scales` in symmetric blocks. A Gemm's transposed weight
+            is `<name>_Transposed` first.
     """
     made = {t.name: onnx.numpy_helper.to_array(t) for t in _read(quantized, weights=True).initializer}
     for tensor in _read(source, weights=True).initializer:
@@ -149,7 +162,14 @@ def _rounding_fault(name: str, array: np.ndarray, made: Mapping[str, np.ndarray]
             steps, scale, zero = (made[f"{stored}_{part}"] for part in ("quantized", "scale", "zero_point"))
             if steps.shape != expected.shape:
                 return f"is {_words([steps.shape])} where the float32 graph has {_words([expected.shape])}"
-            return None if _is_rounded(expected, steps, scale, zero) else "is not the float32 graph's, rounded"
+            return None if _is_rounded(expected, steps, scale, zero) else _NOT_ROUNDED
+        if f"{stored}_Q4" in made:
+            packed, scales = made[f"{stored}_Q4"], made[f"{stored}_scales"]
+            inputs, outputs = expected.shape
+            held, blocks, half = packed.shape
+            if (held, blocks) != (outputs, math.ceil(inputs / (2 * half))) or scales.size != held * blocks:
+                return f"is {_words([packed.shape])} in 4 bits where the float32 graph has {_words([expected.shape])}"
+            return None if _is_rounded_in_blocks(expected, packed, scales.reshape(held, blocks)) else _NOT_ROUNDED
     return "is missing"
 
 
@@ -164,9 +184,62 @@ def _is_rounded(exact: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: n
     return True
 
 
+def _is_rounded_in_blocks(exact: np.ndarray, packed: np.ndarray, scales: np.ndarray) -> bool:
+    """Whether 4-bit blocks, scaled, are `exact` to half a step as far as their range goes.
+
+    Args:
+        exact: [inputs, outputs].
+        packed: uint8 [outputs, blocks, half a block], the lower four bits first; 8 stands for zero.
+        scales: [outputs, blocks]: an eighth of the block's largest value, turned so that this becomes -8.
+    """
+    size = 2 * packed.shape[2]
+    columns = max(1, _BLOCK // (packed.shape[1] * size))
+    for start in range(0, len(packed), columns):
+        part = slice(start, start + columns)
+        steps, scale = _steps(packed[part]), scales[part, :, None].astype(np.float64)
+        whole = np.zeros((len(steps), steps.shape[1] * size))
+        whole[:, : len(exact)] = exact[:, part].T
+        blocks = whole.reshape(steps.shape)
+        largest = np.abs(blocks).max(axis=-1, keepdims=True)
+        ends = -8 * scale, 7 * scale
+        off = np.abs(steps * scale - blocks.clip(np.minimum(*ends), np.maximum(*ends))) / np.abs(scale).clip(_TINY)
+        # What fills up the last block stands for nothing.
+        rounded = off.reshape(whole.shape)[:, : len(exact)] <= _HALF_A_STEP
+        if not (rounded.all() and (np.abs(8 * np.abs(scale) - largest) <= 1e-6 * largest).all()):
+            return False
+    return True
+
+
+def _steps(packed: np.ndarray) -> np.ndarray:
+    """Multiples of a block's scale, float64 [outputs, blocks, size], from [outputs, blocks, size / 2]."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1) - 8.0
+
+
+def write_rounded(source: Path, quantized: Path, target: Path) -> None:
+    """Writes the float32 graph with each weight that a q4 file holds in 4 bits as what these stand for.
+
+    Args:
+        source, quantized: as `quantized_faults` takes them.
+        target: an ONNX file in an existing folder.
+    """
+    proto = _load(source, weights=True)
+    made = {t.name: onnx.numpy_helper.to_array(t) for t in _read(quantized, weights=True).initializer}
+    for tensor in proto.graph.initializer:
+        shape = tuple(tensor.dims)
+        for stored, turned in ((tensor.name, False), (f"{tensor.name}_Transposed", True)):
+            if f"{stored}_Q4" in made:
+                packed = made[f"{stored}_Q4"]
+                scales = made[f"{stored}_scales"].reshape(*packed.shape[:2], 1)
+                weight = (_steps(packed) * scales).reshape(len(packed), -1)[:, : shape[1 if turned else 0]]
+                weight = np.ascontiguousarray(weight if turned else weight.T, dtype=np.float32)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(weight, tensor.name))
+    save_graph(proto, target)
+
+
 class _Graph:
     def __init__(self, path: Path) -> None:
         graph = _read(path)
+        self.nodes = list(nodes_of(graph))
         self.shapes: dict[str, Shape] = {i.name: tuple(i.dims) for i in graph.initializer}
         self.users: dict[str, set[str]] = {name: set() for name in self.shapes}
         # Tensors of equal content (biases that are all zero, say) are stored once and reach their nodes by Identity.
@@ -175,7 +248,7 @@ class _Graph:
             if node.op_type == "Identity" and node.input[0] in stored:
                 stored[node.output[0]] = stored[node.input[0]]
                 continue
-            scope = node.name.removeprefix("/").replace("/", ".")
+            scope = _scope_of(node)
             for name in node.input:
                 if name in stored:
                     self.users[stored[name]].add(scope)
@@ -200,6 +273,15 @@ class _Graph:
             if around.match(user) and not any(scope.match(user) for scope in scopes)
         )
 
+    def feeds(self, node: onnx.NodeProto, module: str) -> bool:
+        """Whether a node of the module reads what this node puts out first, be it moved around on the way."""
+        scope = self._scope(module)
+        readers = [reader for reader in self.nodes if node.output[0] in reader.input]
+        return any(
+            scope.match(_scope_of(reader)) or (reader.op_type in _MOVES and self.feeds(reader, module))
+            for reader in readers
+        )
+
     def _scope(self, module: str) -> re.Pattern[str]:
         """How the names of a module's nodes begin. A module that is called again has a number after its name."""
         # The exporter names only what was called: OPT's head class calls `model.decoder` past `model`, and an encoder's
@@ -213,9 +295,19 @@ class _Graph:
         return any(scope.startswith(prefix) for users in self.users.values() for scope in users)
 
 
+def _scope_of(node: onnx.NodeProto) -> str:
+    """The module that a node came from, and what it is there."""
+    path: str = node.name
+    return path.removeprefix("/").replace("/", ".")
+
+
 def _read(path: Path, *, weights: bool = False) -> onnx.GraphProto:
+    return _load(path, weights=weights).graph
+
+
+def _load(path: Path, *, weights: bool) -> onnx.ModelProto:
     try:
-        return onnx.load(str(path), load_external_data=weights).graph
+        return onnx.load(str(path), load_external_data=weights)
     except (OSError, DecodeError, onnx.checker.ValidationError) as error:
         raise UsageError(f"the ONNX file cannot be read ({error})", where=str(path), hint="export it again") from error
 

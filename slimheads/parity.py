@@ -19,6 +19,7 @@ import onnxruntime
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from slimheads.errors import in_short
 from slimheads.inputs import has_length, make_inputs, takes_padding, takes_text, text_config, to_torch
 from slimheads.sessions import ORT_ERRORS
 
@@ -87,6 +88,36 @@ class Comparison:
     max_rel: float  # max_abs over the reference's largest magnitude
     passed: bool
     reason: str | None
+
+
+class Agreement:
+    """How far two forms say the same, over the positions of many cases that are not padding."""
+
+    def __init__(self) -> None:
+        self._cosines: list[np.ndarray] = []
+        self._same_tokens: list[np.ndarray] = []
+
+    def add(self, reference: Outputs, other: Outputs, case: AnyCase) -> None:
+        """Takes both outputs of a case; a cache is no answer and is left out."""
+        for name in reference.keys() & other.keys():
+            if name.startswith("present."):
+                continue
+            a, b = (np.atleast_2d(case.unpadded(name, outputs[name])) for outputs in (reference, other))
+            a, b = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in (a, b))
+            lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+            self._cosines.append((a * b).sum(axis=1) / np.maximum(lengths, np.finfo(np.float32).tiny))
+            if name == "logits":
+                self._same_tokens.append(a.argmax(axis=1) == b.argmax(axis=1))
+
+    @property
+    def cosine(self) -> float | None:
+        """Mean cosine of the two output vectors of a position."""
+        return float(np.concatenate(self._cosines).mean()) if self._cosines else None
+
+    @property
+    def top1(self) -> float | None:
+        """Share of positions at which both have the same largest logit."""
+        return float(np.concatenate(self._same_tokens).mean()) if self._same_tokens else None
 
 
 def cases(config: PretrainedConfig, task: str, seed: int = 0) -> tuple[Case, ...]:
@@ -228,25 +259,34 @@ def compare(reference: Outputs, other: Outputs, case: AnyCase, atol: float | Non
 
 
 def compare_all(
-    reference: Form, other: Form, over: Iterable[AnyCase], atol: float | None, rtol: float
+    reference: Form,
+    other: Form,
+    over: Iterable[AnyCase],
+    atol: float | None,
+    rtol: float,
+    agreement: Agreement | None = None,
 ) -> tuple[Comparison, ...]:
-    """`compare` over every case; a form that cannot run a case at all fails it, with the runtime's own words."""
-    return tuple(_run_and_compare(reference, other, case, atol, rtol) for case in over)
+    """`compare` over every case; a form that cannot run a case at all fails it, with the runtime's own words.
+
+    Args:
+        agreement: is told of the outputs of each case that holds.
+    """
+    return tuple(_run_and_compare(reference, other, case, atol, rtol, agreement) for case in over)
 
 
-def _run_and_compare(reference: Form, other: Form, case: AnyCase, atol: float | None, rtol: float) -> Comparison:
+def _run_and_compare(
+    reference: Form, other: Form, case: AnyCase, atol: float | None, rtol: float, agreement: Agreement | None
+) -> Comparison:
     outputs: list[Outputs] = []
     for form, called in ((reference, "the reference"), (other, "it")):
         try:
             outputs.append(form(case))
         except REFUSALS as error:
             return Comparison(str(case), np.inf, np.inf, False, f"{called} does not run: {in_short(error)}")
-    return compare(outputs[0], outputs[1], case, atol, rtol)
-
-
-def in_short(error: Exception) -> str:
-    """The first line of an error, or its class's name where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    found = compare(outputs[0], outputs[1], case, atol, rtol)
+    if agreement and found.passed:
+        agreement.add(outputs[0], outputs[1], case)
+    return found
 
 
 def _compare_one(name: str, a: np.ndarray, b: np.ndarray, case: AnyCase, atol: float | None, rtol: float) -> Comparison:

@@ -27,7 +27,8 @@ Task = Literal[
     "audio-classification",
     "automatic-speech-recognition",
 ]
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "q4"]
+Candidate = Literal["plain", "optimized", "fused", "rewritten"]
 Provider = Literal["cpu", "cuda"]
 Item = TypeVar("Item")
 
@@ -38,10 +39,13 @@ def _distinct(items: tuple[Item, ...]) -> tuple[Item, ...]:
     return items
 
 
-def _with_fp32(items: tuple[str, ...]) -> tuple[str, ...]:
-    if "fp32" not in items:
-        raise ValueError("should hold fp32, which the others are made from")
-    return items
+def _holding(wanted: str) -> AfterValidator:
+    def check(items: tuple[str, ...]) -> tuple[str, ...]:
+        if wanted not in items:
+            raise ValueError(f"should hold {wanted}, which the others are made from")
+        return items
+
+    return AfterValidator(check)
 
 
 # A tuple may be given as a list (as YAML and callers do); what is inside stays strict.
@@ -50,8 +54,15 @@ Precisions = Annotated[
     tuple[Precision, ...],
     Strict(False),
     AfterValidator(_distinct),
-    AfterValidator(_with_fp32),
+    _holding("fp32"),
     Field(json_schema_extra={"uniqueItems": True, "contains": {"const": "fp32"}}),
+]
+Candidates = Annotated[
+    tuple[Candidate, ...],
+    Strict(False),
+    AfterValidator(_distinct),
+    _holding("plain"),
+    Field(json_schema_extra={"uniqueItems": True, "contains": {"const": "plain"}}),
 ]
 Providers = Annotated[
     tuple[Provider, ...],
@@ -114,7 +125,14 @@ class Recover(_Section):
 class Export(_Section):
     """Which ONNX graphs are written."""
 
-    precisions: Precisions = Field(("fp32",), description="graphs to write: fp32 (always), fp16, int8")
+    precisions: Precisions = Field(("fp32",), description="graphs to write: fp32 (always), fp16, int8, q4 (4 bits)")
+    candidates: Candidates = Field(
+        ("plain", "optimized", "fused", "rewritten"),
+        description="forms of the fp32 graph to try; plain is always made",
+    )
+    int8_for: Literal["avx512_vnni", "avx2", "arm64"] = Field(
+        "avx512_vnni", description="CPUs that int8 is for: avx512_vnni, arm64, or avx2 (weights of 7 bits)"
+    )
     kv_axes: Literal["symbolic", "static"] = Field(
         "symbolic", description="decoders: symbolic for optimum and transformers.js, static for onnxruntime-genai"
     )

@@ -22,13 +22,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 import slimheads
 from slimheads import flops
 from slimheads.bench import Latency, bench
-from slimheads.certificate import Certificate, Link, SkippedLink, verify
+from slimheads.certificate import CandidateProof, Certificate, Link, SkippedLink, verify
 from slimheads.checkpoint import Source, side_files, weight_files
 from slimheads.disk import sha256_file
 from slimheads.drift import Drift, drift_on_inputs, measure_drift
 from slimheads.environment import environment, installed
 from slimheads.errors import SlimheadsError
-from slimheads.export import Precision, export, file_name
+from slimheads.export import Candidate, Precision, build_candidate, export, file_name
 from slimheads.gating import gated
 from slimheads.inputs import NOUNS, inputs_kind, measured_shapes, read_inputs
 from slimheads.model import load, save
@@ -46,7 +46,17 @@ from slimheads.treatments import choose as choose_graph
 from slimheads.workloads import Workload, workloads
 
 CONTROL_SEEDS = (1, 2, 3)
-_VERSIONED = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "scipy")
+_VERSIONED = (
+    "torch",
+    "transformers",
+    "optimum",
+    "optimum-onnx",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxscript",
+    "scipy",
+)
 
 
 @dataclass
@@ -90,13 +100,16 @@ class Job:
             return self.scores()
         return self.scores().in_units({site.site: site.unit for site in self.plan().sites})
 
-    def onnx(self, side: str, precision: Precision, graph: str = "model") -> Path:
-        """An exported graph; `side` is "dense" or "slim", `graph` one of an encoder-decoder's."""
-        return self.onnx_folder(side) / file_name(graph, precision)
+    def onnx(self, side: str, precision: Precision, graph: str = "model", candidate: Candidate = "plain") -> Path:
+        """An exported graph; `side` is "dense" or "slim", `graph` one of an encoder-decoder's.
 
-    def onnx_folder(self, side: str) -> Path:
+        A candidate that was built (see the export stage's result) is there in "fp32" alone.
+        """
+        return self.onnx_folder(side, candidate) / file_name(graph, precision)
+
+    def onnx_folder(self, side: str, candidate: Candidate = "plain") -> Path:
         """The exported graphs of one side."""
-        return self.records["export"].path / side / "onnx"
+        return candidate_folder(self.records["export"].path, candidate) / side / "onnx"
 
     def _model(self, side: str, folder: Path) -> PreTrainedModel:
         if side not in self._models:
@@ -197,20 +210,48 @@ def _recover(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
 # export
 
 
+def candidate_folder(exported: Path, candidate: Candidate) -> Path:
+    """Where a candidate's dense/ and slim/ are among what the export stage left."""
+    return exported if candidate == "plain" else exported / "candidates" / candidate
+
+
 def _export(job: Job, folder: Path) -> tuple[dict[str, Any], bool]:
-    options = _dump(job.recipe.export)
+    section = job.recipe.export
+    options = _dump(section)
+    del options["candidates"]
     for side, model in (("dense", job.dense), ("slim", job.slim)):
-        job.tell(f"{side} to ONNX ({', '.join(options['precisions'])})")
+        job.tell(f"{side} to ONNX ({', '.join(section.precisions)})")
         export(model(), folder / side / "onnx", task=job.source.task, **options)
-    for path in (folder / "dense", folder / "slim"):
-        # optimum's and transformers.js's clients look for config.json beside onnx/.
-        shutil.copyfile(
-            (job.source.folder if path.name == "dense" else job.slim_folder) / "config.json", path / "config.json"
-        )
+    _beside_graphs(job, folder)
+    reasons: dict[str, str | None] = {}
+    for candidate in section.candidates:
+        if candidate != "plain":
+            job.tell(f"dense and slim {candidate}")
+            reasons[candidate] = _candidate(job, folder, candidate)
+    return {"candidates": reasons}, True
+
+
+def _candidate(job: Job, exported: Path, candidate: Candidate) -> str | None:
+    """Builds a candidate of both sides, or of none: a fused graph's gain is measured against a fused dense graph."""
+    folder = candidate_folder(exported, candidate)
+    for side in ("dense", "slim"):
+        plain, target = (root / side / "onnx" / file_name("model", "fp32") for root in (exported, folder))
+        target.parent.mkdir(parents=True)
+        reason = build_candidate(candidate, plain, target, job.dense().config)
+        if reason:
+            shutil.rmtree(folder)
+            return f"{side}: {reason}"
+    _beside_graphs(job, folder)
+    return None
+
+
+def _beside_graphs(job: Job, folder: Path) -> None:
+    """optimum's and transformers.js's clients look for config.json beside onnx/."""
+    for side, source in (("dense", job.source.folder), ("slim", job.slim_folder)):
+        shutil.copyfile(source / "config.json", folder / side / "config.json")
     generation = job.slim_folder / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, folder / "slim" / generation.name)
-    return {}, True
 
 
 # verify
@@ -222,25 +263,31 @@ def _verify_section(job: Job) -> dict[str, Any]:
         hashlib.sha256("\n".join(read_texts(Path(section.text))).encode()).hexdigest() if section.text else None
     )
     content["inputs"] = sha256_file(Path(section.inputs)) if section.inputs else None
-    return _dump(section) | content | {"precisions": list(job.recipe.export.precisions)}
+    export = job.recipe.export
+    return _dump(section) | content | {"precisions": list(export.precisions), "candidates": list(export.candidates)}
 
 
 def _verify(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
+    exported = job.records["export"]
+    reasons = exported.result["candidates"]
+    built = [candidate for candidate in job.recipe.export.candidates if reasons.get(candidate, "plain") is None]
     certificate = verify(
         job.dense(),
         job.slim(),
         job.plan(),
-        job.records["export"].path / "slim",
+        exported.path / "slim",
         job.onnx_folder("dense"),
         task=job.source.task,
         precisions=job.recipe.export.precisions,
         atol=job.recipe.verify.atol,
         rtol=job.recipe.verify.rtol,
+        candidates={candidate: candidate_folder(exported.path, candidate) for candidate in built},
         on_progress=job.tell,
     )
     result: dict[str, Any] = {
         "links": [link.model_dump(mode="json") for link in certificate.links],
         "skipped": [link.model_dump(mode="json") for link in certificate.skipped],
+        "candidates": [proof.model_dump(mode="json") for proof in certificate.candidates],
         "drift": None,
         "drift_text": None,
     }
@@ -262,6 +309,7 @@ def certificate_of(result: Mapping[str, Any]) -> Certificate:
     return Certificate(
         tuple(Link.model_validate(link) for link in result["links"]),
         tuple(SkippedLink.model_validate(link) for link in result["skipped"]),
+        tuple(CandidateProof.model_validate(proof) for proof in result["candidates"]),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import onnx
 from transformers import PreTrainedModel
 
 from slimheads.certificate import Certificate, verify
-from slimheads.export import KvAxes, Precision, export
+from slimheads.export import Candidate, KvAxes, Precision, export
 from slimheads.model import load, save
 from slimheads.selection import Plan
 from slimheads.surgery import prune
@@ -50,8 +50,8 @@ class Shipped:
         shutil.copytree(self.root, root, dirs_exist_ok=True)
         return replace(self, root=root, slim=copy.deepcopy(self.slim))
 
-    def certificate(self, *precisions: Precision) -> Certificate:
-        """The certificate over fp32 and these precisions."""
+    def certificate(self, *precisions: Precision, candidates: Mapping[Candidate, Path] | None = None) -> Certificate:
+        """The certificate over fp32, these precisions and these candidates."""
         return verify(
             self.dense,
             self.slim,
@@ -60,6 +60,7 @@ class Shipped:
             self.dense_onnx.parent,
             task=self.task,
             precisions=("fp32", *precisions),
+            candidates=candidates or {},
         )
 
 

@@ -52,6 +52,8 @@ def test_the_recipe_offers_exactly_what_the_library_does() -> None:
     """recipe.py says these words again, since importing the modules that mean them would cost seconds at --help."""
     assert set(get_args(recipe.Task)) == {"auto", *TASKS, *SEQ2SEQ_TASKS}
     assert get_args(recipe.Precision) == get_args(export.Precision) == tuple(export.FILES)
+    assert get_args(recipe.Candidate) == get_args(export.Candidate)
+    assert get_args(recipe.Export.model_fields["int8_for"].annotation) == get_args(export.Int8For)
     assert set(get_args(recipe.Provider)) == set(PROVIDERS)
     for key, words in {"scope": Scope, "normalize": Normalize, "counts": Counts}.items():
         assert get_args(recipe.Select.model_fields[key].annotation) == get_args(words)

@@ -149,8 +149,15 @@ def test_a_module_is_not_mistaken_for_one_whose_name_begins_with_its_own(tmp_pat
 # -------------------------------------------------------------------------------------------------- fused nodes
 
 
-def fused(path: Path, kind: str, counts: Sequence[Mapping[str, int]]) -> Path:
-    nodes = [helper.make_node(kind, ["x"], [f"y{i}"], f"Fused_{i}", **count) for i, count in enumerate(counts)]
+def fused(path: Path, kind: str, counts: Sequence[Mapping[str, int]], readers: str = "ab") -> Path:
+    """Fused nodes, each read by the output projection of one of the sites, behind a Reshape."""
+    nodes = []
+    for i, (count, reader) in enumerate(zip(counts, readers, strict=True)):
+        nodes += [
+            helper.make_node(kind, ["x"], [f"y{i}"], f"Fused_{i}", **count),
+            helper.make_node("Reshape", [f"y{i}", "shape"], [f"z{i}"], f"Reshape_{i}"),
+            helper.make_node("MatMul", [f"z{i}", "w"], [f"o{i}"], f"/{reader}/o/MatMul"),
+        ]
     return write(path, {}, nodes)
 
 
@@ -181,10 +188,20 @@ def test_grouped_nodes_carry_both_counts(tmp_path: Path) -> None:
     ]
 
 
-def test_one_fused_node_too_few_is_a_fault(tmp_path: Path) -> None:
+def test_layers_that_were_not_fused_and_layers_called_twice_are_no_fault(tmp_path: Path) -> None:
     sites, plan = two_sites()
-    found = list(fused_faults(fused(tmp_path / "one.onnx", "Attention", [{"num_heads": 3}]), sites, plan))
-    assert found == ["one.onnx: 1 fused attention nodes for 2 sites"]
+    one = {"num_heads": 1}
+    assert list(fused_faults(fused(tmp_path / "last.onnx", "Attention", [one], "b"), sites, plan)) == []
+    assert list(fused_faults(fused(tmp_path / "twice.onnx", "Attention", [one, one], "bb"), sites, plan)) == []
+    assert list(fused_faults(fused(tmp_path / "first.onnx", "Attention", [one], "a"), sites, plan)) == [
+        "first.onnx: Fused_0 of a says num_heads 1, the plan 3"
+    ]
+
+
+def test_a_fused_node_that_no_site_reads_is_a_fault(tmp_path: Path) -> None:
+    sites, plan = two_sites()
+    found = list(fused_faults(fused(tmp_path / "one.onnx", "Attention", [{"num_heads": 3}], "c"), sites, plan))
+    assert found == ["one.onnx: no site's output projection reads Fused_0"]
 
 
 # ------------------------------------------------------------------------------------------------------ int8

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import BertConfig, GPT2Config, MptConfig, PreTrainedModel, RobertaConfig
 
-from slimheads.parity import Case, Form, Outputs, cases, compare, compare_all, torch_form
+from slimheads.parity import Agreement, Case, Form, Outputs, cases, compare, compare_all, torch_form
 
 ENCODER = BertConfig(vocab_size=50, pad_token_id=3)
 DECODER = GPT2Config(vocab_size=50)
@@ -308,3 +308,39 @@ def test_a_form_that_cannot_run_a_case_fails_that_case_with_its_own_words(which:
     assert {outcome.reason for outcome in found if not outcome.passed} == {
         f"{said} does not run: shape '[4, 7]' is invalid"
     }
+
+
+# ----------------------------------------------------------------------------------------------------- agreement
+
+
+def test_agreement_is_the_mean_over_all_positions_that_are_not_padding() -> None:
+    """By hand: cosines 1, 0 and 0.6 and -1; the padded position, on which the two differ most, is not counted."""
+    mask = np.array([[1, 1, 1], [0, 0, 1]])
+    case = Case(2, 3, "left", 0, {"input_ids": np.zeros((2, 3), np.int64), "attention_mask": mask})
+    a = np.array([[[2, 0], [0, 3], [5, 0]], [[1, 0], [1, 0], [0, 1]]], np.float32)
+    b = np.array([[[7, 0], [3, 0], [3, 4]], [[-9, 0], [-9, 0], [0, -1]]], np.float32)
+    agreement = Agreement()
+    cache = {"present.0.key": np.zeros((2, 1, 3, 1), np.float32)}
+    agreement.add({"logits": a} | cache, {"logits": b} | cache, case)
+    assert agreement.cosine == pytest.approx((1 + 0 + 0.6 - 1) / 4)
+    assert agreement.top1 == 0.25
+    agreement.add({"logits": a[:, :1]}, {"logits": a[:, :1]}, Case(2, 1, "no", 0, {}))
+    assert agreement.cosine == pytest.approx((1 + 0 + 0.6 - 1 + 1 + 1) / 6) and agreement.top1 == 0.5
+
+
+def test_agreement_of_nothing_is_none() -> None:
+    agreement = Agreement()
+    assert agreement.cosine is None and agreement.top1 is None
+    agreement.add(
+        {"last_hidden_state": np.ones((1, 2, 3))}, {"last_hidden_state": np.ones((1, 2, 3))}, Case(1, 2, "no", 0, {})
+    )
+    assert agreement.cosine == 1 and agreement.top1 is None
+
+
+def test_only_cases_that_hold_say_how_far_two_forms_agree() -> None:
+    agreement = Agreement()
+    right, wrong = (lambda _: {"logits": np.ones((1, 2))}), (lambda _: {"logits": np.full((1, 2), np.nan)})
+    assert not compare_all(right, wrong, [Case(1, 1, "no", 0, {})], None, 0.1, agreement)[0].passed
+    assert agreement.cosine is None
+    assert compare_all(right, right, [Case(1, 1, "no", 0, {})], None, 0.1, agreement)[0].passed
+    assert agreement.cosine == pytest.approx(1.0)

@@ -73,14 +73,16 @@ def checkpoint(model_type: str = "bert") -> Path:
 
 
 def write_recipe(path: Path, model: Path | str | None = None, **sections: Any) -> Path:
-    """A recipe of one small shape; each keyword replaces a section. JSON is YAML too."""
+    """A recipe of one small shape and the plain graph alone; each keyword replaces a section. JSON is YAML too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data: dict[str, Any] = {
         "model": str(model or checkpoint()),
         "select": {"ratio": 0.5},
         "bench": {"shapes": [[1, 8]], "min_seconds": 0.05, "threads": 1},
     }
-    path.write_text(json.dumps(data | sections, indent=1), encoding="utf-8")
+    data |= sections
+    data["export"] = {"candidates": ["plain"]} | sections.get("export", {})
+    path.write_text(json.dumps(data, indent=1), encoding="utf-8")
     return path
 
 

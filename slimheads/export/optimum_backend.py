@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from slimheads.errors import ModelRefusedError
 from slimheads.export.graph_files import graph_files, remove_graph, share_data
 from slimheads.export.kv_cache import KvAxes, kv_shapes, label_cache, seq2seq_kv_shapes, true_cache_config
 from slimheads.export.metadata import label_axes
+from slimheads.export.quiet import quiet
 from slimheads.inputs import float_axes
 
 
@@ -58,7 +57,7 @@ def to_onnx(model: PreTrainedModel, folder: Path, task: str, axes: KvAxes) -> No
         custom = _halves(whole) if two_halves else {"model": whole}
     sizes = float_axes(model.config)
     # The export's own file names are kept, for the external data are named after them.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch, _quiet(), _restored(model):
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch, quiet(), _restored(model):
         onnx_export_from_model(
             model,
             Path(scratch),
@@ -96,7 +95,7 @@ def _halves(config: Any) -> dict[str, Any]:
 
 def merge_decoders(first: Path, following: Path, target: Path) -> None:
     """Writes both decoders of an encoder-decoder as one graph; its input `use_cache_branch` chooses."""
-    with _quiet():
+    with quiet():
         # The second hands no cross-attention cache on, for that does not change: strict=False fills the gap.
         remove_graph(target)
         optimum.onnx.merge_decoders(first, following, save_path=target, strict=False)
@@ -118,7 +117,7 @@ def greedy_tokens(folder: Path, input_ids: torch.Tensor, attention_mask: torch.T
     Returns:
         int64 [batch, length + new_tokens].
     """
-    with _quiet():
+    with quiet():
         model = ORTModelForCausalLM.from_pretrained(folder, subfolder="onnx", file_name="model.onnx", use_cache=True)
         made = model.generate(
             input_ids=input_ids,
@@ -143,7 +142,7 @@ def seq2seq_greedy_tokens(
         int64 [batch, 1 + new_tokens].
     """
     client = ORTModelForSpeechSeq2Seq if "input_features" in inputs else ORTModelForSeq2SeqLM
-    with _quiet():
+    with quiet():
         model = client.from_pretrained(folder, subfolder="onnx", use_cache=True, use_merged=merged)
         return torch.as_tensor(seq2seq_generate(model, inputs, start, new_tokens))
 
@@ -185,16 +184,3 @@ def _restored(model: PreTrainedModel) -> Iterator[None]:
         model.__dict__.update(own_forward)
         if generation is not None:
             model.generation_config = generation
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's warnings are about tracing in general; the certificate tells whether the graph is right."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

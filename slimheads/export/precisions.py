@@ -1,22 +1,36 @@
-"""Further graphs made from the float32 one: float16 and dynamic int8."""
+"""Further graphs made from the float32 one: float16, dynamic int8, and weights of 4 bits."""
 
 from __future__ import annotations
 
-import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
 
+import numpy as np
 import onnx
+from onnx import helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.quantization.registry import IntegerOpsRegistry
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
+from slimheads.errors import ModelRefusedError
 from slimheads.export import graph_files
+from slimheads.export.quiet import quiet
 
+Int8For = Literal["avx512_vnni", "avx2", "arm64"]
+# Weights are signed, symmetric and per output channel, activations unsigned. Without VNNI, x86 adds pairs of products
+# in 16 bits, which full-range weights overflow: there weights have 7 bits. ARM64's kernels add in 32 bits.
+_SEVEN_BITS = MappingProxyType({"avx512_vnni": False, "avx2": True, "arm64": False})
 # Convolutions stay: a weight that the graph computes (wav2vec 2.0 normalizes one) cannot be quantized beforehand.
 _QUANTIZED = sorted(IntegerOpsRegistry.keys() - {"Conv"})
+# 4 bits in symmetric blocks of 32 along the input axis, as transformers.js converts by default; activations are
+# quantized to int8 on the fly (accuracy level 4), which is the kernel that CPUs have instructions for.
+Q4_BLOCK, _Q4_ACCURACY = 32, 4
 
 
 def to_fp16(source: Path, target: Path) -> None:
@@ -29,21 +43,71 @@ def to_fp16(source: Path, target: Path) -> None:
     graph_files.save_graph(made.model, target)
 
 
-def to_int8(source: Path, target: Path) -> None:
-    """int8 weights per output channel, activations quantized as they come (per tensor lost 4% of cosine on MiniLM)."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it advises a preprocessing that only static quantization needs
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".int8-") as scratch:
-            made = Path(scratch) / target.name
-            quantize_dynamic(
-                str(source),
-                str(made),
-                op_types_to_quantize=_QUANTIZED,
-                per_channel=True,
-                weight_type=QuantType.QInt8,
-                use_external_data_format=graph_files.graph_bytes(source) > graph_files.ONE_FILE,
-            )
-            graph_files.save_graph(onnx.load(str(made)), target)
-    finally:
-        logging.disable(level)
+def to_int8(source: Path, target: Path, int8_for: Int8For = "avx512_vnni") -> None:
+    """int8 weights per output channel, activations quantized as they come (per tensor lost 4% of cosine on MiniLM).
+
+    Args:
+        int8_for: the instructions of the CPU that it is for; it runs on all, but "avx512_vnni" and "arm64" may
+            overflow where there is AVX2 alone.
+    """
+    with quiet(), tempfile.TemporaryDirectory(dir=target.parent, prefix=".int8-") as scratch:
+        made = Path(scratch) / target.name
+        quantize_dynamic(
+            str(source),
+            str(made),
+            op_types_to_quantize=_QUANTIZED,
+            per_channel=True,
+            reduce_range=_SEVEN_BITS[int8_for],
+            weight_type=QuantType.QInt8,
+            use_external_data_format=graph_files.graph_bytes(source) > graph_files.ONE_FILE,
+        )
+        graph_files.save_graph(onnx.load(str(made)), target)
+
+
+def to_q4(source: Path, target: Path) -> None:
+    """Weights of matrix products in 4 bits (`MatMulNBits`); embeddings, convolutions and biases stay float32.
+
+    Raises:
+        ModelRefusedError: the graph has no weight that this concerns.
+    """
+    proto = onnx.load(str(source))
+    nodes = [made for node in proto.graph.node for made in _product_and_sum(node, proto.graph)]
+    proto.graph.ClearField("node")
+    proto.graph.node.extend(nodes)
+    with quiet():
+        quantizer = MatMulNBitsQuantizer(
+            proto, bits=4, block_size=Q4_BLOCK, is_symmetric=True, accuracy_level=_Q4_ACCURACY
+        )
+        quantizer.process()
+    made: onnx.ModelProto = quantizer.model.model
+    if not any(node.op_type == "MatMulNBits" for node in made.graph.node):
+        raise ModelRefusedError(
+            "4-bit weights are for matrix products by a constant, and the graph has none",
+            where="export.precisions",
+            hint="leave out q4",
+        )
+    graph_files.save_graph(made, target)
+
+
+def _product_and_sum(node: onnx.NodeProto, graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """A Gemm by a constant as MatMul and Add, in which the quantizer looks for weights; any other node as it is.
+
+    A transposed weight is stored as `<name>_Transposed`, as ONNX Runtime's int8 quantizer calls it.
+    """
+    options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    weight = next((t for t in graph.initializer if node.op_type == "Gemm" and t.name == node.input[1]), None)
+    scaled = any(options.get(name, 1.0) != 1.0 for name in ("alpha", "beta"))
+    if weight is None or scaled or options.get("transA"):
+        yield node
+        return
+    name = weight.name
+    if options.get("transB"):
+        name = f"{weight.name}_Transposed"
+        if all(t.name != name for t in graph.initializer):
+            array = np.ascontiguousarray(numpy_helper.to_array(weight).T)
+            graph.initializer.append(numpy_helper.from_array(array, name))
+    biased = len(node.input) > 2 and node.input[2]
+    product = f"{node.output[0]}_product" if biased else node.output[0]
+    yield helper.make_node("MatMul", [node.input[0], name], [product], f"{node.name}_MatMul")
+    if biased:
+        yield helper.make_node("Add", [product, node.input[2]], [node.output[0]], f"{node.name}_Add")
