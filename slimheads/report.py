@@ -22,6 +22,7 @@ from slimheads.certificate import Link, SkippedLink
 from slimheads.drift import Drift
 from slimheads.environment import Environment
 from slimheads.family import Inputs
+from slimheads.snapping import Selection
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -148,6 +149,27 @@ class GateResult(_Part):
         return self
 
 
+class Prediction(_Part):
+    """What was expected of one float32 row of `latency`, from the plan alone, beside what was measured."""
+
+    provider: str
+    threads: int
+    graph: str | None = None
+    shape: tuple[int, ...]
+    source: Literal["table", "flops"]  # the latency table, or the ratio of FLOPs where there is none
+    speedup: float | None  # predicted
+    low: float | None = None  # the table's own 95% margin
+    high: float | None = None
+    measured: float | None  # speedup
+    error: float | None  # predicted slim latency / measured slim latency - 1, for the same dense latency
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _nulls_have_reasons(self) -> Self:
+        _need_reason(self, ("speedup", "measured", "error"))
+        return self
+
+
 class StageRecord(_Part):
     """What one stage cost; a reused stage shows what it cost when it ran."""
 
@@ -180,6 +202,9 @@ class Report(_Part):
     drift_text_reason: str | None = None
     latency: tuple[Latency, ...]
     latency_reason: str | None = None
+    selection: Selection
+    predictions: tuple[Prediction, ...]
+    predictions_reason: str | None = None  # why there are none, or why they are by FLOPs
     gates: tuple[GateResult, ...] = ()
     stages: tuple[StageRecord, ...]
     environment: Environment
@@ -189,7 +214,7 @@ class Report(_Part):
 
     @model_validator(mode="after")
     def _nulls_have_reasons(self) -> Self:
-        for section in ("certificate", "drift", "drift_text", "latency"):
+        for section in ("certificate", "drift", "drift_text", "latency", "predictions"):
             if not getattr(self, section) and not getattr(self, f"{section}_reason"):
                 raise ValueError(f"{section} is empty and {section}_reason does not say why")
         for row in self.latency:
@@ -220,7 +245,7 @@ class Report(_Part):
         return self.model_dump_json(indent=2) + "\n"
 
 
-def _need_reason(part: Size | GateResult, figures: tuple[str, ...]) -> None:
+def _need_reason(part: Size | GateResult | Prediction, figures: tuple[str, ...]) -> None:
     missing = [name for name in figures if getattr(part, name) is None]
     if missing and not part.reason:
         raise ValueError(f"{', '.join(missing)} null without a reason")

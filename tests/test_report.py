@@ -77,6 +77,20 @@ def make_latency(
     return Latency(**(fields | more))
 
 
+def make_prediction(shape: tuple[int, ...], predicted: float, measured: float, **more: Any) -> dict[str, Any]:
+    """A prediction by the latency table, beside what was measured."""
+    fields: dict[str, Any] = {
+        "provider": "cpu",
+        "threads": 2,
+        "shape": shape,
+        "source": "table",
+        "speedup": predicted,
+        "measured": measured,
+        "error": measured / predicted - 1,
+    }
+    return fields | more
+
+
 def make_link(number: int, **more: Any) -> Link:
     """A link that held, with the contract's names."""
     names = {
@@ -164,6 +178,12 @@ def make_report(layers: int = 6, units: int = 12, removed: int = 18, **more: Any
         "drift": make_drift(),
         "drift_text_reason": "the recipe names no text",
         "latency": [make_latency((1, 16), 1.84, 1.09), make_latency((1, 128), 12.4, 1.12)],
+        "selection": {"asked": 1, "multiple_of": 1},
+        "predictions": [
+            make_prediction((1, 16), 1.08, 1.09),
+            make_prediction((1, 128), 1.15, 1.12, source="flops"),
+        ],
+        "predictions_reason": "there is no latency table yet; make one with: slimheads profile m --shape 1x128",
         "gates": [{"gate": "latency_ratio", "limit": 0.95, "measured": 0.893, "met": True}],
         "stages": [
             {"stage": "load", "seconds": 1.42, "peak_rss_mb": 612.0, "reused": False},
