@@ -97,8 +97,9 @@ class LatencyTable(_Stored):
         wanted = [(index, count) for index, kind in enumerate(self.kinds) for count in kind.counts(self.threads)]
         if [(point.kind, point.kept) for point in self.points] != wanted:
             raise ValueError("the points are not those of the kinds")
-        if any(min(point.share.low, point.share.estimate, point.share.high) <= 0 for point in self.points):
-            raise ValueError("a share of the latency is not above 0")
+        ratios = [ratio for point in self.points for ratio in (point.share, point.control)]
+        if not all(0 < value < math.inf for ratio in ratios for value in (ratio.low, ratio.estimate, ratio.high)):
+            raise ValueError("a ratio of latencies is not a number above 0")
         return self
 
     @property
