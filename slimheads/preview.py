@@ -44,6 +44,7 @@ class PlannedLatency(BaseModel):
     dense_ms: float
     slim_ms: float
     speedup: Interval
+    doubtful: int  # points of the table that its controls do not vouch for
 
 
 class Preview(BaseModel):
@@ -124,6 +125,7 @@ def _predicted(table: LatencyTable, plan: Plan) -> PlannedLatency:
         dense_ms=found.dense_ms,
         slim_ms=found.slim_ms,
         speedup=found.speedup,
+        doubtful=table.doubtful,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 import shutil
 import statistics
 import tempfile
@@ -215,4 +216,4 @@ def command(source: Source, shapes: Sequence[Shape], setting: Setting) -> str:
     parts: list[str] = ["slimheads", "profile", source.given, "--task", source.task]
     parts += [part for shape in shapes for part in ("--shape", "x".join(map(str, shape)))]
     parts += ["--threads", str(setting.threads), "--provider", setting.provider]
-    return " ".join([*parts, *(["--within-groups"] if setting.within_groups else [])])
+    return shlex.join([*parts, *(["--within-groups"] if setting.within_groups else [])])

@@ -16,6 +16,7 @@ from slimheads.preview import Preview, plan_of
 from slimheads.profiling import Profile
 from slimheads.scoring import Scores
 
+_AGAIN = "profile with --again on a machine that does nothing else"
 _UNWRAPPED = 100_000  # columns: a line a row, however long, for grep and its like
 
 
@@ -70,6 +71,8 @@ def _print_prediction(console: Console, found: Preview) -> None:
             medians = (wording.milliseconds(ms) for ms in (row.dense_ms, row.slim_ms))
             table.add_row(place, *medians, f"{estimate} ({low} to {high})")
         console.print(table)
+        if doubtful := max(row.doubtful for row in found.predicted):
+            console.print(f"{_in_doubt(doubtful)} in the latency table: {_AGAIN}", soft_wrap=True)
     if found.predicted_reason:
         console.print(f"latency is not predicted: {found.predicted_reason}", markup=False, soft_wrap=True)
 
@@ -93,8 +96,11 @@ def print_profiles(profiles: Sequence[Profile]) -> None:
             rows.add_row(f"{len(kind.sites)} {kind.name}", f"{point.kept} of {kind.total}", interval, saved, doubt)
         console.print(rows)
         if table.doubtful:
-            points = wording.plural(table.doubtful, "point")
-            console.print(f"{points} in doubt: measure again with --again on a machine that does nothing else")
+            console.print(f"{_in_doubt(table.doubtful)}: {_AGAIN}", soft_wrap=True)
+
+
+def _in_doubt(points: int) -> str:
+    return f"{wording.plural(points, 'point')} in doubt"
 
 
 def print_dry_run(stages: Mapping[str, str], found: Preview) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from slimheads.bench import Interval
-from slimheads.latency_table import Kind, LatencyTable, Measurement
+from slimheads.checkpoint import find
+from slimheads.latency_table import Kind, LatencyTable, Measurement, kinds_of
+from slimheads.model import load
+from slimheads.table_store import Setting, made_for, path_of, store
 
 STEADY = Interval(estimate=1.0, low=0.99, high=1.01)
 
@@ -41,3 +45,15 @@ def table_of(
 def stairs(total: int, threads: int, each: float) -> Callable[[int, int], float]:
     """Latency in steps of `threads` heads: 7 heads on 2 threads cost as much as 8. `each` is what a head saves."""
     return lambda _, kept: 1 - each * (total - -(-kept // threads) * threads)
+
+
+def keep_table(
+    model: Path, share: Callable[[int, int], float], shape: tuple[int, ...], setting: Setting, **more: Any
+) -> Path:
+    """Stores a made-up table as if it had been measured of this model; where it is."""
+    source, kinds = find(str(model)), kinds_of(load(model), setting.within_groups)
+    about = made_for(source, shape, setting)
+    path = path_of(source, shape, setting)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    store(path, table_of(kinds, share, threads=setting.threads, shape=shape, made_for=about, **more))
+    return path

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 import pytest
-from latency_tables import kind_of, table_of
+from latency_tables import keep_table
 from tiny import tiny_model
 from whole_runs import checkpoint, measured, slimheads
 
@@ -21,7 +21,7 @@ from slimheads.checkpoint import find
 from slimheads.errors import EnvironmentLackError, UsageError
 from slimheads.profiling import profile, setting_of, table_shapes
 from slimheads.recipe import Recipe
-from slimheads.table_store import Setting, made_for, path_of, store, stored
+from slimheads.table_store import Setting, stored
 
 SHAPES: tuple[tuple[int, ...], ...] = ((1, 8), (2, 16))
 ONE = Setting("cpu", 1)
@@ -62,18 +62,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeBench]:
     yield bench
 
 
-def written(table: Any, shape: Any = (1, 8), setting: Setting = ONE, model: Path | None = None) -> Path:
-    """A made-up table, stored as one of this model's."""
-    source = find(str(model or checkpoint()))
-    path = path_of(source, shape, setting)
-    table = table.model_copy(update={"shape": shape, "made_for": made_for(source, shape, setting)})
-    store(path, table)
-    return path
-
-
-def made_up(threads: int = 1) -> Any:
-    sites = tuple(f"encoder.layer.{layer}.attention" for layer in range(3))
-    return table_of([kind_of(sites=sites)], lambda _, kept: 0.9, threads=threads)
+def written() -> Path:
+    """A made-up table, stored as one of the small BERT's."""
+    return keep_table(checkpoint(), lambda _, kept: 0.9, (1, 8), ONE)
 
 
 # Measuring
@@ -150,7 +141,7 @@ def test_images_have_no_length() -> None:
 
 
 def test_a_table_is_found_for_what_it_was_made_for_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written(made_up())
+    written()
     source = find(str(checkpoint()))
     assert set(stored(source, SHAPES, ONE)) == {(1, 8)}
     for other in (Setting("cpu", 2), Setting("cuda", 1), Setting("cpu", 1, within_groups=True)):
@@ -177,7 +168,7 @@ def test_a_table_is_found_for_what_it_was_made_for_alone(tmp_path: Path, monkeyp
 def test_a_damaged_table_is_told_and_measured_again(
     content: bytes | None, fake: FakeBench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = written(made_up())
+    path = written()
     # None: whole, but of another model, as a file that was copied over this one would be
     other = content if content is not None else path.read_bytes().replace(b'"intermediate_size": 48', b'"inter": 48')
     assert other != path.read_bytes()
