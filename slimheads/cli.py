@@ -8,7 +8,8 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -81,7 +82,9 @@ def run(
     chosen = Recipe.read(recipe, overrides or ())
     out = out or Path("runs", recipe.stem)
     if dry_run:
-        stages, found = pipeline.dry_run(chosen, out, from_stage=from_stage, until=until), preview(chosen)
+        stages = pipeline.dry_run(chosen, out, from_stage=from_stage, until=until)
+        with _display("plan") as display:
+            found = preview(chosen, display.note)
         data = {"stages": stages, **found.model_dump(mode="json")}
         _show(as_json, data, lambda: terminal.print_dry_run(stages, found))
         return
@@ -101,12 +104,14 @@ def run(
 
 @app.command()
 def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Show what a recipe would delete: heads, parameters, FLOPs, bytes. Writes nothing."""
+    """Show what a recipe would delete: heads, parameters, FLOPs, bytes, predicted latency. Writes no weights."""
     from slimheads import terminal
     from slimheads.preview import preview
     from slimheads.recipe import Recipe
 
-    found = preview(Recipe.read(recipe, overrides or ()))
+    chosen = Recipe.read(recipe, overrides or ())
+    with _display("plan") as display:
+        found = preview(chosen, display.note)
     _show(as_json, found.model_dump(mode="json"), lambda: terminal.print_preview(found))
 
 
@@ -155,8 +160,7 @@ def bench(
         require_picture(plot)
     if max_ratio is not None:
         require_limit(max_ratio, "--max-ratio")
-    with _display() as display:
-        display.start("bench")
+    with _display("bench") as display:
         rows = measure(
             first, second, shapes=wanted, threads=threads, provider=provider, min_seconds=min_seconds,
             on_progress=display.note,
@@ -166,6 +170,38 @@ def bench(
         write_timeline(rows, plot, names=("first", "second"))
     if max_ratio is not None:
         require_ratio(rows, max_ratio, asked=f"--max-ratio {max_ratio}", names=("first", "second"))
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, pkg://package/folder or a hub id.")],
+    task: Task = "auto",
+    shapes: Annotated[
+        list[str] | None, typer.Option("--shape", metavar="BxL", help="Batch x length, e.g. 1x128.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads within an operator.")] = 2,
+    provider: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    within_groups: Annotated[
+        bool, typer.Option("--within-groups", help="Count query heads where they share KV heads.")
+    ] = False,
+    min_seconds: Annotated[float, typer.Option(help="Seconds to measure each count and shape for.")] = 1.0,
+    again: Annotated[bool, typer.Option("--again", help="Measure even what is stored.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what each count of heads costs, once for a model and machine; plans are predicted from it."""
+    from slimheads import terminal
+    from slimheads.checkpoint import find
+    from slimheads.profiling import profile as measure
+    from slimheads.table_store import Setting
+
+    wanted = [_shape(text) for text in shapes or ["1x16", "1x128"]]
+    with _display("profile") as display:
+        found = measure(
+            find(model, task), wanted, Setting(provider, threads, within_groups), min_seconds=min_seconds, again=again,
+            tell=display.note,
+        )  # fmt: skip
+    data = [{"path": str(f.path), "reused": f.reused, "table": f.table.model_dump(mode="json")} for f in found]
+    _show(as_json, data, lambda: terminal.print_profiles(found))
 
 
 @app.command()
@@ -285,12 +321,17 @@ def _still_to_go_on() -> None:
         raise Interrupted(_asked_to_end[-1])
 
 
-def _display() -> Any:
+@contextmanager
+def _display(doing: str | None = None) -> Iterator[Any]:
+    """Progress on stderr; of `doing` alone where it is not several stages that say their own names."""
     from rich.console import Console
 
     from slimheads.progress import Display
 
-    return Display(Console(stderr=True), _still_to_go_on)
+    with Display(Console(stderr=True), _still_to_go_on) as display:
+        if doing:
+            display.start(doing)
+        yield display
 
 
 def _command(recipe: Path, out: Path, overrides: Sequence[str] | None) -> str:

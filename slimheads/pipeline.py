@@ -118,7 +118,7 @@ def dry_run(
     require_providers(recipe)
     source = find(recipe.model, recipe.task)
     require_usable(recipe, source)
-    job = Job(recipe, source, lambda _: None)
+    job = Job(recipe, source, lambda _: None, measures=False)
     left: dict[str, str] = {}
     found = {}
     for stage in stages_until(until):
@@ -149,11 +149,11 @@ def _reusable(stage: Stage, store: Store, key: str, from_stage: str | None) -> R
 
 
 def _do(stage: Stage, job: Job, store: Store, from_stage: str | None, progress: Progress) -> StageRecord:
+    progress.start(stage.name)  # what a stage depends on can take its time: files to hash, a latency table to measure
     key = _key(stage, job, {name: _content_of(record) for name, record in job.records.items()})
     record = _reusable(stage, store, key, from_stage)
     reused = record is not None
     if record is None:
-        progress.start(stage.name)
         record = _work(stage, job, store, key)
     job.records[stage.name] = record
     progress.finish(stage.name, record.seconds, reused)

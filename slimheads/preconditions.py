@@ -31,7 +31,7 @@ def require_providers(recipe: Recipe) -> None:
 
 def require_usable(recipe: Recipe, source: Source) -> None:
     """Fails before any work where the recipe's own sample cannot be read or is of another kind than what the model is
-    fed, or a shape is too long for the model.
+    fed, a shape is too long for the model, or a latency table is asked for that cannot be.
 
     Raises:
         UsageError: naming the file, or the recipe's line.
@@ -50,6 +50,12 @@ def require_usable(recipe: Recipe, source: Source) -> None:
             f"there is no built-in sample of {NOUNS[fed]}s to measure the cosine on",
             where=recipe.where("gates.min_cosine"),
             hint="name your own sample as verify.inputs",
+        )
+    if recipe.select.multiple_of == "auto" and config.is_encoder_decoder:
+        raise UsageError(
+            f"multiple_of: auto takes a latency table, and there is none of an encoder-decoder ({source.model_type})",
+            where=recipe.where("select.multiple_of"),
+            hint="give a number, say that of bench.threads",
         )
     if recipe.verify.text:
         read_texts(Path(recipe.verify.text))

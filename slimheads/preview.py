@@ -1,21 +1,27 @@
-"""What a recipe would delete, without writing anything: heads, parameters, FLOPs and bytes before and after."""
+"""What a recipe would delete, without writing weights: heads, parameters, FLOPs and bytes, and predicted latency."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from slimheads import flops
-from slimheads.checkpoint import find
+from slimheads.bench import Interval
+from slimheads.checkpoint import Source, find, read_config
 from slimheads.inputs import measured_shapes
+from slimheads.latency_table import LatencyTable, predict
 from slimheads.model import load
 from slimheads.preconditions import require_usable
+from slimheads.profiling import command, setting_of, table_shapes, tables_for
 from slimheads.recipe import Recipe
 from slimheads.scoring import score
 from slimheads.selection import Plan
+from slimheads.snapping import Selection
 from slimheads.stages import choose
 from slimheads.surgery import prune
+from slimheads.table_store import Shape
 
 
 class Cost(BaseModel):
@@ -28,6 +34,19 @@ class Cost(BaseModel):
     bytes: int
 
 
+class PlannedLatency(BaseModel):
+    """What the latency table predicts at one shape; the interval is that of the table's own noise."""
+
+    model_config = ConfigDict(frozen=True)
+    provider: str
+    threads: int
+    shape: tuple[int, ...]
+    dense_ms: float
+    slim_ms: float
+    speedup: Interval
+    doubtful: int  # points of the table that its controls do not vouch for
+
+
 class Preview(BaseModel):
     """A plan and what it would change."""
 
@@ -38,18 +57,27 @@ class Preview(BaseModel):
     dense: Cost
     slim: Cost
     plan: dict[str, Any]  # as in plan.json
+    selection: Selection
+    predicted: tuple[PlannedLatency, ...] | None  # a shape with a table each
+    predicted_reason: str | None  # why it is null, or lacks a shape
 
 
-def preview(recipe: Recipe) -> Preview:
-    """Scores the model, chooses, and deletes in memory to count what is left.
+def preview(recipe: Recipe, tell: Callable[[str], None] = lambda line: None) -> Preview:
+    """Scores the model, chooses, deletes in memory to count what is left, and looks its latency up.
+
+    A latency table is measured only where `multiple_of: auto` cannot choose without it; it is stored for later runs.
+
+    Args:
+        tell: called with a line of text while a table is measured.
 
     Raises:
         SlimheadsError: as `slimheads.run` would up to its prune stage.
     """
     source = find(recipe.model, recipe.task)
     require_usable(recipe, source)
+    tables, reason = _tables(recipe, source, tell)
     model = load(source.folder, source.task)
-    plan = choose(score(model, recipe.score.method), recipe)
+    plan, selection = choose(score(model, recipe.score.method), recipe, tuple(tables.values()))
     shape = measured_shapes(model.config, recipe.bench.shapes)[-1]
 
     def cost(units: int) -> Cost:
@@ -69,6 +97,35 @@ def preview(recipe: Recipe) -> Preview:
         dense=dense,
         slim=cost(plan.total - plan.removed),
         plan=plan.to_json(),
+        selection=selection,
+        predicted=tuple(_predicted(table, plan) for table in tables.values()) or None,
+        predicted_reason=reason,
+    )
+
+
+def _tables(
+    recipe: Recipe, source: Source, tell: Callable[[str], None]
+) -> tuple[Mapping[Shape, LatencyTable], str | None]:
+    """The model's tables, and what to do about those that are not there."""
+    if read_config(source.folder).is_encoder_decoder:
+        return {}, "there are no latency tables of encoder-decoders"
+    tables = tables_for(recipe, source, tell, measures=recipe.select.multiple_of == "auto")
+    lacking = [s for s in table_shapes(source, recipe.bench.shapes) if s not in tables]
+    if not lacking:
+        return tables, None
+    return tables, f"there is no latency table yet; make one with: {command(source, lacking, setting_of(recipe))}"
+
+
+def _predicted(table: LatencyTable, plan: Plan) -> PlannedLatency:
+    found = predict(table, plan)
+    return PlannedLatency(
+        provider=table.provider,
+        threads=table.threads,
+        shape=table.shape,
+        dense_ms=found.dense_ms,
+        slim_ms=found.slim_ms,
+        speedup=found.speedup,
+        doubtful=table.doubtful,
     )
 
 

@@ -7,7 +7,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, PrivateAttr, Strict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    PositiveFloat,
+    PositiveInt,
+    PrivateAttr,
+    Strict,
+    WithJsonSchema,
+)
 
 from slimheads.errors import UsageError
 from slimheads.recipe_yaml import KeyPath, Place, Positions, dotted, parse_value, read_yaml, scalar, validate
@@ -48,6 +59,12 @@ def _holding(wanted: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _whole_or_auto(value: object) -> object:
+    if value != "auto" and not (type(value) is int and value >= 1):
+        raise ValueError("should be auto, or a whole number of at least 1")
+    return value
+
+
 # A tuple may be given as a list (as YAML and callers do); what is inside stays strict.
 PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 Precisions = Annotated[
@@ -76,6 +93,12 @@ Shapes = Annotated[
     Strict(False),
     Field(min_length=1, json_schema_extra={"uniqueItems": True}),
     AfterValidator(_distinct),
+]
+# Not a plain union, whose errors would name the branch.
+Multiple = Annotated[
+    int | Literal["auto"],
+    PlainValidator(_whole_or_auto),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
 ]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -106,7 +129,9 @@ class Select(_Section):
         "none", description="layer: divide scores by their layer's mean before ranking"
     )
     keep_at_least: PositiveInt = Field(1, description="heads that stay in each layer, at least 1")
-    multiple_of: PositiveInt = Field(1, description="kept heads of each layer are a multiple of this, at least 1")
+    multiple_of: Multiple = Field(
+        1, description="kept heads of each layer are a multiple of this; auto: of what is measured to pay"
+    )
     counts: Literal["any", "equal"] = Field("any", description="equal: every layer keeps the same number of heads")
     within_groups: bool = Field(
         False, description="true: where query heads share KV heads, delete query heads and keep every KV head"

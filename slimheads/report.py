@@ -22,6 +22,7 @@ from slimheads.certificate import Link, SkippedLink
 from slimheads.drift import Drift
 from slimheads.environment import Environment
 from slimheads.family import Inputs
+from slimheads.snapping import Selection
 from slimheads.treatments import Candidate, Treatment
 
 if TYPE_CHECKING:
@@ -149,6 +150,27 @@ class GateResult(_Part):
         return self
 
 
+class Prediction(_Part):
+    """What was expected of one float32 row of `latency`, from the plan alone, beside what was measured."""
+
+    provider: str
+    threads: int
+    graph: str | None = None
+    shape: tuple[int, ...]
+    source: Literal["table", "flops"]  # the latency table, or the ratio of FLOPs where there is none
+    speedup: float | None  # predicted
+    low: float | None = None  # the table's own 95% margin
+    high: float | None = None
+    measured: float | None  # speedup
+    error: float | None  # predicted slim latency / measured slim latency - 1, for the same dense latency
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _nulls_have_reasons(self) -> Self:
+        _need_reason(self, ("speedup", "measured", "error"))
+        return self
+
+
 class StageRecord(_Part):
     """What one stage cost; a reused stage shows what it cost when it ran."""
 
@@ -183,6 +205,9 @@ class Report(_Part):
     latency_reason: str | None = None
     candidates: tuple[Candidate, ...] = ()  # the float32 graphs that could ship; one of them does
     treatments: tuple[Treatment, ...] = ()  # what each further graph and precision gave, apart from the deletion
+    selection: Selection
+    predictions: tuple[Prediction, ...]
+    predictions_reason: str | None = None  # why there are none, or why they are by FLOPs
     gates: tuple[GateResult, ...] = ()
     stages: tuple[StageRecord, ...]
     environment: Environment
@@ -192,7 +217,7 @@ class Report(_Part):
 
     @model_validator(mode="after")
     def _nulls_have_reasons(self) -> Self:
-        for section in ("certificate", "drift", "drift_text", "latency"):
+        for section in ("certificate", "drift", "drift_text", "latency", "predictions"):
             if not getattr(self, section) and not getattr(self, f"{section}_reason"):
                 raise ValueError(f"{section} is empty and {section}_reason does not say why")
         for row in self.latency:
@@ -226,7 +251,7 @@ class Report(_Part):
         return self.model_dump_json(indent=2) + "\n"
 
 
-def _need_reason(part: Size | GateResult, figures: tuple[str, ...]) -> None:
+def _need_reason(part: Size | GateResult | Prediction, figures: tuple[str, ...]) -> None:
     missing = [name for name in figures if getattr(part, name) is None]
     if missing and not part.reason:
         raise ValueError(f"{', '.join(missing)} null without a reason")

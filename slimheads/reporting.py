@@ -10,17 +10,20 @@ from slimheads.bench import Latency
 from slimheads.checkpoint import read_config
 from slimheads.drift import Drift
 from slimheads.environment import Environment
-from slimheads.errors import GateError
+from slimheads.errors import GateError, UsageError
 from slimheads.export import graph_bytes
 from slimheads.family import Inputs, families
 from slimheads.inputs import NOUNS
 from slimheads.latency_gate import latency_bound
+from slimheads.latency_table import Predicted, predict
+from slimheads.profiling import command, table_shapes
 from slimheads.recipe import Gates
 from slimheads.report import (
     GateResult,
     Heads,
     ModelFacts,
     PlanTable,
+    Prediction,
     Report,
     ScoreTable,
     Size,
@@ -32,6 +35,7 @@ from slimheads.report import (
 )
 from slimheads.stages import Job, certificate_of
 from slimheads.store import Source
+from slimheads.table_store import Setting, stored
 from slimheads.tables import short_name
 from slimheads.workloads import loaded_graphs
 
@@ -62,6 +66,7 @@ def assemble(
     gates = judge(job.recipe.gates, latency, [d for d in (drift, drift_text) if d], facts.dense, facts.slim)
     error = certificate.error()
     unmet = [_unmet(gate, job) for gate in gates if not gate.met]
+    predictions, no_table = predict_rows(job, latency)
     drift_reason, text_reason = _no_drift(job, facts.inputs, certificate.passed)
     return Report(
         verdict=Verdict(
@@ -82,12 +87,62 @@ def assemble(
         drift_text_reason=None if drift_text else text_reason,
         latency=latency,
         latency_reason=None if latency else BROKEN_PROOF,
+        selection=job.selection(),
+        predictions=predictions,
+        predictions_reason=no_table if predictions else BROKEN_PROOF,
         gates=gates,
         stages=tuple(stages),
         environment=surroundings,
         command=command,
         seconds=seconds,
         peak_rss_mb=peak_rss_mb,
+    )
+
+
+def predict_rows(job: Job, latency: Sequence[Latency]) -> tuple[tuple[Prediction, ...], str | None]:
+    """Every float32 row predicted from the plan, and why a row is predicted by FLOPs.
+
+    With the tables that are stored now: a table is of the dense model, so none was made with this plan's latency known.
+    """
+    found, reason = [], None
+    for row in latency:
+        if row.precision == "fp32":
+            by_table, lacking = _by_table(job, row)
+            reason = reason or lacking
+            found.append(_prediction(row, by_table))
+    return tuple(found), reason
+
+
+def _by_table(job: Job, row: Latency) -> tuple[Predicted | None, str | None]:
+    if row.graph is not None:
+        return None, "there are no latency tables of models with several graphs"
+    setting = Setting(row.provider, row.threads, job.recipe.select.within_groups)
+    tables = stored(job.source, [row.shape], setting)
+    if row.shape not in tables:
+        shapes = table_shapes(job.source, job.recipe.bench.shapes)
+        return None, f"there is no latency table yet; make one with: {command(job.source, shapes, setting)}"
+    try:
+        return predict(tables[row.shape], job.plan()), None
+    except UsageError as error:
+        return None, error.what
+
+
+def _prediction(row: Latency, by_table: Predicted | None) -> Prediction:
+    interval = by_table.speedup if by_table else None
+    speedup = interval.estimate if interval else row.flop_speedup
+    measured = row.speedup.estimate if row.speedup and row.verdict != "inconclusive" else None
+    return Prediction(
+        provider=row.provider,
+        threads=row.threads,
+        graph=row.graph,
+        shape=row.shape,
+        source="table" if interval else "flops",
+        speedup=speedup,
+        low=interval.low if interval else None,
+        high=interval.high if interval else None,
+        measured=measured,
+        error=measured / speedup - 1 if measured and speedup else None,
+        reason="the FLOPs were not counted" if speedup is None else row.reason if measured is None else None,
     )
 
 

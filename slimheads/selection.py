@@ -190,6 +190,9 @@ def select(
     """
     if not 0 <= ratio < 1:
         raise UsageError(f"ratio {ratio} is not in [0, 1)", hint="at least one unit stays in every site")
+    if isinstance(multiple_of, str):
+        hint = "give a number here; a recipe with multiple_of: auto has it measured"
+        raise UsageError(f"multiple_of {multiple_of!r} takes a latency table, and scores alone have none", hint=hint)
     if keep_at_least < 1 or multiple_of < 1:
         raise UsageError("keep_at_least and multiple_of start at 1", hint="every site keeps at least one unit")
     candidates = _candidates(scores, within_groups)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -31,14 +31,18 @@ from slimheads.errors import SlimheadsError
 from slimheads.export import Candidate, Precision, build_candidate, export, file_name
 from slimheads.gating import gated
 from slimheads.inputs import NOUNS, inputs_kind, measured_shapes, read_inputs
+from slimheads.latency_table import LatencyTable
 from slimheads.model import load, save
 from slimheads.pooling import pooling_of
+from slimheads.profiling import setting_of, table_shapes, tables_for
 from slimheads.recipe import Provider, Recipe
 from slimheads.reload import reload_tier
 from slimheads.scoring import Scores, score
 from slimheads.selection import Plan, random_plan, select
+from slimheads.snapping import Selection, choose_step
 from slimheads.store import Record
 from slimheads.surgery import prune
+from slimheads.table_store import Shape
 from slimheads.texts import read_texts
 from slimheads.treated import bench_treated
 from slimheads.treatments import PLAIN, Kind, Treatment, lacking_memory, treatment_of, unmeasured
@@ -66,7 +70,9 @@ class Job:
     recipe: Recipe
     source: Source
     tell: Callable[[str], None]  # a line of progress within a stage
+    measures: bool = True  # latency tables that a step asks for and that are not stored
     records: dict[str, Record] = field(default_factory=dict)
+    _tables: dict[Shape, LatencyTable] | None = None
     _models: dict[str, PreTrainedModel] = field(default_factory=dict)
 
     def result(self, stage: str) -> dict[str, Any]:
@@ -89,6 +95,16 @@ class Job:
     def plan(self) -> Plan:
         """What is deleted."""
         return Plan.from_json(self.result("select"))
+
+    def selection(self) -> Selection:
+        """How the plan's head counts were chosen."""
+        return Selection.model_validate(self.result("select")["selection"])
+
+    def tables(self) -> dict[Shape, LatencyTable]:
+        """The model's latency tables at the recipe's shapes; without `measures`, those that are stored."""
+        if self._tables is None:
+            self._tables = tables_for(self.recipe, self.source, self.tell, measures=self.measures)
+        return self._tables
 
     def scores(self) -> Scores:
         """One number a unit, and one a query head where those share keys and values."""
@@ -166,14 +182,33 @@ def _score(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
     return score(job.dense(), job.recipe.score.method).to_record(), True
 
 
+def _select_section(job: Job) -> dict[str, Any]:
+    section = _dump(job.recipe.select)
+    if job.recipe.select.multiple_of != "auto":
+        return section
+    setting, shapes = setting_of(job.recipe), table_shapes(job.source, job.recipe.bench.shapes)
+    tables = job.tables()
+    found = [[list(shape), tables[shape].fingerprint() if shape in tables else None] for shape in shapes]
+    return section | {"setting": asdict(setting), "tables": found}
+
+
 def _select(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
-    return choose(job.scores(), job.recipe).to_json(), True
+    auto = job.recipe.select.multiple_of == "auto"
+    plan, selection = choose(job.scores(), job.recipe, tuple(job.tables().values()) if auto else ())
+    return plan.to_json() | {"selection": selection.model_dump(mode="json")}, True
 
 
-def choose(scores: Scores, recipe: Recipe) -> Plan:
-    """`select` by the recipe; its error names the recipe's line."""
+def choose(scores: Scores, recipe: Recipe, tables: Sequence[LatencyTable] = ()) -> tuple[Plan, Selection]:
+    """`select` by the recipe; its error names the recipe's line.
+
+    Args:
+        tables: of the model at the recipe's shapes; only `multiple_of: auto` needs them.
+    """
+    asked, rules = recipe.select.multiple_of, _dump(recipe.select)
     try:
-        return select(scores, **_dump(recipe.select))
+        if asked == "auto" and tables:
+            return choose_step(scores, rules, tables)
+        return select(scores, **rules), Selection(asked=asked, multiple_of=asked)
     except SlimheadsError as error:
         error.where = recipe.where("select.ratio")
         raise
@@ -342,7 +377,8 @@ def _drift_on_inputs(job: Job, path: Path) -> dict[str, Any]:
 def _controls(job: Job) -> list[tuple[int, Callable[[], AbstractContextManager[Any]]]]:
     if job.plan().removed == 0:
         return []
-    plans = [(seed, random_plan(job.scores(), seed, **_dump(job.recipe.select))) for seed in CONTROL_SEEDS]
+    rules = _dump(job.recipe.select) | {"multiple_of": job.selection().multiple_of}
+    plans = [(seed, random_plan(job.scores(), seed, **rules)) for seed in CONTROL_SEEDS]
     return [(seed, partial(gated, job.dense(), plan)) for seed, plan in plans]
 
 
@@ -438,7 +474,7 @@ class _Measured:
 STAGES: tuple[Stage, ...] = (
     Stage("load", (), _content, _load),
     Stage("score", ("load",), lambda job: _dump(job.recipe.score), _score),
-    Stage("select", ("score",), lambda job: _dump(job.recipe.select), _select),
+    Stage("select", ("score",), _select_section, _select),
     Stage("prune", ("load", "select"), lambda _: {}, _prune),
     Stage("recover", ("prune",), lambda job: _dump(job.recipe.recover), _recover),
     Stage("export", ("load", "recover"), lambda job: _dump(job.recipe.export), _export),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from slimheads.bench import Interval, Latency, Timing
     from slimheads.certificate import Link
     from slimheads.drift import Drift
-    from slimheads.report import GateResult, Report
+    from slimheads.report import GateResult, Prediction, Report
     from slimheads.treatments import Candidate, Treatment
 
 # task -> (class in transformers, class in optimum.onnxruntime)
@@ -89,6 +89,7 @@ def tables(report: Report) -> dict[str, Any]:
         "latencies": latencies(report.latency),
         "candidates": candidates(report.candidates),
         "treatments": treatments(report.treatments),
+        "predictions": predictions(report.predictions),
         "gates": gates(report.gates),
         "stages": stages(report),
         "environment": environment_table(report),
@@ -244,6 +245,22 @@ def treatments(rows: Sequence[Treatment]) -> Table:
         verdict = f"{row.verdict}: {row.reason}" if row.reason else row.verdict
         cells.append((row.treatment, w.shape_text(row.shape), setting, *ratios, verdict))
     return table(head, cells, {3, 4, 5, 6})
+
+
+def predictions(rows: Sequence[Prediction]) -> Table:
+    """One row a float32 measurement: what was expected of it, and how far that was off."""
+    head = ("Shape", "Setting", "Predicted by", "Predicted", "Measured", "Error", "Note")
+    cells = []
+    for row in rows:
+        place = (w.shape_text(row.shape), w.setting(row))
+        predicted = w.ratio(row.speedup) if row.speedup is not None else "not counted"
+        if row.low is not None and row.high is not None:
+            predicted += f" ({row.low:.2f} to {row.high:.2f})"
+        measured = w.ratio(row.measured) if row.measured is not None else NONE
+        error = w.signed_percent(row.error) if row.error is not None else NONE
+        by = "latency table" if row.source == "table" else "FLOPs"
+        cells.append((*place, by, predicted, measured, error, row.reason or ""))
+    return table(head, cells, {3, 4, 5})
 
 
 def gates(found: Sequence[GateResult]) -> Table:

@@ -13,8 +13,10 @@ from slimheads.bench import Latency
 from slimheads.catalogue import NOT_PROVEN
 from slimheads.environment import Check
 from slimheads.preview import Preview, plan_of
+from slimheads.profiling import Profile
 from slimheads.scoring import Scores
 
+_AGAIN = "profile with --again on a machine that does nothing else"
 _UNWRAPPED = 100_000  # columns: a line a row, however long, for grep and its like
 
 
@@ -54,6 +56,51 @@ def print_preview(found: Preview) -> None:
     for site in plan.sites:
         sites.add_row(site.site, f"{len(site.kept)} of {site.total}", " ".join(map(str, site.removed)) or "nothing")
     console.print(sites)
+    _print_prediction(console, found)
+
+
+def _print_prediction(console: Console, found: Preview) -> None:
+    if found.selection.asked == "auto":
+        unit = "heads" if plan_of(found).sites[0].unit == "head" else "KV groups"
+        console.print(wording.selection_line(found.selection, unit), markup=False, soft_wrap=True)
+    if found.predicted:
+        table = Table("predicted at", "dense", "slim", "speedup (by the latency table)", box=None, pad_edge=False)
+        for row in found.predicted:
+            place = f"{wording.shape_text(row.shape)} ({row.provider}, {wording.plural(row.threads, 'thread')})"
+            estimate, low, high = wording.span(row.speedup)
+            medians = (wording.milliseconds(ms) for ms in (row.dense_ms, row.slim_ms))
+            table.add_row(place, *medians, f"{estimate} ({low} to {high})")
+        console.print(table)
+        if doubtful := max(row.doubtful for row in found.predicted):
+            console.print(f"{_in_doubt(doubtful)} in the latency table: {_AGAIN}", soft_wrap=True)
+    if found.predicted_reason:
+        console.print(f"latency is not predicted: {found.predicted_reason}", markup=False, soft_wrap=True)
+
+
+def print_profiles(profiles: Sequence[Profile]) -> None:
+    """One table a shape: what is left of the dense latency at each count, and what a unit deleted in one site saves."""
+    console = stdout()
+    for made in profiles:
+        table, how = made.table, "reused" if made.reused else "measured"
+        place = f"{wording.shape_text(table.shape)}, {table.provider}, {wording.plural(table.threads, 'thread')}"
+        console.print(f"{place}: dense {wording.milliseconds(table.dense_ms)}; {how}, {made.path}", soft_wrap=True)
+        rows = Table("sites", "keep", "share of dense latency (95% interval)", box=None, pad_edge=False)
+        rows.add_column("saved a deleted unit and site", justify="right")
+        rows.add_column("")
+        for point in table.points:
+            kind = table.kinds[point.kind]
+            each = (1 - point.share.estimate) / (kind.total - point.kept) / len(kind.sites)
+            interval = f"{point.share.estimate:.3f} ({point.share.low:.3f} to {point.share.high:.3f})"
+            saved = f"{each:.2%}, {1000 * each * table.dense_ms:.3g} µs"
+            doubt = f"in doubt: {point.doubt}" if point.doubt else ""
+            rows.add_row(f"{len(kind.sites)} {kind.name}", f"{point.kept} of {kind.total}", interval, saved, doubt)
+        console.print(rows)
+        if table.doubtful:
+            console.print(f"{_in_doubt(table.doubtful)}: {_AGAIN}", soft_wrap=True)
+
+
+def _in_doubt(points: int) -> str:
+    return f"{wording.plural(points, 'point')} in doubt"
 
 
 def print_dry_run(stages: Mapping[str, str], found: Preview) -> None:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from slimheads.bench import Interval, Latency
     from slimheads.certificate import Link
     from slimheads.drift import Drift
-    from slimheads.report import ModelFacts, Report
+    from slimheads.report import ModelFacts, Prediction, Report
+    from slimheads.snapping import Selection
     from slimheads.treatments import Candidate
 
 FIGURE_NAMES = {
@@ -81,7 +82,11 @@ def change(before: float | None, after: float | None) -> str:
         return "not measured"
     if before == after:
         return "unchanged"
-    share = after / before - 1
+    return signed_percent(after / before - 1)
+
+
+def signed_percent(share: float) -> str:
+    """0.0123 -> +1.2%, with a true minus sign below zero."""
     return f"{MINUS if share < 0 else '+'}{abs(share):.1%}"
 
 
@@ -159,6 +164,10 @@ def headline(report: Report) -> Headline:
         lines.append(f"Latency: not measured: {report.latency_reason}.")
     if len(report.candidates) > 1:
         lines.append(_graph(report.candidates))
+    if report.predictions:
+        lines.append(prediction_line(report.predictions))
+    if report.selection.asked == "auto":
+        lines.append(selection_line(report.selection, units(report.model, report.selection.kept_more)))
     lines.append(_drift(report.drift, report.drift_reason, report.scores.method))
     if report.drift_text is not None:
         lines.append(_drift(report.drift_text, None, report.scores.method))
@@ -199,6 +208,41 @@ def latency_setup(row: Latency) -> str:
     graph = f"{row.graph}, " if row.graph else ""
     form = "" if row.candidate == "plain" else f" ({row.candidate})"
     return f"{graph}{row.precision}{form}, {row.provider}, {plural(row.threads, 'thread')}"
+
+
+def setting(row: Prediction) -> str:
+    """cpu, 2 threads; before that the graph, where there are several."""
+    graph = f"{row.graph}, " if row.graph else ""
+    return f"{graph}{row.provider}, {plural(row.threads, 'thread')}"
+
+
+def prediction_line(rows: Sequence[Prediction]) -> str:
+    """How far predicted latencies were from measured ones: the worst of those by the table, and of those by FLOPs."""
+    said = []
+    for source, name in (("table", "latency table"), ("flops", "FLOPs alone")):
+        own = [row for row in rows if row.source == source]
+        errors = [row.error for row in own if row.error is not None]
+        if errors:
+            worst = max(errors, key=abs)
+            place = f" at {shape_text(own[0].shape)}" if len(own) == 1 else f", the worst of {len(errors)}"
+            said.append(f"slim latency by the {name} is {signed_percent(worst)} off what was measured{place}")
+        elif own:
+            said.append(f"by the {name}, and nothing conclusive was measured to hold it against")
+    return f"Prediction: {'; '.join(said)}."
+
+
+def selection_line(selection: Selection, unit: str) -> str:
+    """What `multiple_of: auto` came to, and what it gained by the latency table."""
+    chose = f"Head counts: multiple_of: auto chose {selection.multiple_of}"
+    if selection.predicted_gain is None:
+        tried = [candidate.multiple_of for candidate in selection.candidates]
+        steps = f" (tried: {listing(tried)})" if tried else ""
+        return f"{chose}, and shows no gain: {selection.reason}{steps}."
+    more = f", with {selection.kept_more} {unit} more kept" if selection.kept_more else ""
+    if selection.reason:
+        return f"{chose}: {selection.reason}{more}."
+    estimate, low, high = span(selection.predicted_gain)
+    return f"{chose}: predicted {estimate}x as fast as without ({low} to {high} by the latency table){more}."
 
 
 def shape_text(shape: Sequence[int]) -> str:

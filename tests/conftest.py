@@ -13,7 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import copy
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for argument, values in PARAMETERS.items():
         if argument in metafunc.fixturenames and argument not in given:
             metafunc.parametrize(argument, values)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Latency tables of tests go to a folder of their own, never to the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLIMHEADS_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ from slimheads.model import load
 from slimheads.recipe import Recipe
 from slimheads.scoring import score
 
-COMMANDS = ("run", "plan", "score", "bench", "init", "families", "schema", "doctor")
+COMMANDS = ("run", "plan", "score", "profile", "bench", "init", "families", "schema", "doctor")
 
 
 @pytest.fixture(autouse=True)

@@ -113,6 +113,9 @@ TABLE: list[tuple[str, bool]] = [
     ("select: {keep_at_least: 0}", False),
     ("select: {keep_at_least: 1.5}", False),
     ("select: {multiple_of: 0}", False),
+    ("select: {multiple_of: auto}", True),
+    ("select: {multiple_of: autos}", False),
+    ("select: {multiple_of: true}", False),
     ("select: {scope: both}", False),
     ("select: {normalize: null}", False),
     ("select: {counts: same}", False),
@@ -219,6 +222,10 @@ def test_schema_and_reader_want_a_model(text: str, written: Any) -> None:
         (
             "model: m\nselect: {scope: globl}\n",
             "r.yaml:2:17: select.scope should be 'global' or 'layer', got \"globl\" (text); ",
+        ),
+        (
+            "model: m\nselect: {multiple_of: two}\n",
+            'r.yaml:2:23: select.multiple_of should be auto, or a whole number of at least 1, got "two" (text);',
         ),
         ("model: m\nbench: {shapes: [[1]]}\n", "r.yaml:2:18: bench.shapes[0] should have at least 2 items, got [1];"),
         ("model: m\nbench: {shapes: [[1, 0]]}\n", "r.yaml:2:22: bench.shapes[0][1] should be greater than 0, got 0"),

@@ -77,6 +77,20 @@ def make_latency(
     return Latency(**(fields | more))
 
 
+def make_prediction(shape: tuple[int, ...], predicted: float, found: float, **more: Any) -> dict[str, Any]:
+    """A prediction by the latency table, beside what was measured."""
+    fields: dict[str, Any] = {
+        "provider": "cpu",
+        "threads": 2,
+        "shape": shape,
+        "source": "table",
+        "speedup": predicted,
+        "measured": found,
+        "error": found / predicted - 1,
+    }
+    return fields | more
+
+
 def make_link(number: int, **more: Any) -> Link:
     """A link that held, with the contract's names."""
     names = {
@@ -164,6 +178,12 @@ def make_report(layers: int = 6, units: int = 12, removed: int = 18, **more: Any
         "drift": make_drift(),
         "drift_text_reason": "the recipe names no text",
         "latency": [make_latency((1, 16), 1.84, 1.09), make_latency((1, 128), 12.4, 1.12)],
+        "selection": {"asked": 1, "multiple_of": 1},
+        "predictions": [
+            make_prediction((1, 16), 1.08, 1.09),
+            make_prediction((1, 128), 1.15, 1.12, source="flops"),
+        ],
+        "predictions_reason": "there is no latency table yet; make one with: slimheads profile m --shape 1x128",
         "gates": [{"gate": "latency_ratio", "limit": 0.95, "measured": 0.893, "met": True}],
         "stages": [
             {"stage": "load", "seconds": 1.42, "peak_rss_mb": 612.0, "reused": False},
@@ -311,6 +331,9 @@ def test_numbers_that_json_lacks_are_refused_wherever_they_hide(bad: float) -> N
         {"verdict": {"ok": False, "exit_code": 7, "reasons": []}},
         {"verdict": {"ok": True, "exit_code": 7, "reasons": ["a gate"]}},
         {"plan": make_tables(5, 12, 3)[1]},
+        {"predictions": [], "predictions_reason": None},
+        {"predictions": [make_prediction((1, 16), 1.1, 1.1, measured=None, error=None)]},
+        {"predictions": [make_prediction((1, 16), 1.1, 1.1, speedup=None)]},
         {"unheard_of": 1},
     ],
     ids=lambda fields: next(iter(fields)),
@@ -331,6 +354,44 @@ def test_headline_of_a_passed_run_starts_with_the_verdict_and_gives_every_findin
     assert "0.912" in text and RANDOM_RANGE in text
     assert "links 1, 2 and 4 held" in text
     assert "did not beat" not in text
+
+
+def test_predictions_are_told_with_their_source_and_worst_error() -> None:
+    rows = [
+        make_prediction((1, 16), 1.10, 1.12, low=1.08, high=1.13),
+        make_prediction((1, 128), 1.20, 1.14),
+        make_prediction((4, 128), 1.25, 1.25, source="flops"),
+        make_prediction((8, 128), 1.25, 0, measured=None, error=None, reason="too noisy"),
+    ]
+    report = make_report(predictions=rows)
+    (line,) = [line for line in headline(report) if line.startswith("Prediction")]
+    assert "by the latency table is \u22125.0% off what was measured, the worst of 2" in line
+    assert "by the FLOPs alone is +0.0% off what was measured at 4x128" in line
+    for page in (render_markdown(report), Page(render_html(report)).text):
+        assert all(said in page for said in ("1.10x", "1.08 to 1.13", "+1.8%", "latency table", "too noisy"))
+        assert str(report.predictions_reason) in page
+    silent = make_report(predictions=rows[3:])
+    assert "nothing conclusive was measured" in "\n".join(headline(silent))
+
+
+GAIN = {"estimate": 1.031, "low": 1.012, "high": 1.05}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"predicted_gain": GAIN}, "auto chose 2: predicted 1.03x as fast as without (1.01 to 1.05 by the latency"),
+        ({"predicted_gain": GAIN, "kept_more": 3}, "latency table), with 3 heads more kept"),
+        ({"predicted_gain": GAIN | {"low": 0.99}, "reason": "no difference beyond noise"}, "2: no difference beyond"),
+        ({"multiple_of": 1, "reason": "all the same"}, "auto chose 1, and shows no gain: all the same"),
+    ],
+)
+def test_what_auto_came_to_is_told_and_no_more_than_the_table_supports(changes: dict[str, Any], said: str) -> None:
+    report = make_report(selection={"asked": "auto", "multiple_of": 2} | changes)
+    (line,) = [line for line in headline(report) if line.startswith("Head counts")]
+    assert said in line
+    assert ("1.03x" in line) is ("reason" not in changes)
+    assert "Head counts" not in "\n".join(headline(REPORT))
 
 
 @pytest.mark.parametrize("name", ["cosine", "perplexity_ratio"])

@@ -24,6 +24,7 @@ from slimheads.model import load
 from slimheads.recipe import Recipe
 from slimheads.scoring import score
 from slimheads.selection import Plan
+from slimheads.snapping import Selection
 from slimheads.stages import CONTROL_SEEDS, STAGES, Job, choose, versions
 
 
@@ -63,7 +64,7 @@ def test_the_controls_lose_as_many_heads_at_random_and_leave_the_model_as_it_was
     recipe = Recipe.read(write_recipe(tmp_path / "r.yaml"))
     job = Job(recipe, find(recipe.model), lambda _: None)
     scores = score(job.dense())
-    job.records = {name: _Result(data) for name, data in _results(scores, choose(scores, recipe)).items()}  # type: ignore[misc]
+    job.records = {name: _Result(data) for name, data in _results(scores, *choose(scores, recipe)).items()}  # type: ignore[misc]
     controls = stages._controls(job)
     assert [seed for seed, _ in controls] == list(CONTROL_SEEDS)
     before = {name: tensor.clone() for name, tensor in job.dense().state_dict().items()}
@@ -82,8 +83,8 @@ class _Result:
         self.result = result
 
 
-def _results(scores: Any, plan: Plan) -> dict[str, dict[str, Any]]:
-    return {"score": scores.to_record(), "select": plan.to_json()}
+def _results(scores: Any, plan: Plan, selection: Selection) -> dict[str, dict[str, Any]]:
+    return {"score": scores.to_record(), "select": plan.to_json() | {"selection": selection.model_dump()}}
 
 
 def test_a_sharded_source_is_shipped_shard_by_shard_at_ratio_zero(tmp_path: Path) -> None:

@@ -147,13 +147,23 @@ def steady_bench(verdict: str = "faster", estimate: float = 1.25) -> Callable[..
     """In place of `slimheads.stages.bench`: quick, and always the same, so that gates and reuse do not depend on it."""
 
     def bench(
-        _dense: Path, _slim: Path, *, shapes: Any, provider: str, precision: str, graph: Any, flops: Any, **_: Any
+        _dense: Path,
+        _slim: Path,
+        *,
+        shapes: Any,
+        provider: str,
+        threads: int,
+        precision: str,
+        graph: Any,
+        flops: Any,
+        **_: Any,
     ) -> Sequence[Latency]:
         ratios = {shape: flops[shape][0] / flops[shape][1] for shape in shapes}
+        row = functools.partial(
+            measured, verdict, estimate, provider=provider, threads=threads, precision=precision, graph=graph
+        )
         return [
-            measured(verdict, estimate, shape=shape, provider=provider, precision=precision, graph=graph).model_copy(
-                update={"flop_speedup": ratios[shape], "realised": estimate / ratios[shape]}
-            )
+            row(shape=shape).model_copy(update={"flop_speedup": ratios[shape], "realised": estimate / ratios[shape]})
             for shape in shapes
         ]
 

@@ -1,0 +1,59 @@
+"""Latency tables made up from a formula, for tests that must not depend on a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from slimheads.bench import Interval
+from slimheads.checkpoint import find
+from slimheads.latency_table import Kind, LatencyTable, Measurement, kinds_of
+from slimheads.model import load
+from slimheads.table_store import Setting, made_for, path_of, store
+
+STEADY = Interval(estimate=1.0, low=0.99, high=1.01)
+
+
+def kind_of(layers: int = 3, total: int = 4, name: str = "layer", **more: Any) -> Kind:
+    """`layers` sites of one kind: layer.0, layer.1, ..."""
+    names = tuple(f"{name}.{layer}" for layer in range(layers))
+    return Kind(**{"name": f"{name}.*", "unit": "head", "total": total, "step": 1, "sites": names} | more)
+
+
+def table_of(
+    kinds: Sequence[Kind],
+    share: Callable[[int, int], float],
+    *,
+    margin: float = 0.0,
+    threads: int = 2,
+    shape: tuple[int, ...] = (1, 8),
+    control: Interval = STEADY,
+    **more: Any,
+) -> LatencyTable:
+    """`share(kind, kept)` of the dense latency is left when every site of a kind keeps `kept` units."""
+    points = []
+    for index, kind in enumerate(kinds):
+        for kept in kind.counts(threads):
+            estimate = share(index, kept)
+            interval = Interval(estimate=estimate, low=estimate - margin, high=estimate + margin)
+            points.append(Measurement(kind=index, kept=kept, share=interval, control=control))
+    fields: dict[str, Any] = {"made_for": {}, "provider": "cpu", "min_seconds": 1.0, "dense_ms": 10.0} | more
+    return LatencyTable(threads=threads, shape=shape, kinds=tuple(kinds), points=tuple(points), **fields)
+
+
+def stairs(total: int, threads: int, each: float) -> Callable[[int, int], float]:
+    """Latency in steps of `threads` heads: 7 heads on 2 threads cost as much as 8. `each` is what a head saves."""
+    return lambda _, kept: 1 - each * (total - -(-kept // threads) * threads)
+
+
+def keep_table(
+    model: Path, share: Callable[[int, int], float], shape: tuple[int, ...], setting: Setting, **more: Any
+) -> Path:
+    """Stores a made-up table as if it had been measured of this model; where it is."""
+    source, kinds = find(str(model)), kinds_of(load(model), setting.within_groups)
+    about = made_for(source, shape, setting)
+    path = path_of(source, shape, setting)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    store(path, table_of(kinds, share, threads=setting.threads, shape=shape, made_for=about, **more))
+    return path
