@@ -18,6 +18,7 @@ from pathlib import Path
 from slimheads.checkpoint import find
 from slimheads.environment import Environment, environment
 from slimheads.errors import UsageError
+from slimheads.job import Job
 from slimheads.memory import PeakMemory
 from slimheads.preconditions import require_providers, require_usable
 from slimheads.progress import Progress, Silent
@@ -25,7 +26,7 @@ from slimheads.recipe import Recipe
 from slimheads.report import Report, StageRecord, append_step_summary
 from slimheads.reporting import assemble, contents
 from slimheads.sessions import session_options_record
-from slimheads.stages import STAGES, Job, Stage, certificate_of, versions
+from slimheads.stages import STAGES, Stage, versions
 from slimheads.store import Record, Store, lock, publish, stage_key
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def run(
         timings: list[StageRecord] = []
         for stage in stages_until(until):
             timings.append(_do(stage, job, Store(out), from_stage, progress))
-            if stage.name == "verify" and not certificate_of(job.result("verify")).passed:
+            if stage.name == "verify" and not job.certificate().passed:
                 until = None  # nothing after a broken proof is worth measuring: the report is all that is left
                 break
         if until not in (None, "report"):

@@ -23,7 +23,7 @@ from slimheads.drift import Drift
 from slimheads.environment import Environment
 from slimheads.family import Inputs
 from slimheads.snapping import Selection
-from slimheads.treatments import Candidate, Treatment
+from slimheads.treatments import GraphChoice, Treatment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -203,7 +203,7 @@ class Report(_Part):
     drift_text_reason: str | None = None
     latency: tuple[Latency, ...]
     latency_reason: str | None = None
-    candidates: tuple[Candidate, ...] = ()  # the float32 graphs that could ship; one of them does
+    candidates: tuple[GraphChoice, ...] = ()  # the float32 graphs that could ship; one of them does
     treatments: tuple[Treatment, ...] = ()  # what each further graph and precision gave, apart from the deletion
     selection: Selection
     predictions: tuple[Prediction, ...]

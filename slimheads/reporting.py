@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from slimheads.bench import Latency
@@ -14,6 +15,7 @@ from slimheads.errors import GateError, UsageError
 from slimheads.export import graph_bytes
 from slimheads.family import Inputs, families
 from slimheads.inputs import NOUNS
+from slimheads.job import Job
 from slimheads.latency_gate import latency_bound
 from slimheads.latency_table import Predicted, predict
 from slimheads.profiling import command, table_shapes
@@ -33,10 +35,10 @@ from slimheads.report import (
     render_markdown,
     render_model_card,
 )
-from slimheads.stages import Job, certificate_of
 from slimheads.store import Source
 from slimheads.table_store import Setting, stored
 from slimheads.tables import short_name
+from slimheads.treatments import Treatment
 from slimheads.workloads import loaded_graphs
 
 _REMEDIES = {
@@ -59,8 +61,9 @@ def assemble(
     peak_rss_mb: float,
 ) -> Report:
     """Puts the report together, judges the gates and gives the verdict."""
-    certificate = certificate_of(job.result("verify"))
-    latency = tuple(Latency.model_validate(r) for r in job.result("bench")["latency"]) if "bench" in job.records else ()
+    certificate = job.certificate().with_candidate(job.shipped())
+    measured = job.result("bench") if "bench" in job.records else {"latency": [], "treatments": []}
+    latency = tuple(Latency.model_validate(row) for row in measured["latency"])
     drift, drift_text = (_drift_of(job, key) for key in ("drift", "drift_text"))
     facts = _facts(job)
     gates = judge(job.recipe.gates, latency, [d for d in (drift, drift_text) if d], facts.dense, facts.slim)
@@ -87,6 +90,8 @@ def assemble(
         drift_text_reason=None if drift_text else text_reason,
         latency=latency,
         latency_reason=None if latency else BROKEN_PROOF,
+        candidates=job.graphs(),
+        treatments=tuple(Treatment.model_validate(row) for row in measured["treatments"]),
         selection=job.selection(),
         predictions=predictions,
         predictions_reason=no_table if predictions else BROKEN_PROOF,
@@ -158,18 +163,20 @@ def contents(job: Job, report: Report | None = None) -> dict[str, Source]:
         wanted["plan.json"] = _json(job.plan().to_json())
     if report is None:
         return wanted
-    exported = job.records["export"].path
-    wanted["dense"] = exported / "dense"
-    if certificate_of(job.result("verify")).passed:
+    config = job.onnx_folder("dense").parent / "config.json"
+    wanted["dense"] = {"config.json": config} | _published_graphs(job, "dense")
+    if job.certificate().passed:
         torch_half = {f.name: f for f in job.slim_folder.iterdir() if f.name != "README.md"}
-        wanted["slim"] = torch_half | {
-            "onnx": exported / "slim" / "onnx",
-            "README.md": render_model_card(_shareable(report)).encode(),
-        }
+        card = render_model_card(_shareable(report)).encode()
+        wanted["slim"] = {**torch_half, **_published_graphs(job, "slim"), "README.md": card}
     wanted["report.json"] = report.to_json().encode()
     wanted["report.md"] = render_markdown(report).encode()
     wanted["report.html"] = render_html(report).encode()
     return wanted
+
+
+def _published_graphs(job: Job, side: str) -> dict[str, Path]:
+    return {f"onnx/{name}": path for name, path in job.published_graphs(side).items()}
 
 
 def _shareable(report: Report) -> Report:
@@ -258,7 +265,7 @@ def _facts(job: Job) -> ModelFacts:
     def size(side: str, parameters: int) -> Size:
         return Size(
             parameters=parameters,
-            bytes=sum(graph_bytes(job.onnx(side, "fp32", graph)) for graph in graphs),
+            bytes=sum(graph_bytes(job.onnx(side, "fp32", graph, job.shipped())) for graph in graphs),
             flops=counted.get(side),
             reason=None if counted else BROKEN_PROOF,
         )
@@ -283,10 +290,9 @@ def _facts(job: Job) -> ModelFacts:
 
 
 def _file_sizes(job: Job) -> Iterator[tuple[str, int]]:
-    exported = job.records["export"].path
     for side in ("dense", "slim"):
-        for file in sorted((exported / side / "onnx").iterdir()):
-            yield f"{side}/onnx/{file.name}", file.stat().st_size
+        for name, file in _published_graphs(job, side).items():
+            yield f"{side}/{name}", file.stat().st_size
     for file in sorted(job.slim_folder.glob("*.safetensors")):
         yield f"slim/{file.name}", file.stat().st_size
 

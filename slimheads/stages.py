@@ -1,7 +1,6 @@
 """The stages: each takes what earlier ones left and its own section of the recipe, and leaves files and a JSON result.
 
-A stage's key covers what the stages it reads left, so it changes when anything before it does. Models are loaded when
-a stage first needs one and shared by the stages of one run.
+A stage's key covers what the stages it reads left, so it changes when anything before it does.
 """
 
 from __future__ import annotations
@@ -11,43 +10,37 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import slimheads
 from slimheads import flops
-from slimheads.bench import Latency, bench
-from slimheads.certificate import CandidateProof, Certificate, Link, SkippedLink, verify
-from slimheads.checkpoint import Source, side_files, weight_files
+from slimheads.bench_stage import bench_section, bench_work
+from slimheads.certificate import verify
+from slimheads.checkpoint import side_files, weight_files
 from slimheads.disk import sha256_file
 from slimheads.drift import Drift, drift_on_inputs, measure_drift
-from slimheads.environment import environment, installed
+from slimheads.environment import installed
 from slimheads.errors import SlimheadsError
-from slimheads.export import Candidate, Precision, build_candidate, export, file_name
+from slimheads.export import Candidate, build_candidate, export, file_name
 from slimheads.gating import gated
-from slimheads.inputs import NOUNS, inputs_kind, measured_shapes, read_inputs
+from slimheads.inputs import NOUNS, inputs_kind, read_inputs
+from slimheads.job import Job, candidate_folder
 from slimheads.latency_table import LatencyTable
 from slimheads.model import load, save
 from slimheads.pooling import pooling_of
-from slimheads.profiling import setting_of, table_shapes, tables_for
-from slimheads.recipe import Provider, Recipe
+from slimheads.profiling import setting_of, table_shapes
+from slimheads.recipe import Recipe
 from slimheads.reload import reload_tier
 from slimheads.scoring import Scores, score
 from slimheads.selection import Plan, random_plan, select
 from slimheads.snapping import Selection, choose_step
-from slimheads.store import Record
 from slimheads.surgery import prune
-from slimheads.table_store import Shape
 from slimheads.texts import read_texts
-from slimheads.treated import bench_treated
-from slimheads.treatments import PLAIN, Kind, Treatment, lacking_memory, treatment_of, unmeasured
-from slimheads.treatments import choose as choose_graph
-from slimheads.workloads import Workload, workloads
 
 CONTROL_SEEDS = (1, 2, 3)
 _VERSIONED = (
@@ -61,76 +54,6 @@ _VERSIONED = (
     "onnxscript",
     "scipy",
 )
-
-
-@dataclass
-class Job:
-    """One run under way."""
-
-    recipe: Recipe
-    source: Source
-    tell: Callable[[str], None]  # a line of progress within a stage
-    measures: bool = True  # latency tables that a step asks for and that are not stored
-    records: dict[str, Record] = field(default_factory=dict)
-    _tables: dict[Shape, LatencyTable] | None = None
-    _models: dict[str, PreTrainedModel] = field(default_factory=dict)
-
-    def result(self, stage: str) -> dict[str, Any]:
-        """The JSON result of a finished stage."""
-        return self.records[stage].result
-
-    def dense(self) -> PreTrainedModel:
-        """The untouched model, in float32."""
-        return self._model("dense", self.source.folder)
-
-    def slim(self) -> PreTrainedModel:
-        """The slim model as reloaded from what the prune stage wrote, in float32."""
-        return self._model("slim", self.slim_folder)
-
-    @property
-    def slim_folder(self) -> Path:
-        """The torch half of slim/."""
-        return self.records["prune"].path / "slim"
-
-    def plan(self) -> Plan:
-        """What is deleted."""
-        return Plan.from_json(self.result("select"))
-
-    def selection(self) -> Selection:
-        """How the plan's head counts were chosen."""
-        return Selection.model_validate(self.result("select")["selection"])
-
-    def tables(self) -> dict[Shape, LatencyTable]:
-        """The model's latency tables at the recipe's shapes; without `measures`, those that are stored."""
-        if self._tables is None:
-            self._tables = tables_for(self.recipe, self.source, self.tell, measures=self.measures)
-        return self._tables
-
-    def scores(self) -> Scores:
-        """One number a unit, and one a query head where those share keys and values."""
-        return Scores.from_record(self.result("score"))
-
-    def planned_scores(self) -> Scores:
-        """One number for each unit of the plan; before there is one, for each unit that is the rule."""
-        if "select" not in self.records:
-            return self.scores()
-        return self.scores().in_units({site.site: site.unit for site in self.plan().sites})
-
-    def onnx(self, side: str, precision: Precision, graph: str = "model", candidate: Candidate = "plain") -> Path:
-        """An exported graph; `side` is "dense" or "slim", `graph` one of an encoder-decoder's.
-
-        A candidate that was built (see the export stage's result) is there in "fp32" alone.
-        """
-        return self.onnx_folder(side, candidate) / file_name(graph, precision)
-
-    def onnx_folder(self, side: str, candidate: Candidate = "plain") -> Path:
-        """The exported graphs of one side."""
-        return candidate_folder(self.records["export"].path, candidate) / side / "onnx"
-
-    def _model(self, side: str, folder: Path) -> PreTrainedModel:
-        if side not in self._models:
-            self._models[side] = load(folder, self.source.task).float()
-        return self._models[side]
 
 
 @dataclass(frozen=True)
@@ -245,11 +168,6 @@ def _recover(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
 # export
 
 
-def candidate_folder(exported: Path, candidate: Candidate) -> Path:
-    """Where a candidate's dense/ and slim/ are among what the export stage left."""
-    return exported if candidate == "plain" else exported / "candidates" / candidate
-
-
 def _export(job: Job, folder: Path) -> tuple[dict[str, Any], bool]:
     section = job.recipe.export
     options = _dump(section)
@@ -339,15 +257,6 @@ def _verify(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
     return result, certificate.passed
 
 
-def certificate_of(result: Mapping[str, Any]) -> Certificate:
-    """The certificate in a verify result."""
-    return Certificate(
-        tuple(Link.model_validate(link) for link in result["links"]),
-        tuple(SkippedLink.model_validate(link) for link in result["skipped"]),
-        tuple(CandidateProof.model_validate(proof) for proof in result["candidates"]),
-    )
-
-
 def _drift(job: Job, name: str, text: Path | None) -> dict[str, Any]:
     drift: Drift = measure_drift(
         job.dense(),
@@ -391,86 +300,6 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-# bench
-
-
-def _bench_section(job: Job) -> dict[str, Any]:
-    machine = {"machine": platform.machine(), "cpu": environment().cpu}
-    return _dump(job.recipe.bench) | {"precisions": list(job.recipe.export.precisions)} | machine
-
-
-def _bench(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
-    section, config = job.recipe.bench, job.dense().config
-    rows: list[Latency] = []
-    treatments: list[Treatment] = []
-    forms: list[Latency] = []  # of the candidates: one of them may ship
-    for provider, workload in product(section.providers, workloads(config, section.shapes)):
-        measured = _Measured(job, provider, workload)
-        rows += measured.plain()
-        for precision in job.recipe.export.precisions:
-            if precision != "fp32":
-                of_precision, given = measured.treated(precision, precision)
-                rows, treatments = rows + of_precision, treatments + given
-        for candidate in job.proven_candidates():
-            of_form, given = measured.treated(candidate, "fp32")
-            forms, treatments = forms + of_form, treatments + given
-    ships, _ = choose_graph([t for t in treatments if t.provider == section.providers[0]])
-    if ships != PLAIN:
-        rows = [row for row in forms if row.candidate == ships] + [row for row in rows if row.precision != "fp32"]
-    place = {name: at for at, name in enumerate((*section.providers, *job.recipe.export.precisions))}
-    rows.sort(key=lambda row: (place[row.provider], place[row.precision]))
-    shape = measured_shapes(config, section.shapes)[-1]
-    whole = {side: flops.flops(model(), *shape) for side, model in (("dense", job.dense), ("slim", job.slim))}
-    result = {
-        "latency": [row.model_dump(mode="json") for row in rows],
-        "treatments": [row.model_dump(mode="json") for row in treatments],
-        "flops": {"shape": list(shape)} | whole,
-    }
-    # What was not measured, or not conclusively, is measured again next time.
-    return result, all(row.verdict not in ("inconclusive", "not measured") for row in (*rows, *treatments))
-
-
-class _Measured:
-    """The measurements of one graph of a model on one provider."""
-
-    def __init__(self, job: Job, provider: Provider, workload: Workload) -> None:
-        section, models = job.recipe.bench, (job.dense(), job.slim())
-        self._job, self._graph = job, workload.graph
-        self._options: dict[str, Any] = {
-            "shapes": workload.shapes,
-            "provider": provider,
-            "threads": section.threads,
-            "graph": workload.graph if models[0].config.is_encoder_decoder else None,
-            "min_seconds": section.min_seconds,
-            "flops": {shape: tuple(workload.flops(model, *shape) for model in models) for shape in workload.shapes},
-            "on_missing": section.on_missing,
-            "on_progress": job.tell,
-        }
-
-    def plain(self) -> list[Latency]:
-        """Dense against slim as exported."""
-        return list(bench(*self._files("fp32"), precision="fp32", **self._options))
-
-    def treated(self, treatment: str, precision: Precision) -> tuple[list[Latency], list[Treatment]]:
-        """Dense against slim under a treatment, and what the treatment gave."""
-        candidate = treatment if precision == "fp32" else PLAIN
-        self._job.tell(f"latency of {treatment}")
-        plain, treated = self._files("fp32"), self._files(precision, candidate)
-        kind: Kind = "candidate" if precision == "fp32" else "precision"
-        if reason := lacking_memory((*treated, *plain)):
-            rows = list(bench(*treated, precision=precision, **self._options))
-            given = [unmeasured(row, treatment, kind, reason) for row in rows]
-        else:
-            found = bench_treated(*plain, *treated, precision=precision, **self._options)
-            rows = [one.latency for one in found]
-            given = [treatment_of(one, treatment, kind) for one in found]
-        return [row.model_copy(update={"candidate": candidate}) for row in rows], given
-
-    def _files(self, precision: Precision, candidate: str = PLAIN) -> tuple[Path, Path]:
-        dense, slim = (self._job.onnx(side, precision, self._graph, candidate) for side in ("dense", "slim"))
-        return dense, slim
-
-
 STAGES: tuple[Stage, ...] = (
     Stage("load", (), _content, _load),
     Stage("score", ("load",), lambda job: _dump(job.recipe.score), _score),
@@ -479,5 +308,5 @@ STAGES: tuple[Stage, ...] = (
     Stage("recover", ("prune",), lambda job: _dump(job.recipe.recover), _recover),
     Stage("export", ("load", "recover"), lambda job: _dump(job.recipe.export), _export),
     Stage("verify", ("select", "recover", "export"), _verify_section, _verify),
-    Stage("bench", ("export", "verify"), _bench_section, _bench),
+    Stage("bench", ("export", "verify"), bench_section, bench_work),
 )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from slimheads.certificate import Link
     from slimheads.drift import Drift
     from slimheads.report import GateResult, Prediction, Report
-    from slimheads.treatments import Candidate, Treatment
+    from slimheads.treatments import GraphChoice, Treatment
 
 # task -> (class in transformers, class in optimum.onnxruntime)
 LOADERS = {
@@ -223,7 +223,7 @@ def _decoder_cells(row: Latency) -> tuple[str, str]:
     )
 
 
-def candidates(found: Sequence[Candidate]) -> Table:
+def candidates(found: Sequence[GraphChoice]) -> Table:
     """The float32 graphs that could ship."""
     rows = []
     for one in found:

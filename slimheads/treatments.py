@@ -16,12 +16,12 @@ import psutil
 from pydantic import BaseModel, ConfigDict
 
 from slimheads.bench import Interval, Latency, Verdict
-from slimheads.export import graph_bytes
+from slimheads.export import Candidate, graph_bytes
 from slimheads.treated import TreatedLatency
 from slimheads.wording import size
 
 Kind = Literal["candidate", "precision"]
-PLAIN = "plain"
+PLAIN: Candidate = "plain"
 MIN_GAIN = 1.01  # less than one percent is not worth another graph than the one every tool knows
 
 
@@ -83,20 +83,20 @@ def unmeasured(row: Latency, treatment: str, kind: Kind, reason: str) -> Treatme
     return found.model_copy(update={"verdict": "not measured", "reason": reason})
 
 
-class Candidate(BaseModel):
+class GraphChoice(BaseModel):
     """One float32 graph that could ship: whether it was made, proven and chosen, and why not."""
 
     model_config = ConfigDict(frozen=True)
-    candidate: str
+    candidate: Candidate
     built: bool
     proven: bool | None  # null: there was nothing to prove
     ships: bool
     reason: str | None = None  # why it does not ship, or why it does
 
 
-def candidates_of(
-    built: Mapping[str, str | None], refused: Mapping[str, str | None], rows: Sequence[Treatment]
-) -> tuple[Candidate, ...]:
+def choices(
+    built: Mapping[Candidate, str | None], refused: Mapping[Candidate, str | None], rows: Sequence[Treatment]
+) -> tuple[GraphChoice, ...]:
     """Every float32 graph with its fate; exactly one ships.
 
     Args:
@@ -106,11 +106,11 @@ def candidates_of(
     """
     ships, reasons = choose(rows)
     gone = f"{ships} ships, {reasons[ships]}" if ships != PLAIN else "no other graph is shown to be faster"
-    found = [Candidate(candidate=PLAIN, built=True, proven=True, ships=ships == PLAIN, reason=gone)]
+    found = [GraphChoice(candidate=PLAIN, built=True, proven=True, ships=ships == PLAIN, reason=gone)]
     for name, fault in built.items():
         proven = None if fault else refused[name] is None
         reason = fault or refused[name] or reasons.get(name, "not measured")
-        found.append(Candidate(candidate=name, built=not fault, proven=proven, ships=name == ships, reason=reason))
+        found.append(GraphChoice(candidate=name, built=not fault, proven=proven, ships=name == ships, reason=reason))
     return tuple(found)
 
 

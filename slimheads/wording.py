@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from slimheads.drift import Drift
     from slimheads.report import ModelFacts, Prediction, Report
     from slimheads.snapping import Selection
-    from slimheads.treatments import Candidate
+    from slimheads.treatments import GraphChoice
 
 FIGURE_NAMES = {
     "cosine": "mean cosine of embeddings",
@@ -175,7 +175,7 @@ def headline(report: Report) -> Headline:
     return Headline(_one_stop(_verdict(report)), warnings, [_one_stop(line) for line in lines])
 
 
-def _graph(candidates: Sequence[Candidate]) -> str:
+def _graph(candidates: Sequence[GraphChoice]) -> str:
     """Which float32 graph ships, and why."""
     shipped = next(one for one in candidates if one.ships)
     return f"Graph: the {shipped.candidate} one ships: {shipped.reason}"

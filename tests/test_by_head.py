@@ -16,9 +16,8 @@ from layouts import kv_heads, unit_tensors
 from shipped import ship
 from tiny import DECODERS, config_of, type_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from whole_runs import report_of, slimheads, steady_bench, write_recipe
+from whole_runs import report_of, slimheads, steady, write_recipe
 
-from slimheads import stages
 from slimheads.attention import find_sites
 from slimheads.errors import UsageError
 from slimheads.family import families
@@ -263,7 +262,7 @@ def test_sites_that_do_not_match_keep_all_and_are_not_counted(tiny: Tiny) -> Non
 def test_a_recipe_prunes_as_it_says(
     wide: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(stages, "bench", steady_bench())
+    steady(monkeypatch)
     save(wide("llama"), tmp_path / "model")
     recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "model", select=changes)
     ended = slimheads("run", recipe, "--out", tmp_path / "out")

@@ -15,16 +15,16 @@ from onnxruntime.transformers.optimizer import optimize_model
 from shipped import Shipped, ship
 from tiny import DECODERS, task_of
 from transformers import PreTrainedModel
-from whole_runs import checkpoint, report_of, slimheads, steady_bench, write_recipe
+from whole_runs import checkpoint, report_of, slimheads, steady, write_recipe
 
 from slimheads import stages
 from slimheads.certificate import Certificate
 from slimheads.checkpoint import find
 from slimheads.export import Candidate, build_candidate, candidates, export, graph_files
 from slimheads.interface import nodes_of, read_interface
+from slimheads.job import Job, certificate_of
 from slimheads.recipe import Recipe
 from slimheads.selection import Plan
-from slimheads.stages import Job, certificate_of
 from slimheads.surgery import prune
 
 NAMES: tuple[Candidate, ...] = ("optimized", "fused", "rewritten")
@@ -264,7 +264,7 @@ def test_weights_beside_the_graph_stay_beside_it(
 
 
 def test_a_run_tries_every_candidate_and_keeps_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "bench", steady_bench())
+    steady(monkeypatch)
     left: dict[str, Job] = {}
     real = stages._verify
 

@@ -25,7 +25,7 @@ from whole_runs import (
     measured,
     report_of,
     slimheads,
-    steady_bench,
+    steady,
     tree,
     visible,
     write_recipe,
@@ -43,7 +43,7 @@ COMMANDS = ("run", "plan", "score", "profile", "bench", "init", "families", "sch
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "bench", steady_bench())
+    steady(monkeypatch)
 
 
 @pytest.fixture

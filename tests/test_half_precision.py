@@ -14,9 +14,8 @@ from onnx import TensorProto
 from safetensors import safe_open
 from tiny import tiny_model
 from transformers import PreTrainedModel
-from whole_runs import report_of, slimheads, steady_bench, write_recipe
+from whole_runs import report_of, slimheads, steady, write_recipe
 
-from slimheads import stages
 from slimheads.model import load
 
 DTYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16)}
@@ -24,7 +23,7 @@ DTYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "bench", steady_bench())
+    steady(monkeypatch)
 
 
 def stored(folder: Path) -> set[str]:

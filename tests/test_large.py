@@ -14,9 +14,8 @@ from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForFeatureExtractio
 from shipped import ALL_PRECISIONS, ship
 from tiny import task_of, tiny_model
 from transformers import AutoModel, PreTrainedModel
-from whole_runs import checkpoint, report_of, slimheads, steady_bench, visible, write_recipe
+from whole_runs import checkpoint, report_of, slimheads, steady, visible, write_recipe
 
-from slimheads import stages
 from slimheads.attention import find_sites
 from slimheads.certificate import PRECISION_TOLERANCES
 from slimheads.checkpoint import read_config
@@ -75,7 +74,7 @@ def test_exporting_again_replaces_external_data_and_leaves_none_behind(
 def test_a_run_publishes_and_counts_external_data(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "bench", steady_bench())
+    steady(monkeypatch)
     out = tmp_path / "out"
     recipe = write_recipe(tmp_path / "r.yaml", checkpoint(model_type), export={"precisions": ["fp32", "fp16", "int8"]})
     assert slimheads("run", recipe, "--out", out).code == 0
@@ -102,7 +101,7 @@ def test_a_checkpoint_in_shards_stays_in_shards(
 ) -> None:
     """As transformers itself splits past 5 GB: `save` leaves the limit to it, so a test can lower it."""
     tiny("bert").save_pretrained(tmp_path / "dense", max_shard_size="20KB")
-    monkeypatch.setattr(stages, "bench", steady_bench())
+    steady(monkeypatch)
     monkeypatch.setattr(
         PreTrainedModel, "save_pretrained", partialmethod(PreTrainedModel.save_pretrained, max_shard_size="20KB")
     )
@@ -127,7 +126,7 @@ def test_a_checkpoint_in_shards_stays_in_shards(
 @pytest.mark.timeout(1800)
 def test_a_model_over_2_gb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One test, for two workers building it at once would need more memory than many machines have."""
-    monkeypatch.setattr(stages, "bench", steady_bench())
+    steady(monkeypatch)
     out = tmp_path / "out"
     # Large by its vocabulary, which costs no arithmetic.
     changes = {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 2, "vocab_size": 1_060_000}

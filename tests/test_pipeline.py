@@ -17,7 +17,7 @@ from whole_runs import (
     checkpoint,
     report_of,
     reused,
-    steady_bench,
+    steady,
     tree,
     visible,
     write_recipe,
@@ -33,7 +33,7 @@ from slimheads.report import Report
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "bench", steady_bench())
+    steady(monkeypatch)
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
 
 
@@ -44,7 +44,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(checkpoint(), home / "model")
     (home / "text.txt").write_text("the a of to\nin is that it for\n")
     recipe = write_recipe(home / "r.yaml", home / "model", verify={"text": "text.txt"})
-    with mock.patch("slimheads.stages.bench", steady_bench()):
+    with pytest.MonkeyPatch.context() as patch:
+        steady(patch)
         report = run(recipe, home / "out")
     assert report is not None and report.verdict.ok
     return home
@@ -218,7 +219,7 @@ def test_a_result_that_may_not_be_reused_replaces_one_that_might(
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "verify", failing)
-        patch.setattr(stages, "bench", steady_bench("inconclusive"))
+        steady(patch, "inconclusive")
         again(mine, from_stage=stage)
     assert would_run(mine) == [stage]
 
@@ -234,7 +235,7 @@ def test_an_edit_of_the_output_is_replaced_by_the_next_run(mine: Path) -> None:
 def test_a_latency_that_says_nothing_is_measured_again(
     mine: Path, monkeypatch: pytest.MonkeyPatch, verdict: str
 ) -> None:
-    monkeypatch.setattr(stages, "bench", steady_bench(verdict))
+    steady(monkeypatch, verdict)
     assert ran(again(mine, "bench.threads=2")) == ["bench"]
     assert would_run(mine, "bench.threads=2") == ["bench"]
     assert ran(again(mine, "bench.threads=2")) == ["bench"]
@@ -357,7 +358,7 @@ def test_a_failed_certificate_ends_the_run_with_its_report_and_retracts_slim(
     assert written["model"]["slim"]["flops"] is None and written["model"]["slim"]["reason"]
     assert "verify" in would_run(mine)  # a failed certificate is no result to be reused
     monkeypatch.undo()
-    monkeypatch.setattr(stages, "bench", steady_bench())
+    steady(monkeypatch)
     assert again(mine, from_stage="prune").verdict.ok
     assert (mine / "out" / "slim").is_dir()
 

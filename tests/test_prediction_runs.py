@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from latency_tables import keep_table, stairs
-from whole_runs import checkpoint, measured, report_of, reused, slimheads, steady_bench, write_recipe
+from whole_runs import checkpoint, measured, report_of, reused, slimheads, steady, write_recipe
 
 from slimheads import profiling, stages
 from slimheads.latency_table import predict
@@ -23,7 +23,7 @@ SHAPE = (1, 8)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(stages, "bench", steady_bench())
+    steady(monkeypatch)
     monkeypatch.setenv("SLIMHEADS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
 
@@ -175,7 +175,7 @@ def test_without_a_table_a_run_is_predicted_by_flops_and_says_so(tmp_path: Path,
 def test_what_was_not_measured_conclusively_has_no_error_but_a_reason(
     verdict: str, tmp_path: Path, never: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "bench", steady_bench(verdict))
+    steady(monkeypatch, verdict)
     (row,) = ran(recipe_of(tmp_path, 1), tmp_path / "out")["predictions"]
     assert (row["measured"], row["error"]) == (None, None)
     assert row["speedup"] > 1 and row["reason"]

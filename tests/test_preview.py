@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from whole_runs import checkpoint, report_of, slimheads, steady_bench, tree, write_recipe
+from whole_runs import checkpoint, report_of, slimheads, steady, tree, write_recipe
 
-from slimheads import stages
 from slimheads.errors import UsageError
 from slimheads.preview import plan_of, preview
 from slimheads.recipe import Recipe
@@ -16,7 +15,7 @@ from slimheads.recipe import Recipe
 
 @pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama"])
 def test_counts_and_plan_are_those_of_a_run(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "bench", steady_bench())
+    steady(monkeypatch)
     recipe = write_recipe(tmp_path / "r.yaml", checkpoint(model_type))
     found = preview(Recipe.read(recipe))
     assert slimheads("run", recipe, "--out", tmp_path / "out").code == 0

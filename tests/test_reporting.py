@@ -24,12 +24,11 @@ from whole_runs import (
     measured,
     report_of,
     slimheads,
-    steady_bench,
+    steady,
     visible,
     write_recipe,
 )
 
-from slimheads import stages
 from slimheads.drift import Drift, Figures
 from slimheads.recipe import Gates, Recipe
 from slimheads.report import Report, Size
@@ -139,7 +138,7 @@ def test_every_gate_of_the_recipe_is_judged_once() -> None:
 
 
 def test_every_unmet_gate_is_a_reason_and_code_7(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "bench", steady_bench(estimate=1.1))
+    steady(monkeypatch, estimate=1.1)
     gates = {"latency_ratio": 0.5, "size_ratio": 0.1, "min_cosine": 1.0, "min_top1_agreement": 0.1}
     recipe = write_recipe(tmp_path / "r.yaml", gates=gates)
     ended = slimheads("run", recipe, "--out", tmp_path / "out")
@@ -209,7 +208,7 @@ def test_the_card_names_a_local_model_by_its_folder() -> None:
 
 
 def test_ratio_zero_ships_the_source_s_own_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "bench", steady_bench("no difference shown", 1.0))
+    steady(monkeypatch, "no difference shown", 1.0)
     ended = slimheads("run", write_recipe(tmp_path / "r.yaml", select={"ratio": 0}), "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
     shipped, source = (folder / "model.safetensors" for folder in (tmp_path / "out" / "slim", checkpoint()))

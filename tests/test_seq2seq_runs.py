@@ -9,9 +9,8 @@ import torch
 from optimum.onnxruntime import ORTModelForSeq2SeqLM
 from tiny import task_of
 from transformers import AutoTokenizer
-from whole_runs import Ended, checkpoint, report_of, slimheads, steady_bench, write_recipe
+from whole_runs import Ended, checkpoint, report_of, slimheads, steady, write_recipe
 
-from slimheads import stages
 from slimheads.bench import bench
 from slimheads.model import load
 from slimheads.texts import read_texts
@@ -37,7 +36,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         gates={"size_ratio": 0.99},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "bench", steady_bench())
+        steady(patch)
         ended = run(recipe, home / "out")
     assert ended.code == 0, ended.err
     return home / "out"
@@ -122,7 +121,7 @@ def test_drift_is_that_of_a_loop_over_single_texts(tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text("\n".join(texts))
     recipe = write_recipe(tmp_path / "r.yaml", folder, verify={"text": "own.txt"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "bench", steady_bench())
+        steady(patch)
         assert run(recipe, tmp_path / "out").code == 0
     found = report_of(tmp_path / "out")["drift_text"]
     dense, slim, tokenizer = load(folder), load(tmp_path / "out" / "slim"), AutoTokenizer.from_pretrained(folder)

@@ -13,24 +13,25 @@ import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModel
-from whole_runs import checkpoint, report_of, slimheads, steady_bench, write_recipe
+from whole_runs import checkpoint, report_of, slimheads, steady, write_recipe
 
 from slimheads import stages
 from slimheads.attention import find_sites
 from slimheads.bench import bench
 from slimheads.checkpoint import find
 from slimheads.errors import UsageError
+from slimheads.job import Job
 from slimheads.model import load
 from slimheads.recipe import Recipe
 from slimheads.scoring import score
 from slimheads.selection import Plan
 from slimheads.snapping import Selection
-from slimheads.stages import CONTROL_SEEDS, STAGES, Job, choose, versions
+from slimheads.stages import CONTROL_SEEDS, STAGES, choose, versions
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "bench", steady_bench())
+    steady(monkeypatch)
 
 
 def ended_well(recipe: Path, out: Path) -> Any:

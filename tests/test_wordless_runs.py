@@ -11,9 +11,8 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import save_file
-from whole_runs import CLASSIFIERS, Ended, checkpoint, report_of, reused, slimheads, steady_bench, write_recipe
+from whole_runs import CLASSIFIERS, Ended, checkpoint, report_of, reused, slimheads, steady, write_recipe
 
-from slimheads import stages
 from slimheads.checkpoint import TASKS
 from slimheads.inputs import make_inputs
 from slimheads.model import load
@@ -24,7 +23,7 @@ NOUNS = {"vit": "image", "wav2vec2": "recording", "audio-spectrogram-transformer
 
 @pytest.fixture(autouse=True)
 def _quick_bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "bench", steady_bench())
+    steady(monkeypatch)
 
 
 def write_inputs(path: Path, model_type: str, count: int = 5, seed: int = 0) -> dict[str, np.ndarray]:

@@ -10,13 +10,13 @@ import json
 import re
 import signal
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+import pytest
 from tiny import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -28,9 +28,10 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
-from slimheads import cli
+from slimheads import bench_stage, cli
 from slimheads.bench import Interval, Latency, Timing
 from slimheads.pipeline import STAGE_NAMES
+from slimheads.treated import Ratio, TreatedLatency
 
 WORDS = ("[PAD]", "[UNK]", "the", "a", "of", "to", "and", "in", "is", "that", "it", "for", "as", "with", "on")
 BERT_SITES = tuple(f"encoder.layer.{layer}.attention" for layer in range(3))
@@ -143,31 +144,31 @@ def measured(verdict: str = "faster", estimate: float = 1.25, **changes: Any) ->
     return Latency(**row | {"dense": timing, "slim": timing, "speedup": interval, "control": control} | changes)
 
 
-def steady_bench(verdict: str = "faster", estimate: float = 1.25) -> Callable[..., Sequence[Latency]]:
-    """In place of `slimheads.stages.bench`: quick, and always the same, so that gates and reuse do not depend on it."""
+def steady(patch: pytest.MonkeyPatch, verdict: str = "faster", estimate: float = 1.25) -> None:
+    """Has the bench stage measure nothing: quick, and always the same, so that gates and reuse do not depend on it.
+
+    Another graph than the plain one neither gains nor loses by it.
+    """
 
     def bench(
-        _dense: Path,
-        _slim: Path,
-        *,
-        shapes: Any,
-        provider: str,
-        threads: int,
-        precision: str,
-        graph: Any,
-        flops: Any,
-        **_: Any,
+        *_: Path, shapes: Any, provider: str, precision: str, graph: Any, flops: Any, **__: Any
     ) -> Sequence[Latency]:
         ratios = {shape: flops[shape][0] / flops[shape][1] for shape in shapes}
-        row = functools.partial(
-            measured, verdict, estimate, provider=provider, threads=threads, precision=precision, graph=graph
-        )
         return [
-            row(shape=shape).model_copy(update={"flop_speedup": ratios[shape], "realised": estimate / ratios[shape]})
+            measured(verdict, estimate, shape=shape, provider=provider, precision=precision, graph=graph).model_copy(
+                update={"flop_speedup": ratios[shape], "realised": estimate / ratios[shape]}
+            )
             for shape in shapes
         ]
 
-    return bench
+    def bench_treated(*files: Path, **options: Any) -> Sequence[TreatedLatency]:
+        same = Ratio(interval=Interval(estimate=1.0, low=0.99, high=1.01), verdict="no difference shown")
+        return [
+            TreatedLatency(latency=row, on_dense=same, on_slim=same, whole=same) for row in bench(*files, **options)
+        ]
+
+    patch.setattr(bench_stage, "bench", bench)
+    patch.setattr(bench_stage, "bench_treated", bench_treated)
 
 
 def tree(folder: Path) -> Mapping[str, str]:
@@ -201,8 +202,11 @@ def finished(model_type: str = "bert") -> Path:
     """
     home = Path(_home.name, f"run-{model_type}")
     recipe = write_recipe(home / "r.yaml", checkpoint(model_type), export={"precisions": ["fp32", "fp16", "int8"]})
-    real = mock.patch.object(import_module("slimheads.bench"), "EXTENSION", 1)
-    with real if model_type == "bert" else mock.patch("slimheads.stages.bench", steady_bench()):
+    with pytest.MonkeyPatch.context() as patch:
+        if model_type == "bert":
+            patch.setattr(import_module("slimheads.bench"), "EXTENSION", 1)
+        else:
+            steady(patch)
         ended = slimheads("run", recipe, "--out", home / "out")
     assert ended.code == 0, ended.err
     return home / "out"

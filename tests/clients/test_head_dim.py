@@ -11,9 +11,8 @@ import pytest
 import torch
 from optimum.onnxruntime import ORTModelForCausalLM
 from tiny import tiny_model
-from whole_runs import report_of, slimheads, steady_bench, write_recipe
+from whole_runs import report_of, slimheads, steady, write_recipe
 
-from slimheads import stages
 from slimheads.model import load
 
 
@@ -22,7 +21,7 @@ from slimheads.model import load
 def test_dense_and_slim_of_a_run_generate_torchs_tokens(
     model_type: str, head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "bench", steady_bench())
+    steady(monkeypatch)
     dense = tiny_model(model_type, head_dim=head_dim)
     assert dense.config.hidden_size // dense.config.num_attention_heads == 4
     dense.save_pretrained(tmp_path / "dense")

@@ -23,7 +23,7 @@ from whole_runs import (
     report_of,
     reused,
     slimheads,
-    steady_bench,
+    steady,
     tree,
     visible,
     write_recipe,
@@ -44,7 +44,7 @@ with lock(Path(sys.argv[1])):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "bench", steady_bench())
+    steady(monkeypatch)
 
 
 def failed(ended: Ended, code: int) -> str:

@@ -1,0 +1,99 @@
+"""The bench stage: which pairs of graphs are timed, and which float32 graph is the one to ship."""
+
+from __future__ import annotations
+
+import platform
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from slimheads import flops
+from slimheads.bench import Latency, bench
+from slimheads.environment import environment
+from slimheads.export import Candidate, Precision
+from slimheads.inputs import measured_shapes
+from slimheads.job import Job
+from slimheads.recipe import Provider
+from slimheads.treated import bench_treated
+from slimheads.treatments import PLAIN, Kind, Treatment, choose, lacking_memory, treatment_of, unmeasured
+from slimheads.workloads import Workload, workloads
+
+
+def bench_section(job: Job) -> dict[str, Any]:
+    """What the measurements depend on besides what earlier stages left."""
+    machine = {"machine": platform.machine(), "cpu": environment().cpu}
+    return job.recipe.bench.model_dump(mode="json") | {"precisions": list(job.recipe.export.precisions)} | machine
+
+
+def bench_work(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
+    """Dense against slim on every provider, in every precision, and under every candidate graph that was proven."""
+    section, config = job.recipe.bench, job.dense().config
+    rows: list[Latency] = []
+    treatments: list[Treatment] = []
+    forms: list[Latency] = []  # of the candidates: one of them may ship
+    for provider, workload in product(section.providers, workloads(config, section.shapes)):
+        measured = _Measured(job, provider, workload)
+        rows += measured.plain()
+        for precision in job.recipe.export.precisions:
+            if precision != "fp32":
+                of_precision, given = measured.treated(precision)
+                rows, treatments = rows + of_precision, treatments + given
+        for candidate in job.proven_candidates():
+            of_form, given = measured.treated("fp32", candidate)
+            forms, treatments = forms + of_form, treatments + given
+    ships, _ = choose([t for t in treatments if t.provider == section.providers[0]])
+    if ships != PLAIN:
+        rows = [row for row in forms if row.candidate == ships] + [row for row in rows if row.precision != "fp32"]
+    place: dict[str, int] = {name: at for at, name in enumerate((*section.providers, *job.recipe.export.precisions))}
+    rows.sort(key=lambda row: (place[row.provider], place[row.precision]))
+    shape = measured_shapes(config, section.shapes)[-1]
+    whole = {side: flops.flops(model(), *shape) for side, model in (("dense", job.dense), ("slim", job.slim))}
+    result = {
+        "latency": [row.model_dump(mode="json") for row in rows],
+        "treatments": [row.model_dump(mode="json") for row in treatments],
+        "flops": {"shape": list(shape)} | whole,
+    }
+    # What was not measured, or not conclusively, is measured again next time.
+    verdicts = {*(row.verdict for row in rows), *(treatment.verdict for treatment in treatments)}
+    return result, not verdicts & {"inconclusive", "not measured"}
+
+
+class _Measured:
+    """The measurements of one graph of a model on one provider."""
+
+    def __init__(self, job: Job, provider: Provider, workload: Workload) -> None:
+        section, models = job.recipe.bench, (job.dense(), job.slim())
+        self._job, self._graph = job, workload.graph
+        self._options: dict[str, Any] = {
+            "shapes": workload.shapes,
+            "provider": provider,
+            "threads": section.threads,
+            "graph": workload.graph if models[0].config.is_encoder_decoder else None,
+            "min_seconds": section.min_seconds,
+            "flops": {shape: tuple(workload.flops(model, *shape) for model in models) for shape in workload.shapes},
+            "on_missing": section.on_missing,
+            "on_progress": job.tell,
+        }
+
+    def plain(self) -> list[Latency]:
+        """Dense against slim as exported."""
+        return list(bench(*self._files("fp32"), precision="fp32", **self._options))
+
+    def treated(self, precision: Precision, candidate: Candidate = PLAIN) -> tuple[list[Latency], list[Treatment]]:
+        """Dense against slim in another precision or as another graph, and what that treatment gave by itself."""
+        treatment: str = candidate if precision == "fp32" else precision
+        self._job.tell(f"latency of {treatment}")
+        plain, treated = self._files("fp32"), self._files(precision, candidate)
+        kind: Kind = "candidate" if precision == "fp32" else "precision"
+        if reason := lacking_memory((*treated, *plain)):
+            rows = list(bench(*treated, precision=precision, **self._options))
+            given = [unmeasured(row, treatment, kind, reason) for row in rows]
+        else:
+            found = bench_treated(*plain, *treated, precision=precision, **self._options)
+            rows = [one.latency for one in found]
+            given = [treatment_of(one, treatment, kind) for one in found]
+        return [row.model_copy(update={"candidate": candidate}) for row in rows], given
+
+    def _files(self, precision: Precision, candidate: Candidate = PLAIN) -> tuple[Path, Path]:
+        dense, slim = (self._job.onnx(side, precision, self._graph, candidate) for side in ("dense", "slim"))
+        return dense, slim

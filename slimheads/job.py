@@ -1,0 +1,143 @@
+"""One run under way: its recipe, its model, and what its stages left so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from slimheads.certificate import CandidateProof, Certificate, Link, SkippedLink
+from slimheads.checkpoint import Source
+from slimheads.export import FILES, Candidate, Precision, client_names, file_name, parts_of
+from slimheads.export.graph_files import graph_files
+from slimheads.latency_table import LatencyTable
+from slimheads.model import load
+from slimheads.profiling import tables_for
+from slimheads.recipe import Recipe
+from slimheads.scoring import Scores
+from slimheads.selection import Plan
+from slimheads.snapping import Selection
+from slimheads.store import Record
+from slimheads.table_store import Shape
+from slimheads.treatments import PLAIN, GraphChoice, Treatment, choices
+
+
+@dataclass
+class Job:
+    """One run under way."""
+
+    recipe: Recipe
+    source: Source
+    tell: Callable[[str], None]  # a line of progress within a stage
+    measures: bool = True  # latency tables that a step asks for and that are not stored
+    records: dict[str, Record] = field(default_factory=dict)
+    _tables: dict[Shape, LatencyTable] | None = None
+    _models: dict[str, PreTrainedModel] = field(default_factory=dict)
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """The JSON result of a finished stage."""
+        return self.records[stage].result
+
+    def dense(self) -> PreTrainedModel:
+        """The untouched model, in float32."""
+        return self._model("dense", self.source.folder)
+
+    def slim(self) -> PreTrainedModel:
+        """The slim model as reloaded from what the prune stage wrote, in float32."""
+        return self._model("slim", self.slim_folder)
+
+    @property
+    def slim_folder(self) -> Path:
+        """The torch half of slim/."""
+        return self.records["prune"].path / "slim"
+
+    def plan(self) -> Plan:
+        """What is deleted."""
+        return Plan.from_json(self.result("select"))
+
+    def selection(self) -> Selection:
+        """How the plan's head counts were chosen."""
+        return Selection.model_validate(self.result("select")["selection"])
+
+    def tables(self) -> dict[Shape, LatencyTable]:
+        """The model's latency tables at the recipe's shapes; without `measures`, those that are stored."""
+        if self._tables is None:
+            self._tables = tables_for(self.recipe, self.source, self.tell, measures=self.measures)
+        return self._tables
+
+    def scores(self) -> Scores:
+        """One number a unit, and one a query head where those share keys and values."""
+        return Scores.from_record(self.result("score"))
+
+    def planned_scores(self) -> Scores:
+        """One number for each unit of the plan; before there is one, for each unit that is the rule."""
+        if "select" not in self.records:
+            return self.scores()
+        return self.scores().in_units({site.site: site.unit for site in self.plan().sites})
+
+    def onnx(self, side: str, precision: Precision, graph: str = "model", candidate: Candidate = "plain") -> Path:
+        """An exported graph; `side` is "dense" or "slim", `graph` one of an encoder-decoder's.
+
+        A candidate that was built (see the export stage's result) is there in "fp32" alone.
+        """
+        return self.onnx_folder(side, candidate) / file_name(graph, precision)
+
+    def onnx_folder(self, side: str, candidate: Candidate = "plain") -> Path:
+        """The exported graphs of one side."""
+        return candidate_folder(self.records["export"].path, candidate) / side / "onnx"
+
+    def certificate(self) -> Certificate:
+        """What the verify stage found."""
+        return certificate_of(self.result("verify"))
+
+    def proven_candidates(self) -> list[Candidate]:
+        """The candidate graphs that were built and that the certificate did not refuse."""
+        return [proof.candidate for proof in self.certificate().candidates if proof.passed]
+
+    def graphs(self) -> tuple[GraphChoice, ...]:
+        """The float32 graphs that could ship, one of which does; before anything was measured, only the plain one."""
+        built = self.result("export")["candidates"]
+        refused = {proof.candidate: proof.reason for proof in self.certificate().candidates}
+        measured = self.result("bench")["treatments"] if "bench" in self.records else ()
+        rows = [Treatment.model_validate(row) for row in measured]
+        decides = self.recipe.bench.providers[0]
+        return choices(built, refused, [row for row in rows if row.provider == decides])
+
+    def shipped(self) -> Candidate:
+        """Which float32 graph ships as model.onnx."""
+        return next(graph.candidate for graph in self.graphs() if graph.ships)
+
+    def published_graphs(self, side: str) -> dict[str, Path]:
+        """The files of one side's onnx/ as published, by name: the shipped graph, and each under all of its names."""
+        files = {path.name: path for path in sorted(self.onnx_folder(side).iterdir())}
+        plain = FILES["fp32"]
+        if (shipped := self.shipped()) != PLAIN:
+            files = {name: path for name, path in files.items() if not name.startswith(plain)}
+            files |= {path.name: path for path in graph_files(self.onnx(side, "fp32", candidate=shipped))}
+        for part, precision in product(parts_of(self.dense().config), self.recipe.export.precisions):
+            own = file_name(part, precision)
+            files |= dict.fromkeys(client_names(part, precision), files[own])
+        return files
+
+    def _model(self, side: str, folder: Path) -> PreTrainedModel:
+        if side not in self._models:
+            self._models[side] = load(folder, self.source.task).float()
+        return self._models[side]
+
+
+def candidate_folder(exported: Path, candidate: Candidate) -> Path:
+    """Where a candidate's dense/ and slim/ are among what the export stage left."""
+    return exported if candidate == "plain" else exported / "candidates" / candidate
+
+
+def certificate_of(result: Mapping[str, Any]) -> Certificate:
+    """The certificate in a verify result."""
+    return Certificate(
+        tuple(Link.model_validate(link) for link in result["links"]),
+        tuple(SkippedLink.model_validate(link) for link in result["skipped"]),
+        tuple(CandidateProof.model_validate(proof) for proof in result["candidates"]),
+    )
