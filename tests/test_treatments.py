@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from slimheads.bench import Interval
-from slimheads.treatments import MIN_GAIN, Treatment, candidates_of, choose
+from slimheads.treatments import MIN_GAIN, Treatment, choices, choose
 
 
 def row(treatment: str, on_slim: float | None, verdict: str = "faster", **more: Any) -> Treatment:
@@ -51,7 +51,7 @@ def test_another_graph_than_the_plain_one_ships_only_where_it_is_shown_to_be_fas
 
 
 def test_every_candidate_has_its_fate_and_exactly_one_ships() -> None:
-    found = candidates_of(
+    found = choices(
         {"optimized": None, "fused": None, "rewritten": "it changes nothing in this graph"},
         {"optimized": None, "fused": "layer 1 says num_heads 12, the plan 6"},
         [row("optimized", 1.05)],
