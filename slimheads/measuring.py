@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -104,22 +103,22 @@ def measure(
         UsageError: a file cannot be opened or fed, or does not run at a shape.
         EnvironmentLackError: the provider is missing.
     """
-    interfaces = [read_interface(file) for file in files]
+    roles, interfaces = (*files, files[0]), [read_interface(file) for file in files]
     feeds = {shape: [feed_for(interface, shape, seed) for interface in interfaces] for shape in shapes}
     series = {shape: Series() for shape in shapes}
     rng = np.random.default_rng(seed)
     while pending := [shape for shape in series if not series[shape].done]:
-        sessions = _open((*files, files[0]), provider, threads, rng)
+        sessions = _open(roles, provider, threads, rng)
         for index in rng.permutation(len(pending)).tolist():
             shape = pending[index]
             runs = [
-                _first_run(session, feed, file, shape)
-                for session, feed, file in zip(
-                    sessions, (*feeds[shape], feeds[shape][0]), (*files, files[0]), strict=True
-                )
+                _bound(session, feed, file, shape)
+                for session, feed, file in zip(sessions, (*feeds[shape], feeds[shape][0]), roles, strict=True)
             ]
-            with _told(" or ".join(map(str, files)), shape):
+            try:
                 add_set(series[shape], runs, rng, min_seconds=effort.min_seconds, min_pairs=effort.min_pairs)
+            except ORT_ERRORS as error:
+                raise _cannot_run(_failing(runs, roles), shape, error) from error
             del runs
             series[shape].consider(effort, vouched)
             on_progress(f"latency {shape_text(shape)}: session set {len(series[shape].sets)}")
@@ -135,24 +134,29 @@ def _open(
     return [opened[role] for role in range(len(files))]
 
 
-def _first_run(session: onnxruntime.InferenceSession, feed: Feed, file: Path, shape: Shape) -> BoundRun:
-    """Bound and run once: a shape that a file cannot run is told with that file's name."""
-    with _told(str(file), shape):
-        run = bind(session, feed)
-        run()
-    return run
-
-
-@contextmanager
-def _told(files: str, shape: Shape) -> Iterator[None]:
+def _bound(session: onnxruntime.InferenceSession, feed: Feed, file: Path, shape: Shape) -> BoundRun:
     try:
-        yield
+        return bind(session, feed)
     except ORT_ERRORS as error:
-        raise UsageError(
-            f"ONNX Runtime cannot run the shape ({' '.join(str(error).split())[:200]})",
-            where=f"{files}, shape {list(shape)}",
-            hint="give a shape that every file accepts",
-        ) from error
+        raise _cannot_run(str(file), shape, error) from error
+
+
+def _failing(runs: Sequence[BoundRun], files: Sequence[Path]) -> str:
+    """The file whose run fails, by running each once more; all of them where none fails again."""
+    for run, file in zip(runs, files, strict=True):
+        try:
+            run()
+        except ORT_ERRORS:
+            return str(file)
+    return " or ".join(dict.fromkeys(map(str, files)))
+
+
+def _cannot_run(file: str, shape: Shape, error: Exception) -> UsageError:
+    return UsageError(
+        f"ONNX Runtime cannot run the shape ({' '.join(str(error).split())[:200]})",
+        where=f"{file}, shape {list(shape)}",
+        hint="give a shape that every file accepts",
+    )
 
 
 def add_set(

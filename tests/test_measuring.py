@@ -165,3 +165,9 @@ def test_five_sessions_a_round_are_measured_like_three() -> None:
     series, _ = measure(machine, [machine.run(role, lambda role=role: 2.0 + role) for role in range(5)])
     assert [float(np.median(series.samples(role))) for role in range(5)] == pytest.approx([2, 3, 4, 5, 6])
     assert series.samples(-1).tolist() == series.samples(4).tolist()
+
+
+def test_it_is_the_control_that_ends_a_measurement_and_not_that_two_files_are_alike() -> None:
+    machine = Machine()
+    series, _ = measure(machine, [machine.run(role, lambda cost=cost: cost) for role, cost in enumerate((4, 2, 4))])
+    assert len(series.sets) == SETS
