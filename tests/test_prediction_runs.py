@@ -14,6 +14,8 @@ from whole_runs import checkpoint, measured, report_of, reused, slimheads, stead
 
 from slimheads import profiling, stages
 from slimheads.latency_table import predict
+from slimheads.pipeline import dry_run
+from slimheads.recipe import Recipe
 from slimheads.selection import Plan
 from slimheads.table_store import Setting, folder
 
@@ -120,6 +122,12 @@ def test_a_missing_table_is_measured_once_by_the_run_that_needs_it(
     again = ran(recipe, out)
     assert len(calls) == 6 and all(reused(again).values())
     assert again["predictions"][0]["source"] == "table"
+
+
+def test_a_dry_run_s_stages_are_looked_up_without_measuring(tmp_path: Path, never: None) -> None:
+    recipe = Recipe.read(recipe_of(tmp_path))
+    assert dry_run(recipe, tmp_path / "out")["select"] == "run"
+    assert not folder().exists()
 
 
 def test_a_plan_chooses_as_the_run_does(tmp_path: Path, never: None) -> None:
