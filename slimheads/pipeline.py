@@ -150,19 +150,19 @@ def _reusable(stage: Stage, store: Store, key: str, from_stage: str | None) -> R
 
 
 def _do(stage: Stage, job: Job, store: Store, from_stage: str | None, progress: Progress) -> StageRecord:
+    started, memory = time.perf_counter(), PeakMemory()
     progress.start(stage.name)  # what a stage depends on can take its time: files to hash, a latency table to measure
     key = _key(stage, job, {name: _content_of(record) for name, record in job.records.items()})
     record = _reusable(stage, store, key, from_stage)
     reused = record is not None
     if record is None:
-        record = _work(stage, job, store, key)
+        record = _work(stage, job, store, key, started, memory)
     job.records[stage.name] = record
     progress.finish(stage.name, record.seconds, reused)
     return StageRecord(stage=stage.name, seconds=record.seconds, peak_rss_mb=record.peak_rss_mb or 0.0, reused=reused)
 
 
-def _work(stage: Stage, job: Job, store: Store, key: str) -> Record:
-    started, memory = time.perf_counter(), PeakMemory()
+def _work(stage: Stage, job: Job, store: Store, key: str, started: float, memory: PeakMemory) -> Record:
     with store.begin(stage.name, key) as work:
         result, keep = stage.work(job, work.path)
         seconds, peak = time.perf_counter() - started, memory.megabytes()

@@ -106,7 +106,7 @@ def table_shapes(source: Source, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
         raise UsageError(
             f"a latency table is of a model with one graph, and {source.model_type} is an encoder-decoder",
             where=source.given,
-            hint="plan its speedup by FLOPs",
+            hint="go by the ratio of FLOPs, which every run reports",
         )
     return tuple(dict.fromkeys(measured_shapes(config, shapes)))
 
@@ -214,6 +214,7 @@ def _table(
 def command(source: Source, shapes: Sequence[Shape], setting: Setting) -> str:
     """What to type to have these tables measured."""
     parts: list[str] = ["slimheads", "profile", source.given, "--task", source.task]
-    parts += [part for shape in shapes for part in ("--shape", "x".join(map(str, shape)))]
+    for shape in shapes:  # of images the batch alone counts, but a length is to be written
+        parts += ["--shape", "x".join(map(str, shape if len(shape) > 1 else (*shape, 1)))]
     parts += ["--threads", str(setting.threads), "--provider", setting.provider]
     return shlex.join([*parts, *(["--within-groups"] if setting.within_groups else [])])

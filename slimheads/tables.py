@@ -256,8 +256,8 @@ def predictions(rows: Sequence[Prediction]) -> Table:
         predicted = w.ratio(row.speedup) if row.speedup is not None else "not counted"
         if row.low is not None and row.high is not None:
             predicted += f" ({row.low:.2f} to {row.high:.2f})"
-        measured = w.ratio(row.measured) if row.measured is not None else NONE
-        error = w.signed_percent(row.error) if row.error is not None else NONE
+        measured = w.ratio(row.measured) if row.measured is not None else "nothing conclusive"
+        error = w.signed_percent(row.error) if row.error is not None else ""
         by = "latency table" if row.source == "table" else "FLOPs"
         cells.append((*place, by, predicted, measured, error, row.reason or ""))
     return table(head, cells, {3, 4, 5})

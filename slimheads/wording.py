@@ -227,7 +227,8 @@ def prediction_line(rows: Sequence[Prediction]) -> str:
             place = f" at {shape_text(own[0].shape)}" if len(own) == 1 else f", the worst of {len(errors)}"
             said.append(f"slim latency by the {name} is {signed_percent(worst)} off what was measured{place}")
         elif own:
-            said.append(f"by the {name}, and nothing conclusive was measured to hold it against")
+            foreseen = [f"{ratio(row.speedup)} at {shape_text(row.shape)}" for row in own if row.speedup is not None]
+            said.append(f"{listing(foreseen or ['nothing'])} by the {name}; nothing conclusive to hold it against")
     return f"Prediction: {'; '.join(said)}."
 
 

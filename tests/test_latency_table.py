@@ -134,6 +134,12 @@ def test_sites_that_are_alike_are_one_kind(variety: str, expected: Sequence[tupl
     assert all(kind.step == 1 for kind in kinds)
 
 
+def test_two_towers_of_the_same_sizes_are_two_kinds_for_they_see_other_lengths(tiny: Tiny) -> None:
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    kinds = kinds_of(tiny("clip", vision_config=vision | {"image_size": 30, "patch_size": 6}))
+    assert [(len(kind.sites), kind.total) for kind in kinds] == [(2, 4), (2, 4)]
+
+
 def test_within_groups_counts_query_heads_one_of_each_group(tiny: Tiny) -> None:
     (groups,), (heads,) = (kinds_of(tiny("llama"), within) for within in (False, True))
     assert (groups.unit, groups.total, groups.step, groups.counts(2)) == ("kv_group", 4, 1, (1, 2, 3))

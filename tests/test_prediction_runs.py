@@ -14,6 +14,8 @@ from whole_runs import checkpoint, measured, report_of, reused, slimheads, stead
 
 from slimheads import profiling, stages
 from slimheads.latency_table import predict
+from slimheads.pipeline import dry_run
+from slimheads.recipe import Recipe
 from slimheads.selection import Plan
 from slimheads.table_store import Setting, folder
 
@@ -122,6 +124,12 @@ def test_a_missing_table_is_measured_once_by_the_run_that_needs_it(
     assert again["predictions"][0]["source"] == "table"
 
 
+def test_a_dry_run_s_stages_are_looked_up_without_measuring(tmp_path: Path, never: None) -> None:
+    recipe = Recipe.read(recipe_of(tmp_path))
+    assert dry_run(recipe, tmp_path / "out")["select"] == "run"
+    assert not folder().exists()
+
+
 def test_a_plan_chooses_as_the_run_does(tmp_path: Path, never: None) -> None:
     keep_table(checkpoint(), stairs(4, 2, 0.1), SHAPE, TWO)
     recipe = recipe_of(tmp_path)
@@ -190,8 +198,9 @@ def test_an_encoder_decoder_is_predicted_graph_by_graph_by_flops(tmp_path: Path,
     assert "encoder-decoder" in slimheads("plan", tmp_path / "r.yaml", "--json").json["predicted_reason"]
 
 
-def test_the_command_that_a_plan_names_makes_its_prediction(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, 1)
+@pytest.mark.parametrize(("model", "measured_at"), [("bert", [1, 8]), ("vit", [1])])
+def test_the_command_that_a_plan_names_makes_its_prediction(model: str, measured_at: list[int], tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, 1, model)
     before = slimheads("plan", recipe, "--json").json
     assert before["predicted"] is None
     said = before["predicted_reason"].partition("make one with: ")[2]
@@ -201,7 +210,7 @@ def test_the_command_that_a_plan_names_makes_its_prediction(tmp_path: Path) -> N
     assert slimheads(*arguments, "--min-seconds", 0.01).code == 0
     after = slimheads("plan", recipe, "--json").json
     (row,) = after["predicted"]
-    assert after["predicted_reason"] is None and row["shape"] == list(SHAPE)
+    assert after["predicted_reason"] is None and row["shape"] == measured_at
     assert row["slim_ms"] == pytest.approx(row["dense_ms"] / row["speedup"]["estimate"])
     assert after["plan"] == before["plan"]
 
