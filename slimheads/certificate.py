@@ -42,7 +42,7 @@ SURGERY_TOLERANCE = 1e-5
 # were rounded from. What is lost in quality is drift.
 PRECISION_TOLERANCES: dict[Precision, float] = {"fp16": 0.01, "int8": 0.3, "q4": 0.3}
 # What another form of the same float32 graph may cost, absolute and relative: only the order of additions. Measured: at
-# most 5e-6 in every family's test model, MiniLM and a BERT of 600 million parameters; one wrong head count, 0.1 and more.
+# most 5e-6 in every family's test model, MiniLM and a BERT of 600 million parameters; a wrong head count, 0.1 and more.
 CANDIDATE_TOLERANCE = 1e-4
 # Precisions whose every weight is held against the float32 one that it was rounded from.
 _ROUNDED = ("int8", "q4")
