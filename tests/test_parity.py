@@ -334,7 +334,7 @@ def test_agreement_of_nothing_is_none() -> None:
     agreement.add(
         {"last_hidden_state": np.ones((1, 2, 3))}, {"last_hidden_state": np.ones((1, 2, 3))}, Case(1, 2, "no", 0, {})
     )
-    assert agreement.cosine == 1 and agreement.top1 is None
+    assert agreement.cosine == pytest.approx(1.0) and agreement.top1 is None
 
 
 def test_only_cases_that_hold_say_how_far_two_forms_agree() -> None:
