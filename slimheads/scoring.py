@@ -88,59 +88,61 @@ def score(model: PreTrainedModel, method: str = "magnitude") -> Scores:
 
 
 def _score_site(model: PreTrainedModel, site: Site) -> SiteScores:
-    sums = [_squared_norms(model.get_submodule(p.module), p) for p in site.projections]
-    scores = _magnitudes(site, sums)
+    runs = replace(site, projections=tuple(_in_runs(p) for p in site.projections))
+    sums = [
+        _squared_norms(model.get_submodule(fine.module), fine, len(coarse.unit_of))
+        for fine, coarse in zip(site.projections, runs.projections, strict=True)
+    ]
+    scores = _magnitudes(runs, sums)
     if site.unit == "head":
         return SiteScores(site.name, site.unit, scores)
-    heads = _magnitudes(site.by_head(), sums)
+    heads = _magnitudes(runs.by_head(), sums)
     groups = tuple(heads[start : start + site.members] for start in range(0, len(heads), site.members))
     return SiteScores(site.name, site.unit, scores, groups)
 
 
-def _magnitudes(site: Site, sums: Sequence[np.ndarray]) -> tuple[float, ...]:
-    """One number a unit; `sums` are the squared norms of each projection's runs of features."""
-    squares = np.zeros((len(ROLES), site.total))
-    for projection, per_run in zip(site.projections, sums, strict=True):
-        first = slice(None, None, len(projection.unit_of) // len(per_run))
-        unit_of, role_of, span = projection.unit_of[first], projection.role_of[first], projection.span[first]
-        for index, role in enumerate(ROLES):
-            for offset in range(int(span.max())):
-                chosen = (role_of == role) & (span > offset)
-                np.add.at(squares[index], unit_of[chosen] + offset, per_run[chosen])
-    return tuple(float(total) for total in np.sqrt(squares).sum(axis=0))
+def _in_runs(projection: Projection) -> Projection:
+    """The same with one label a run: as many features as lie together everywhere and belong to one head in one role.
 
-
-def _run_length(projection: Projection) -> int:
-    """The largest number into which all runs divide of features that lie together and belong to one head in one role.
-
-    With heads of 64 features it is 64, or a multiple where all of the projection's heads are one.
+    With heads of 64 features that is 64, or a multiple where all of the projection's features are one head's.
     """
     unit, member, role = projection.unit_of, projection.member_of, projection.role_of
     changes = (unit[1:] != unit[:-1]) | (member[1:] != member[:-1]) | (role[1:] != role[:-1])
-    return int(np.gcd.reduce(np.append(np.flatnonzero(changes) + 1, len(unit))))
+    run = int(np.gcd.reduce(np.append(np.flatnonzero(changes) + 1, len(unit))))
+    return Projection(projection.module, unit[::run], member[::run], role[::run], projection.span[::run])
 
 
-def _squared_norms(module: torch.nn.Module, projection: Projection) -> np.ndarray:
+def _magnitudes(site: Site, sums: Sequence[np.ndarray]) -> tuple[float, ...]:
+    """One number a unit; `site` is in runs, and `sums` are the squared norms of each projection's."""
+    squares = np.zeros((len(ROLES), site.total))
+    for projection, per_run in zip(site.projections, sums, strict=True):
+        for role in set(projection.role_of.tolist()).intersection(ROLES):
+            row, mine = squares[ROLES.index(role)], projection.role_of == role
+            for offset in range(int(projection.span[mine].max())):
+                chosen = mine & (projection.span > offset)
+                np.add.at(row, projection.unit_of[chosen] + offset, per_run[chosen])
+    return tuple(float(total) for total in np.sqrt(squares).sum(axis=0))
+
+
+def _squared_norms(module: torch.nn.Module, projection: Projection, runs: int) -> np.ndarray:
     """Squared Euclidean norm of each run of features of the divided axis, float64 [runs].
 
     torch's norm along the last axis of a tensor is the one that reads at the memory's own rate, if the result has the
     tensor's dtype; across rows, or into a wider dtype, it is 10 to 20 times slower. So where the columns are divided,
     each row is taken as its runs, and half precision is widened block by block, while it is in the processor's cache.
     """
-    weight, run = cast(torch.Tensor, module.weight).detach(), _run_length(projection)
-    if isinstance(module, Conv1D) == projection.divides_inputs:  # weight [features, others]
-        norms = _last_axis_norms(weight)
-    else:  # weight [others, features]
-        norms = _last_axis_norms(weight.unflatten(1, (-1, run)))
-    squares = norms.double().square()
-    squares = squares.unflatten(0, (-1, run)).sum(1) if norms.ndim == 1 else squares.sum(0)
-    if not bool(torch.isfinite(squares).all()):
+    weight = cast(torch.Tensor, module.weight).detach()
+    if isinstance(module, Conv1D) == projection.divides_inputs:  # [features, others]
+        squares = _last_axis_norms(weight).double().square().unflatten(0, (runs, -1)).sum(1)
+    else:  # [others, features]
+        squares = _last_axis_norms(weight.unflatten(1, (runs, -1))).double().square().sum(0)
+    per_run: np.ndarray = squares.cpu().numpy()
+    if not np.isfinite(per_run).all():
         raise ModelRefusedError(
             "the tensor holds NaN or infinity, or is too large for its norm",
             where=f"{projection.module}.weight",
             hint="the checkpoint is damaged: fetch or train it again",
         )
-    per_run: np.ndarray = squares.cpu().numpy()
     return per_run
 
 
