@@ -7,7 +7,7 @@ A query head of a group is scored besides: its own query and output slices, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -84,21 +84,26 @@ def score(model: PreTrainedModel, method: str = "magnitude") -> Scores:
     """
     if method != "magnitude":
         raise ValueError(f"unknown scoring method {method!r}")
-    return Scores(method, tuple(_score_site(model, site) for site in find_sites(model)))
+    modules, sites = dict(model.named_modules()), find_sites(model)
+    alike: dict[tuple[Any, ...], list[Site]] = {}
+    for site in sites:  # layers that are divided alike share their labels, which then are looked at once
+        key = (site.unit, site.total, site.members, *(id(p.unit_of) for p in site.projections))
+        alike.setdefault(key, []).append(site)
+    scored = {scores.site: scores for group in alike.values() for scores in _score_alike(modules, group)}
+    return Scores(method, tuple(scored[site.name] for site in sites))
 
 
-def _score_site(model: PreTrainedModel, site: Site) -> SiteScores:
-    runs = replace(site, projections=tuple(_in_runs(p) for p in site.projections))
+def _score_alike(modules: Mapping[str, torch.nn.Module], sites: Sequence[Site]) -> Iterator[SiteScores]:
+    """The scores of sites whose projections bear the same labels."""
+    runs = replace(sites[0], projections=tuple(_in_runs(p) for p in sites[0].projections))
     sums = [
-        _squared_norms(model.get_submodule(fine.module), fine, len(coarse.unit_of))
-        for fine, coarse in zip(site.projections, runs.projections, strict=True)
+        np.stack([_squared_norms(modules[site.projections[index].module], site.projections[index], run) for site in sites])
+        for index, run in enumerate(len(p.unit_of) for p in runs.projections)
     ]
-    scores = _magnitudes(runs, sums)
-    if site.unit == "head":
-        return SiteScores(site.name, site.unit, scores)
-    heads = _magnitudes(runs.by_head(), sums)
-    groups = tuple(heads[start : start + site.members] for start in range(0, len(heads), site.members))
-    return SiteScores(site.name, site.unit, scores, groups)
+    by_head = _magnitudes(runs.by_head(), sums) if runs.unit == "kv_group" else [()] * len(sites)
+    for site, scores, heads in zip(sites, _magnitudes(runs, sums), by_head, strict=True):
+        groups = tuple(heads[start : start + site.members] for start in range(0, len(heads), site.members))
+        yield SiteScores(site.name, site.unit, scores, groups)
 
 
 def _in_runs(projection: Projection) -> Projection:
@@ -112,16 +117,17 @@ def _in_runs(projection: Projection) -> Projection:
     return Projection(projection.module, unit[::run], member[::run], role[::run], projection.span[::run])
 
 
-def _magnitudes(site: Site, sums: Sequence[np.ndarray]) -> tuple[float, ...]:
-    """One number a unit; `site` is in runs, and `sums` are the squared norms of each projection's."""
-    squares = np.zeros((len(ROLES), site.total))
-    for projection, per_run in zip(site.projections, sums, strict=True):
+def _magnitudes(runs: Site, sums: Sequence[np.ndarray]) -> list[tuple[float, ...]]:
+    """One number a unit, of each of the sites that `runs` stands for; `sums` are the squared norms of each projection's
+    runs, [sites, runs]."""
+    squares = np.zeros((len(ROLES), runs.total, len(sums[0])))
+    for projection, per_run in zip(runs.projections, sums, strict=True):
         for role in set(projection.role_of.tolist()).intersection(ROLES):
             row, mine = squares[ROLES.index(role)], projection.role_of == role
             for offset in range(int(projection.span[mine].max())):
                 chosen = mine & (projection.span > offset)
-                np.add.at(row, projection.unit_of[chosen] + offset, per_run[chosen])
-    return tuple(float(total) for total in np.sqrt(squares).sum(axis=0))
+                np.add.at(row, projection.unit_of[chosen] + offset, per_run.T[chosen])
+    return [tuple(scores) for scores in np.sqrt(squares).sum(axis=0).T.tolist()]
 
 
 def _squared_norms(module: torch.nn.Module, projection: Projection, runs: int) -> np.ndarray:
