@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers.modeling_utils import no_init_weights
 
 from slimheads.attention import find_sites
 from slimheads.environment import environment
@@ -56,10 +57,9 @@ def model_of(layout: str, size: str, dtype: torch.dtype, *, all_weights: bool = 
 
     The other weights are memory that was never touched, and takes none, unless `all_weights` asks for numbers there.
     """
-    with torch.device("meta"):
-        auto = AutoModelForMaskedLM if layout == "bert" else AutoModelForCausalLM
+    auto = AutoModelForMaskedLM if layout == "bert" else AutoModelForCausalLM
+    with no_init_weights():
         model = auto.from_config(config_of(layout, size), dtype=dtype)
-    model.to_empty(device="cpu").tie_weights()
     read = {p.module for site in find_sites(model) for p in site.projections}
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -135,9 +135,7 @@ def spread(interval: Any) -> str:
     return f"{interval.estimate:.2f} ({interval.low:.2f} to {interval.high:.2f})"
 
 
-def show(
-    rows: Sequence[Mapping[str, Any]], *, title: str, notes: Sequence[str], as_json: bool, **more: Any
-) -> None:
+def show(rows: Sequence[Mapping[str, Any]], *, title: str, notes: Sequence[str], as_json: bool, **more: Any) -> None:
     """Prints a Markdown table of what the rows hold, the machine first; or everything as JSON."""
     if as_json:
         plain = [{k: v.model_dump() if isinstance(v, Interval) else v for k, v in row.items()} for row in rows]

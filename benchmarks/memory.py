@@ -73,8 +73,10 @@ def main() -> None:
         child(given.child, given.ratio)
         return
     rows = [measure(size, dtype, given.ratio, Path(given.folder)) for dtype in given.dtypes for size in given.sizes]
-    note = f"peak: VmHWM of a process of its own, less its resident memory before the load; limit: model + largest " \
+    note = (
+        f"peak: VmHWM of a process of its own, less its resident memory before the load; limit: model + largest "
         f"tensor + {SPARE_MB:.0f} MiB"
+    )
     show(rows, title="Memory", notes=[note], as_json=given.json)
     sys.exit(not all(row["within"] for row in rows))
 

@@ -29,9 +29,7 @@ def measure(layout: str, size: str, dtype: str, ratio: float, sets: int, rounds:
     model = model_of(layout, size, DTYPES[dtype])
     plan = select(score(model), ratio=ratio)
     kept = attention_weights(prune(same_weights(model), plan))
-    stretches = [
-        dense.flatten()[: slim.numel()] for dense, slim in zip(attention_weights(model), kept, strict=True)
-    ]
+    stretches = [dense.flatten()[: slim.numel()] for dense, slim in zip(attention_weights(model), kept, strict=True)]
     kept_bytes, parameters = bytes_of(kept), sum(p.numel() for p in model.parameters())
     del kept
 

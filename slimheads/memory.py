@@ -42,7 +42,9 @@ class MappedFiles:
 
     def __init__(self, files: Iterable[Path]) -> None:
         names, maps = {str(file.resolve()) for file in files}, Path("/proc/self/maps")
-        lines = (line.split(maxsplit=5) for line in os.fsdecode(maps.read_bytes()).splitlines()) if maps.exists() else ()
+        lines = (
+            (line.split(maxsplit=5) for line in os.fsdecode(maps.read_bytes()).splitlines()) if maps.exists() else ()
+        )
         spans = [parts[0].split("-") for parts in lines if len(parts) == 6 and parts[5] in names]
         self._spans = [(int(begin, 16), int(end, 16)) for begin, end in spans]
 

@@ -97,7 +97,9 @@ def _score_alike(modules: Mapping[str, torch.nn.Module], sites: Sequence[Site]) 
     """The scores of sites whose projections bear the same labels."""
     runs = replace(sites[0], projections=tuple(_in_runs(p) for p in sites[0].projections))
     sums = [
-        np.stack([_squared_norms(modules[site.projections[index].module], site.projections[index], run) for site in sites])
+        np.stack(
+            [_squared_norms(modules[site.projections[index].module], site.projections[index], run) for site in sites]
+        )
         for index, run in enumerate(len(p.unit_of) for p in runs.projections)
     ]
     by_head = _magnitudes(runs.by_head(), sums) if runs.unit == "kv_group" else [()] * len(sites)
@@ -139,9 +141,9 @@ def _squared_norms(module: torch.nn.Module, projection: Projection, runs: int) -
     """
     weight = cast(torch.Tensor, module.weight).detach()
     if isinstance(module, Conv1D) == projection.divides_inputs:  # [features, others]
-        squares = _last_axis_norms(weight).double().square().unflatten(0, (runs, -1)).sum(1)
+        squares = _last_axis_norms(weight).double().square().reshape(runs, -1).sum(1)
     else:  # [others, features]
-        squares = _last_axis_norms(weight.unflatten(1, (runs, -1))).double().square().sum(0)
+        squares = _last_axis_norms(weight.reshape(len(weight), runs, -1)).double().square().sum(0)
     per_run: np.ndarray = squares.cpu().numpy()
     if not np.isfinite(per_run).all():
         raise ModelRefusedError(
@@ -155,11 +157,11 @@ def _squared_norms(module: torch.nn.Module, projection: Projection, runs: int) -
 def _last_axis_norms(weight: torch.Tensor) -> torch.Tensor:
     """Euclidean norms along the last axis, accumulated and given in float32, of float64 weights in float64."""
     if weight.dtype in (torch.float32, torch.float64):
-        return torch.linalg.vector_norm(weight, dim=-1)
+        return cast(torch.Tensor, torch.linalg.vector_norm(weight, dim=-1))
     norms = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
     rows = max(1, CACHED * torch.get_num_threads() // weight[0].numel())
     widened = torch.empty((rows, *weight.shape[1:]), dtype=torch.float32, device=weight.device)
-    for source, target in zip(weight.split(rows), norms.split(rows), strict=True):
-        block = widened[: len(source)].copy_(source)
-        torch.linalg.vector_norm(block, dim=-1, out=target)
+    for start in range(0, len(weight), rows):
+        block = weight[start : start + rows]
+        torch.linalg.vector_norm(widened[: len(block)].copy_(block), dim=-1, out=norms[start : start + rows])
     return norms

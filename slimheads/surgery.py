@@ -183,4 +183,5 @@ def _chosen(tensor: torch.Tensor, dim: int, features: np.ndarray) -> torch.Tenso
     run = int(np.gcd.reduce([tensor.shape[dim], len(features), *begins, *features[begins]]))
     # From numpy, for torch's default device is the meta device where a model is built there.
     runs = torch.from_numpy(features[::run] // run).to(tensor.device)
-    return tensor.unflatten(dim, (-1, run)).index_select(dim, runs).flatten(dim, dim + 1)
+    before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
+    return tensor.reshape(*before, -1, run, *after).index_select(dim, runs).reshape(*before, len(features), *after)

@@ -470,3 +470,16 @@ def test_config_values_survive_a_round_trip(tiny: Tiny, ragged: Ragged, tmp_path
     assert data["num_attention_heads"] == 4
     assert data["slimheads"]["dense"] == {}  # nothing of it was overwritten
     assert [site["total"] for site in data["slimheads"]["sites"]] == [4, 4, 4]
+
+
+def test_a_loaded_models_weights_lie_in_no_file(tiny: Tiny, ragged: Callable[..., Plan], tmp_path: Path) -> None:
+    """Else surgery would free nothing, and a file that is written to would change the model."""
+    for name, model in (("dense", tiny("gpt2")), ("slim", prune(tiny("gpt2"), ragged(tiny("gpt2"))))):
+        save(model, tmp_path / name)
+        loaded = load(tmp_path / name)
+        expected = {key: tensor.clone() for key, tensor in loaded.state_dict().items()}
+        file = tmp_path / name / "model.safetensors"
+        with file.open("r+b") as weights:
+            weights.write(b"\0" * file.stat().st_size)
+        assert all(torch.equal(expected[key], tensor) for key, tensor in loaded.state_dict().items())
+        assert loaded.lm_head.weight is loaded.transformer.wte.weight
