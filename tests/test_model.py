@@ -483,3 +483,20 @@ def test_a_loaded_models_weights_lie_in_no_file(tiny: Tiny, ragged: Callable[...
             weights.write(b"\0" * file.stat().st_size)
         assert all(torch.equal(expected[key], tensor) for key, tensor in loaded.state_dict().items())
         assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+def test_a_weight_that_is_not_finite_is_refused_by_name(
+    tiny: Tiny, tmp_path: Path, bad: float, dtype: torch.dtype
+) -> None:
+    """Wherever it is: this one is never scored."""
+    model = tiny("bert").to(dtype)
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[3, 5] = bad
+    save(model, tmp_path / "model")
+    with pytest.raises(ModelRefusedError, match="NaN or infinity") as refused:
+        load(tmp_path / "model")
+    assert refused.value.where == "encoder.layer.1.output.dense.weight"
