@@ -3,14 +3,20 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/minilm
+THREADS ?= 1
 
-.PHONY: demo test lint types schema families lock clean
+.PHONY: demo test bench lint types schema families lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/slimheads run pipelines/minilm.yaml --out $(OUT)
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+
+# What slimheads itself costs, against what the machine can do. Some minutes, 16 GB of memory and 6 GB of disk.
+bench: $(VENV)/.installed
+	for benchmark in startup scoring surgery memory export_overhead; do \
+	  OMP_NUM_THREADS=$(THREADS) $(BIN)/python benchmarks/$$benchmark.py || exit; echo; done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -236,23 +237,32 @@ def _read_projection(
 
 
 def _labelled(module: str, blocks: tuple[Block, ...], sizes: Mapping[str, int], left: tuple[int, ...]) -> Projection:
+    return Projection(module, *_labels(blocks, sizes["unit"], sizes["member"], sizes["dim"], left))
+
+
+@lru_cache(maxsize=64)  # the layers of a model are mostly alike
+def _labels(
+    blocks: tuple[Block, ...], units: int, members: int, dim: int, left: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The dense model's features less what was deleted, units and members counted anew over the heads that are left."""
+    sizes = {"unit": units, "member": members, "dim": dim}
     unit_of, member_of, role_of = (
         np.concatenate(parts) for parts in zip(*(b.labels(sizes) for b in blocks), strict=True)
     )
-    dense = Projection(module, unit_of, member_of, role_of, np.ones_like(unit_of))
-    members = sizes["member"]
+    dense = Projection("", unit_of, member_of, role_of, np.ones_like(unit_of))
     groups = sorted({head // members for head in left})
     here = dense.by_head(members).kept_features(left)
     unit_of, member_of = unit_of[here], member_of[here]
     place = np.searchsorted(left, unit_of * members + member_of) % (len(left) // len(groups))
-    return Projection(
-        module,
-        unit_of=np.searchsorted(groups, unit_of),
-        member_of=np.where(member_of < 0, -1, place),
-        role_of=role_of[here],
-        span=np.ones_like(unit_of),
+    labels = (
+        np.searchsorted(groups, unit_of),
+        np.where(member_of < 0, -1, place),
+        role_of[here],
+        np.ones_like(unit_of),
     )
+    for array in labels:
+        array.flags.writeable = False  # shared by every projection of this layout
+    return labels
 
 
 def _read_tables(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -58,6 +59,7 @@ class Block(BaseModel):
         return unit, at.get("member", member), role
 
 
+@cache
 def blocks_of(layout: str) -> tuple[Block, ...]:
     """Reads a layout.
 

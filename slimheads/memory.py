@@ -1,11 +1,17 @@
-"""Peak resident memory of this process over a stretch of work."""
+"""This process's memory: what is resident now, its peak over a stretch of work, and what of it is mapped files."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import resource
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 
 class PeakMemory:
@@ -24,3 +30,37 @@ class PeakMemory:
                     return round(int(line.split()[1]) / 1024, 1)
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return round(usage / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def resident_megabytes() -> float:
+    """What is resident now, in MiB."""
+    return round(psutil.Process().memory_info().rss / 2**20, 1)
+
+
+class MappedFiles:
+    """Where files are mapped into this process's memory; nowhere, as far as can be told, where there is no /proc."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        names, maps = {str(file.resolve()) for file in files}, Path("/proc/self/maps")
+        lines = (
+            (line.split(maxsplit=5) for line in os.fsdecode(maps.read_bytes()).splitlines()) if maps.exists() else ()
+        )
+        spans = [parts[0].split("-") for parts in lines if len(parts) == 6 and parts[5] in names]
+        self._spans = [(int(begin, 16), int(end, 16)) for begin, end in spans]
+
+    def hold(self, address: int) -> bool:
+        """Whether this address lies in one of the files."""
+        return any(begin <= address < end for begin, end in self._spans)
+
+    def give_back(self, address: int, size: int) -> None:
+        """Gives the pages that lie wholly in these bytes of a file back to the system; read again, they are the file's.
+
+        Raises:
+            ValueError: the bytes are not a file's.
+        """
+        if not self.hold(address) or not self.hold(address + size - 1):
+            raise ValueError("these bytes lie in none of the files")
+        begin, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            libc = ctypes.CDLL(None)
+            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)

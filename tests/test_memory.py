@@ -1,4 +1,4 @@
-"""The peak memory of a stretch of work."""
+"""The peak memory of a stretch of work, and the memory that is a file's."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from slimheads.memory import PeakMemory
+from slimheads.memory import MappedFiles, PeakMemory, resident_megabytes
 
 TAKEN = 96  # MiB
 
@@ -40,3 +43,23 @@ def test_a_new_stretch_starts_without_the_last_ones_peak() -> None:
         pytest.skip("this system does not let a process start a new peak")
     assert PeakMemory().megabytes() <= high - TAKEN + 8
     assert low <= high - TAKEN + 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it cannot be told where a file is mapped")
+def test_what_was_read_of_a_file_can_be_given_back_and_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    written = torch.randn(TAKEN, 2**18)  # so many MiB
+    save_file({"weight": written}, path)
+    with safe_open(path, framework="pt") as file:
+        weight = file.get_tensor("weight")
+    size, files = weight.numel() * weight.element_size(), MappedFiles([path])
+    assert files.hold(weight.data_ptr()) and not files.hold(written.data_ptr())
+    assert torch.equal(weight, written)
+    before = resident_megabytes()
+    files.give_back(weight.data_ptr(), size)
+    assert resident_megabytes() <= before - TAKEN + 8
+    assert torch.equal(weight, written)
+    with pytest.raises(ValueError, match="none of the files"):  # that memory would be lost
+        files.give_back(written.data_ptr(), size)
+    with pytest.raises(ValueError, match="none of the files"):
+        files.give_back(weight.data_ptr(), size + 2**30)

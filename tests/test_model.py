@@ -470,3 +470,33 @@ def test_config_values_survive_a_round_trip(tiny: Tiny, ragged: Ragged, tmp_path
     assert data["num_attention_heads"] == 4
     assert data["slimheads"]["dense"] == {}  # nothing of it was overwritten
     assert [site["total"] for site in data["slimheads"]["sites"]] == [4, 4, 4]
+
+
+def test_a_loaded_models_weights_lie_in_no_file(tiny: Tiny, ragged: Callable[..., Plan], tmp_path: Path) -> None:
+    """Else surgery would free nothing, and a file that is written to would change the model."""
+    for name, model in (("dense", tiny("gpt2")), ("slim", prune(tiny("gpt2"), ragged(tiny("gpt2"))))):
+        save(model, tmp_path / name)
+        loaded = load(tmp_path / name)
+        expected = {key: tensor.clone() for key, tensor in loaded.state_dict().items()}
+        file = tmp_path / name / "model.safetensors"
+        with file.open("r+b") as weights:
+            weights.write(b"\0" * file.stat().st_size)
+        assert all(torch.equal(expected[key], tensor) for key, tensor in loaded.state_dict().items())
+        assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+def test_a_weight_that_is_not_finite_is_refused_by_name(
+    tiny: Tiny, tmp_path: Path, bad: float, dtype: torch.dtype
+) -> None:
+    """Wherever it is: this one is never scored."""
+    model = tiny("bert").to(dtype)
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[3, 5] = bad
+    save(model, tmp_path / "model")
+    with pytest.raises(ModelRefusedError, match="NaN or infinity") as refused:
+        load(tmp_path / "model")
+    assert refused.value.where == "encoder.layer.1.output.dense.weight"

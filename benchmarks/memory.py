@@ -1,0 +1,85 @@
+"""Peak memory of loading, scoring and pruning, against the size of the model.
+
+Each measurement is a process of its own that loads a checkpoint from disk, scores it and prunes it. What is told is the
+highest resident set (VmHWM, files that are mapped included) from before the load to after the deletion, less what was
+resident when all modules had been imported and no model was there. The limit is the size of the model, its largest
+tensor and 300 MB; the process exits with 1 where a model took more.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import DTYPES, arguments, bytes_of, model_of, show
+
+from slimheads.memory import PeakMemory, resident_megabytes
+from slimheads.model import load, save
+from slimheads.scoring import score
+from slimheads.selection import select
+from slimheads.surgery import prune
+
+SPARE_MB = 300.0
+
+
+def child(folder: str, ratio: float) -> None:
+    """Loads, scores and prunes; prints what it took in MiB."""
+    before, memory = resident_megabytes(), PeakMemory()
+    model = load(folder)
+    loaded = memory.megabytes() - before
+    size, largest = bytes_of(model.parameters()), max(bytes_of([p]) for p in model.parameters())
+    prune(model, select(score(model), ratio=ratio))
+    measured = {"loading": loaded, "all": memory.megabytes() - before, "kept": resident_megabytes() - before}
+    print(json.dumps(measured | {"size": size / 2**20, "largest": largest / 2**20}))
+
+
+def measure(size: str, dtype: str, ratio: float, folder: Path) -> dict[str, Any]:
+    """One row of the table; the checkpoint is deleted before the next is made."""
+    model = model_of("llama", size, DTYPES[dtype], all_weights=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="slimheads-memory-") as scratch:
+        save(model, Path(scratch, "model"))
+        parameters = sum(p.numel() for p in model.parameters())
+        del model
+        command = [sys.executable, __file__, "--ratio", str(ratio), "--child", str(Path(scratch, "model"))]
+        found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+    limit = found["size"] + found["largest"] + SPARE_MB
+    return {
+        "dtype": dtype,
+        "parameters": parameters,
+        "model MiB": found["size"],
+        "largest tensor MiB": found["largest"],
+        "peak of load MiB": found["loading"],
+        "peak of load, score and prune MiB": found["all"],
+        "after MiB": found["kept"],
+        "peak / model": found["all"] / found["size"],
+        "limit MiB": limit,
+        "within": found["all"] <= limit,
+    }
+
+
+def main() -> None:
+    """Every size in every dtype."""
+    parser = arguments(
+        __doc__, sizes=["20M", "100M", "350M", "1.5B"], dtypes=["float32", "bfloat16"], ratio=0.25,
+        folder=tempfile.gettempdir(),
+    )  # fmt: skip
+    parser.add_argument("--child", help="measure this checkpoint in this process, and print JSON")
+    given = parser.parse_args()
+    if given.child:
+        child(given.child, given.ratio)
+        return
+    rows = [measure(size, dtype, given.ratio, Path(given.folder)) for dtype in given.dtypes for size in given.sizes]
+    note = (
+        f"peak: VmHWM of a process of its own, less its resident memory before the load; limit: model + largest "
+        f"tensor + {SPARE_MB:.0f} MiB"
+    )
+    show(rows, title="Memory", notes=[note], as_json=given.json)
+    sys.exit(not all(row["within"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
