@@ -39,7 +39,7 @@ Task = Literal[
     "automatic-speech-recognition",
 ]
 Precision = Literal["fp32", "fp16", "int8", "q4"]
-Candidate = Literal["plain", "optimized", "fused", "rewritten"]
+Candidate = Literal["plain", "optimized", "attention", "fused", "rewritten"]
 Provider = Literal["cpu", "cuda"]
 Item = TypeVar("Item")
 
@@ -152,7 +152,7 @@ class Export(_Section):
 
     precisions: Precisions = Field(("fp32",), description="graphs to write: fp32 (always), fp16, int8, q4 (4 bits)")
     candidates: Candidates = Field(
-        ("plain", "optimized", "fused", "rewritten"),
+        ("plain", "optimized", "attention", "fused", "rewritten"),
         description="forms of the fp32 graph to try; plain is always made",
     )
     int8_for: Literal["avx512_vnni", "avx2", "arm64"] = Field(

@@ -27,7 +27,7 @@ from slimheads.recipe import Recipe
 from slimheads.selection import Plan
 from slimheads.surgery import prune
 
-NAMES: tuple[Candidate, ...] = ("optimized", "fused", "rewritten")
+NAMES: tuple[Candidate, ...] = ("optimized", "attention", "fused", "rewritten")
 # A spread of how attention, norms, positions and caches are written.
 SPREAD = ("bert", "albert", "megatron-bert", "deberta", "gpt2", "llama", "bloom", "vit", "clip", "wav2vec2")
 # Forms that the tools make and ONNX Runtime does not run at some shape: nobody but the certificate says so.

@@ -81,7 +81,7 @@ def test_the_contracts_defaults(written: Any) -> None:
         "recover": {"method": "none"},
         "export": {
             "precisions": ["fp32"],
-            "candidates": ["plain", "optimized", "fused", "rewritten"],
+            "candidates": ["plain", "optimized", "attention", "fused", "rewritten"],
             "int8_for": "avx512_vnni",
             "kv_axes": "symbolic",
         },
