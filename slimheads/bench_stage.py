@@ -20,9 +20,13 @@ from slimheads.workloads import Workload, workloads
 
 
 def bench_section(job: Job) -> dict[str, Any]:
-    """What the measurements depend on besides what earlier stages left."""
+    """What the measurements depend on besides the exported graphs: the candidates that were proven, above all."""
+    forms: list[Candidate] | str = [name for name in job.recipe.export.candidates if name != PLAIN]
+    if forms:
+        forms = job.proven_candidates() if "verify" in job.records else "still to be proven"
     machine = {"machine": platform.machine(), "cpu": environment().cpu}
-    return job.recipe.bench.model_dump(mode="json") | {"precisions": list(job.recipe.export.precisions)} | machine
+    chosen = {"precisions": list(job.recipe.export.precisions), "candidates": forms}
+    return job.recipe.bench.model_dump(mode="json") | chosen | machine
 
 
 def bench_work(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:

@@ -125,6 +125,8 @@ def dry_run(
     for stage in stages_until(until):
         stored = _reusable(stage, Store(Path(out)), _key(stage, job, left), from_stage)
         left[stage.name] = _content_of(stored) if stored else "still to be made"
+        if stored:
+            job.records[stage.name] = stored
         found[stage.name] = "reuse" if stored else "run"
     return found if until not in (None, "report") else found | {"report": "run"}
 

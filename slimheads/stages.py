@@ -308,5 +308,5 @@ STAGES: tuple[Stage, ...] = (
     Stage("recover", ("prune",), lambda job: _dump(job.recipe.recover), _recover),
     Stage("export", ("load", "recover"), lambda job: _dump(job.recipe.export), _export),
     Stage("verify", ("select", "recover", "export"), _verify_section, _verify),
-    Stage("bench", ("export", "verify"), bench_section, bench_work),
+    Stage("bench", ("export",), bench_section, bench_work),
 )

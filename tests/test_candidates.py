@@ -91,14 +91,25 @@ def test_every_form_of_a_graph_is_built_and_holds(model_type: str, shipped: Call
         assert [link.link for link in proof.links] == numbers and all(link.cases for link in proof.links)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "albert", "megatron-bert"])
-def test_attention_is_fused_with_each_layers_own_head_count(model_type: str, shipped: Callable[..., Shipped]) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("bert", "attention"),
+        ("bert", "fused"),
+        ("albert", "attention"),
+        ("albert", "fused"),
+        ("megatron-bert", "fused"),
+    ],
+)
+def test_attention_is_fused_with_each_layers_own_head_count(
+    model_type: str, name: Candidate, shipped: Callable[..., Shipped]
+) -> None:
     made = shipped(model_type)
-    build(made, "fused")
-    counts = {
-        side: attention_of(made.root / "candidates" / "fused" / side / "onnx" / "model.onnx")
-        for side in ("dense", "slim")
-    }
+    build(made, name)
+    paths = {side: made.root / "candidates" / name / side / "onnx" / "model.onnx" for side in ("dense", "slim")}
+    counts = {side: attention_of(path) for side, path in paths.items()}
+    norms = {node.op_type for node in nodes_of(onnx.load(str(paths["slim"])).graph) if "LayerNorm" in node.op_type}
+    assert ("SkipLayerNormalization" in norms) == (name == "fused") and norms
     assert set(counts["dense"]) == {4}
     assert len(counts["dense"]) == len(counts["slim"])
     kept = {len(site.kept) for site in made.plan.sites}

@@ -163,11 +163,16 @@ def test_the_tree_is_that_of_the_contract(model_type: str) -> None:
     files = {
         p.relative_to(out).as_posix() for side in ("dense", "slim") for p in (out / side).rglob("*") if p.is_file()
     }
-    graphs = {f"{side}/onnx/model{kind}.onnx" for side in ("dense", "slim") for kind in ("", "_fp16", "_int8")}
+    graphs = {
+        f"{side}/onnx/model{kind}.onnx" for side in ("dense", "slim") for kind in ("", "_fp16", "_int8", "_quantized")
+    }
     sides = {"config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
     shipped = {f"slim/{name}" for name in sides | {"model.safetensors", "README.md"}}
     generation = {"slim/generation_config.json"} if model_type == "gpt2" else set()
     assert files == graphs | shipped | generation | {"dense/config.json"}
+    # transformers.js asks for the one name, optimum's users for the other.
+    int8 = {name: (out / "slim" / "onnx" / f"model_{name}.onnx").read_bytes() for name in ("int8", "quantized")}
+    assert int8["int8"] == int8["quantized"]
 
 
 def test_plan_and_scores_have_the_contract_s_format() -> None:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import AutoModel
 from whole_runs import checkpoint, report_of, slimheads, steady, write_recipe
 
-from slimheads import stages
+from slimheads import bench_stage, stages
 from slimheads.attention import find_sites
 from slimheads.bench import bench
 from slimheads.checkpoint import find
@@ -146,7 +146,7 @@ def test_a_decoder_s_generation_settings_ship_and_both_folders_hold_a_config(mod
 def test_a_decoder_is_measured_at_prefill_and_at_decode_and_the_report_tells_them_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "bench", partial(bench, min_pairs=10))
+    monkeypatch.setattr(bench_stage, "bench", partial(bench, min_pairs=10))
     monkeypatch.setattr(import_module("slimheads.bench"), "EXTENSION", 1)
     shapes = {"shapes": [[1, 8], [1, 1, 16]], "min_seconds": 0.05, "threads": 1}
     report = ended_well(write_recipe(tmp_path / "r.yaml", checkpoint("llama"), bench=shapes), tmp_path / "out")

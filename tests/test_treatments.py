@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import onnx
+import psutil
 import pytest
+from whole_runs import checkpoint, report_of, slimheads, steady, write_recipe
 
 from slimheads.bench import Interval
-from slimheads.treatments import MIN_GAIN, Treatment, choices, choose
+from slimheads.interface import nodes_of
+from slimheads.treatments import MIN_GAIN, Treatment, choices, choose, lacking_memory
 
 
 def row(treatment: str, on_slim: float | None, verdict: str = "faster", **more: Any) -> Treatment:
@@ -68,3 +74,66 @@ def test_every_candidate_has_its_fate_and_exactly_one_ships() -> None:
         "layer 1 says num_heads 12, the plan 6",
         "it changes nothing in this graph",
     ]
+
+
+def operators(path: Path) -> set[str]:
+    return {node.op_type for node in nodes_of(onnx.load(str(path)).graph)}
+
+
+def test_the_graph_that_gains_most_ships_with_its_own_proof_and_is_compared_with_its_like(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steady(monkeypatch, gains={"fused": 1.05, "attention": 1.20})
+    out = tmp_path / "out"
+    names = ["plain", "attention", "fused"]
+    recipe = write_recipe(tmp_path / "r.yaml", export={"precisions": ["fp32", "int8"], "candidates": names})
+    ended = slimheads("run", recipe, "--out", out)
+    assert ended.code == 0, ended.err
+    report = report_of(out)
+    assert [(one["candidate"], one["ships"]) for one in report["candidates"]] == [
+        ("plain", False),
+        ("attention", True),
+        ("fused", False),
+    ]
+    for side in ("dense", "slim"):
+        path = out / side / "onnx" / "model.onnx"
+        assert "Attention" in operators(path) and "SkipLayerNormalization" not in operators(path)
+        assert report["model"][side]["bytes"] == path.stat().st_size == report["files"][f"{side}/onnx/model.onnx"]
+    assert [(row["precision"], row["candidate"]) for row in report["latency"]] == [
+        ("fp32", "attention"),
+        ("int8", "plain"),
+    ]
+    assert [(row["treatment"], row["kind"]) for row in report["treatments"]] == [
+        ("int8", "precision"),
+        ("attention", "candidate"),
+        ("fused", "candidate"),
+    ]
+    subjects = {link["subject"] for link in report["certificate"]}
+    assert {"onnx/model.onnx (attention)", "dense/onnx/model.onnx (attention)", "onnx/model.onnx (plain)"} <= subjects
+    page = (out / "report.md").read_text()
+    assert "Graph: the attention one ships: 1.200x the plain graph's speed." in page
+    assert "fp32 (attention), cpu, 1 thread" in page
+
+
+def test_a_graph_that_the_certificate_refuses_is_not_even_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime cannot run the rotary embedding that its own optimizer makes of Gemma's at a batch of four."""
+    steady(monkeypatch, gains={"fused": 3.0})
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint("gemma"), export={"candidates": ["plain", "fused"]})
+    assert slimheads("run", recipe, "--out", tmp_path / "out").code == 0
+    report = report_of(tmp_path / "out")
+    plain, fused = report["candidates"]
+    assert plain["ships"] and not fused["ships"] and fused["built"] and fused["proven"] is False
+    assert "link 3" in fused["reason"] and report["treatments"] == []
+
+
+def test_treatments_of_a_model_that_is_too_large_for_five_sessions_are_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / str(number) for number in range(4)]
+    for file in files:
+        file.write_bytes(bytes(1000))
+    assert lacking_memory(files) is None
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=9_999))
+    assert lacking_memory(files) == "five sessions of this model need about 10.0 kB of memory, and 10.0 kB are free"

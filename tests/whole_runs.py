@@ -144,27 +144,33 @@ def measured(verdict: str = "faster", estimate: float = 1.25, **changes: Any) ->
     return Latency(**row | {"dense": timing, "slim": timing, "speedup": interval, "control": control} | changes)
 
 
-def steady(patch: pytest.MonkeyPatch, verdict: str = "faster", estimate: float = 1.25) -> None:
+def steady(
+    patch: pytest.MonkeyPatch, verdict: str = "faster", estimate: float = 1.25, gains: Mapping[str, float] | None = None
+) -> None:
     """Has the bench stage measure nothing: quick, and always the same, so that gates and reuse do not depend on it.
 
-    Another graph than the plain one neither gains nor loses by it.
+    Args:
+        gains: what a candidate graph gives, by its name; any other treatment neither gains nor loses.
     """
 
     def bench(
-        *_: Path, shapes: Any, provider: str, precision: str, graph: Any, flops: Any, **__: Any
+        *_: Path, shapes: Any, provider: str, threads: int, precision: str, graph: Any, flops: Any, **__: Any
     ) -> Sequence[Latency]:
         ratios = {shape: flops[shape][0] / flops[shape][1] for shape in shapes}
+        labels = {"provider": provider, "threads": threads, "precision": precision, "graph": graph}
         return [
-            measured(verdict, estimate, shape=shape, provider=provider, precision=precision, graph=graph).model_copy(
+            measured(verdict, estimate, shape=shape, **labels).model_copy(
                 update={"flop_speedup": ratios[shape], "realised": estimate / ratios[shape]}
             )
             for shape in shapes
         ]
 
     def bench_treated(*files: Path, **options: Any) -> Sequence[TreatedLatency]:
-        same = Ratio(interval=Interval(estimate=1.0, low=0.99, high=1.01), verdict="no difference shown")
+        gain = next((gain for name, gain in (gains or {}).items() if name in files[3].parts), 1.0)
+        interval = Interval(estimate=gain, low=gain - 0.01, high=gain + 0.01)
+        ratio = Ratio(interval=interval, verdict="faster" if gain > 1.01 else "no difference shown")
         return [
-            TreatedLatency(latency=row, on_dense=same, on_slim=same, whole=same) for row in bench(*files, **options)
+            TreatedLatency(latency=row, on_dense=ratio, on_slim=ratio, whole=ratio) for row in bench(*files, **options)
         ]
 
     patch.setattr(bench_stage, "bench", bench)
