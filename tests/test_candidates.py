@@ -92,7 +92,7 @@ def test_every_form_of_a_graph_is_built_and_holds(model_type: str, shipped: Call
 
 
 @pytest.mark.parametrize(
-    ("model_type", "name"),
+    "model_type,name",
     [
         ("bert", "attention"),
         ("bert", "fused"),

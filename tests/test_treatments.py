@@ -136,4 +136,4 @@ def test_treatments_of_a_model_that_is_too_large_for_five_sessions_are_not_measu
         file.write_bytes(bytes(1000))
     assert lacking_memory(files) is None
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=9_999))
-    assert lacking_memory(files) == "five sessions of this model need about 10.0 kB of memory, and 10.0 kB are free"
+    assert lacking_memory(files) == "five sessions of this model need about 10.0 kB of memory, and 10.00 kB are free"
