@@ -62,7 +62,7 @@ def main() -> None:
         ratio=0.25,
         sets=10,
         rounds=3,
-        threads=1,
+        threads=2,
     )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

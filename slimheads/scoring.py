@@ -135,8 +135,8 @@ def _magnitudes(runs: Site, sums: Sequence[np.ndarray]) -> list[tuple[float, ...
 def _squared_norms(module: torch.nn.Module, projection: Projection, runs: int) -> np.ndarray:
     """Squared Euclidean norm of each run of features of the divided axis, float64 [runs].
 
-    torch's norm along the last axis of a tensor is the one that reads at the memory's own rate, if the result has the
-    tensor's dtype; across rows, or into a wider dtype, it is 10 to 20 times slower. So where the columns are divided,
+    torch's norm along the last axis of a tensor is its fastest, if the result has the tensor's dtype; across rows, or
+    into a wider dtype, it is 10 to 20 times slower. So where the columns are divided,
     each row is taken as its runs, and half precision is widened block by block, while it is in the processor's cache.
     """
     weight = cast(torch.Tensor, module.weight).detach()
