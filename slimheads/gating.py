@@ -50,7 +50,7 @@ def gated(model: PreTrainedModel, plan: Plan) -> Iterator[Mapping[str, torch.Ten
 
 
 def _multiplier(site: Site, gate: torch.Tensor) -> Any:
-    unit_of = torch.from_numpy(site.output.unit_of).to(gate.device)
+    unit_of = torch.tensor(site.output.unit_of, device=gate.device)
 
     def multiply(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (inputs[0] * gate[unit_of], *inputs[1:])

@@ -31,7 +31,7 @@ from whole_runs import (
     write_recipe,
 )
 
-from slimheads import __version__, stages
+from slimheads import __version__, bench_stage
 from slimheads.cli import app
 from slimheads.errors import EnvironmentLackError
 from slimheads.model import load
@@ -306,7 +306,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(recipe: Path, tmp_pa
 def test_skipping_a_missing_provider_reports_not_measured(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "bench", import_module("slimheads.bench").bench)
+    monkeypatch.setattr(bench_stage, "bench", import_module("slimheads.bench").bench)
     cuda = ["--set", "bench.providers=[cuda]"]
     line = failed(slimheads("run", recipe, "--out", tmp_path / "out", *cuda), 5)
     assert line.startswith("--set bench.providers=[cuda]: ") and "no CUDAExecutionProvider" in line

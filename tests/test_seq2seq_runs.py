@@ -44,7 +44,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def test_all_four_files_ship_in_every_precision_beside_the_checkpoint(finished: Path) -> None:
     report = report_of(finished)
-    names = {f"{part}{suffix}.onnx" for part in FILES for suffix in ("", "_fp16", "_int8")}
+    names = {f"{part}{suffix}.onnx" for part in FILES for suffix in ("", "_fp16", "_int8", "_quantized")}
     for side in ("dense", "slim"):
         assert {path.name for path in (finished / side / "onnx").iterdir()} == names
         assert (finished / side / "config.json").is_file()
