@@ -5,8 +5,7 @@
 
 A/A: a file against itself, 20 times. A 95% interval should hold 1 in 19 of 20; it is asked to in at least 17.
 Repeats: A against B once, then 10 times more. The estimates should lie in the first run's interval; it is asked of at
-least 8. (That is less than 95%: the first interval is itself a draw, and an estimate strays from it as well as from the
-truth.)
+least 8.
 
 Exit code 0 where both hold, 1 where one does not, or where most runs were inconclusive: intervals that wide hold
 anything. Run it on a machine that does nothing else.

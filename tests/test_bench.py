@@ -41,15 +41,17 @@ def noisy_samples(rng: np.random.Generator, medians: tuple[float, float], sets: 
     return np.array(medians)[:, None, None] * np.exp(mood.reshape(sets, rounds) + luck + jitter)
 
 
-def test_dense_against_itself_covers_1_in_about_95_of_100_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repeat_falls_into_the_interval_in_about_95_of_100_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_module, "RESAMPLES", 999)
     rng = np.random.default_rng(5)
-    covered = 0
+    repeated = covered = 0
     for _ in range(300):
-        interval = ratio_interval(*noisy_samples(rng, (4.0, 4.0)))
-        covered += interval.low <= 1 <= interval.high
+        first, second = (ratio_interval(*noisy_samples(rng, (4.0, 4.0))) for _ in range(2))
+        repeated += first.low <= second.estimate <= first.high
+        covered += first.low <= 1 <= first.high
     # The standard deviation of the share is 1.3% at 300 measurements.
-    assert 0.92 <= covered / 300 <= 0.99
+    assert 0.92 <= repeated / 300 <= 0.99
+    assert covered > repeated  # the ratio itself strays less than a repeat does
 
 
 def test_a_known_ratio_lies_in_the_interval_and_near_the_estimate() -> None:
@@ -105,8 +107,8 @@ def interval_of(low: float, high: float) -> Interval:
         ((1.00, 1.05), (0.98, 1.02), "no difference shown"),
         ((1.10, 1.20), (1.01, 1.03), "inconclusive"),
         ((1.10, 1.20), (0.95, 0.99), "inconclusive"),
-        ((1.10, 1.20), (0.94, 1.06), "inconclusive"),
-        ((0.99, 1.05), (0.94, 1.06), "inconclusive"),
+        ((1.10, 1.20), (0.92, 1.08), "inconclusive"),
+        ((0.99, 1.05), (0.92, 1.08), "inconclusive"),
     ],
 )
 def test_the_verdict_follows_the_interval_unless_the_control_vetoes_it(
