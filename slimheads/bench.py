@@ -308,8 +308,8 @@ def ratio_interval(numerator: Floats, denominator: Floats, seed: int = 0) -> Int
     Hesterberg, "What Teachers Should Know About the Bootstrap", 2015).
 
     That interval is for the ratio itself. The estimate of a second measurement strays as far from it as the first one's
-    did, so the two lie sqrt(2) times as far apart, and the interval is widened by that: 10 repeats of MiniLM against its
-    half fell into the first one's unwidened interval 6 times.
+    did, so the two lie sqrt(2) times as far apart, and the interval is widened by that: of 10 repeats of MiniLM against
+    its half, 6 fell into the first one's unwidened interval.
     """
     ratios = np.log(np.median(numerator, axis=1) / np.median(denominator, axis=1))
     widening = stats.t.ppf(0.975, len(ratios) - 1) * sqrt(len(ratios) / (len(ratios) - 1))
