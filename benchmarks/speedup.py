@@ -58,7 +58,7 @@ def step_bytes(model: PreTrainedModel, graph: Path) -> int:
     return 4 * (weights + cache)
 
 
-def row_of(model: str, what: str, row: Any, allowed: float, least: float) -> dict[str, Any]:
+def row_of(model: str, what: str, row: Any, allowed: float, least: float | None) -> dict[str, Any]:
     """One line: the speedup beside what it is held against."""
     return {
         "model": model,
@@ -86,7 +86,8 @@ def measure(name: str, folder: Path, threads: int, seconds: float, models: Any) 
     rows = bench(*graph, shapes=ENCODER_SHAPES, flops=counted, **options)
     found = [row_of(name, "fp32, against the FLOPs", row, row.flop_speedup, 0.95) for row in rows]
     (row,) = bench(graph[0], int8, shapes=ENCODER_SHAPES[:1], **options)
-    return [*found, row_of(name, "slim int8 against dense fp32", row, 1.0, 2.5)]
+    asked = 2.5 if name == "bert-base" else None
+    return [*found, row_of(name, "slim int8 against dense fp32", row, 1.0, asked)]
 
 
 def int8_cosine(folder: Path) -> float:
@@ -136,10 +137,12 @@ def line(row: dict[str, Any]) -> str:
     """A row for people."""
     ratio = row["speedup"]
     speedup = f"{ratio['estimate']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
-    reached = "reached" if row["share"] >= row["least"] else "MISSED"
+    asked = (
+        "" if row["least"] is None else f"; {row['least']} {'reached' if row['share'] >= row['least'] else 'MISSED'}"
+    )
     return (
         f"{row['model']:<11} {row['threads']:>7}  {row['shape']:<13} {speedup:<24} {row['allowed']:>11.3f}x "
-        f"{row['share']:>6.2f}  {row['what']}: {row['verdict']}; {row['least']} {reached}"
+        f"{row['share']:>6.2f}  {row['what']}: {row['verdict']}{asked}"
     )
 
 
