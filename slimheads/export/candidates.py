@@ -3,7 +3,7 @@
 - `optimized`: what ONNX Runtime makes of the plain graph when it opens it, as far as every CPU can run that.
 - `attention`: attention and activation as single operators, by ONNX Runtime's transformers optimizer.
 - `fused`: the same, and each normalization one operator with the addition before it. On CPUs that operator can be
-  slower than the two (6 to 11% of all latency on MiniLM and BERT-base at 128 tokens), hence the other form.
+  slower than the two, hence the other form.
 - `rewritten`: constants folded and patterns rewritten by onnxscript.
 
 None is believed: the certificate holds each against the plain graph, over all cases, before it may ship.
