@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import jinja2
 from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
 
-from slimheads import drawing, plots, tables, wording
+from slimheads import drawing, markdown, plots, tables, wording
 from slimheads.bench import Latency
 from slimheads.certificate import Link, SkippedLink
 from slimheads.drift import Drift
@@ -298,7 +298,7 @@ def render_markdown(report: Report) -> str:
 
 def render_model_card(report: Report) -> str:
     """`slim/README.md`: a model card with YAML front matter, how to load the model, and the measured figures."""
-    return _render("model_card.md.j2", report, front_matter=tables.front_matter(report))
+    return _render("model_card.md.j2", report, front_matter=markdown.front_matter(report))
 
 
 def append_step_summary(report: Report) -> bool:
@@ -338,7 +338,7 @@ def _templates(*, html: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("slimheads"),
         autoescape=html,
-        finalize=None if html else tables.markdown_safe,
+        finalize=None if html else markdown.markdown_safe,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
