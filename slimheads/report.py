@@ -246,6 +246,11 @@ class Report(_Part):
                 raise ValueError(f"{path} is {number}: give null and a reason")
         return self
 
+    @property
+    def proven(self) -> bool:
+        """Whether no link failed; where one did, it is what a reader is told first."""
+        return all(link.passed for link in self.certificate)
+
     def to_json(self) -> str:
         """`report.json`, indented, with a final newline; `Report.model_validate_json` reads it back equal."""
         return self.model_dump_json(indent=2) + "\n"
