@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from slimheads import seq2seq
 from slimheads.attention import Site, find_sites
@@ -32,7 +33,18 @@ from slimheads.export import (
 from slimheads.export.kv_cache import kv_shapes
 from slimheads.graph_check import fused_faults, graph_faults, merged_faults, write_rounded
 from slimheads.interface import read_interface
-from slimheads.parity import AnyCase, Form, cases, onnx_form, onnx_greedy, position_limit, torch_form
+from slimheads.lengths import Lengths, lengths
+from slimheads.parity import (
+    AnyCase,
+    Form,
+    cases,
+    onnx_form,
+    onnx_greedy,
+    position_limit,
+    torch_form,
+    tried_changes,
+    tried_limit,
+)
 from slimheads.selection import Plan
 from slimheads.sessions import open_session
 
@@ -122,6 +134,11 @@ def chain_of(shipped: Shipped) -> Chain:
     return _FourFiles(shipped) if shipped.dense.config.is_encoder_decoder else OneFile(shipped)
 
 
+def lengths_of(config: PretrainedConfig) -> Lengths | None:
+    """The lengths that the links' cases reach, and what changes with length; None where inputs have none."""
+    return lengths(config, seq2seq.decoder_limit(config) if config.is_encoder_decoder else position_limit(config))
+
+
 def fixed_cache_axes(path: Path) -> bool:
     """Whether a file fixes its cache's axes: then optimum cannot feed it, for it sizes empty caches by config.json."""
     caches = [i for i in read_interface(path).inputs if i.name.startswith("past_key_values.")]
@@ -199,28 +216,34 @@ class OneFile:
     def generations(self) -> list[Generation]:
         if not self._with_cache:
             return []
-        slim, path, limit = (
-            self._shipped.slim,
-            self._shipped.onnx / FILES["fp32"],
-            position_limit(self._shipped.dense.config),
-        )
-        fresh = [case for case in self.cases if case.padding in ("no", "left") and not case.past]
-        length = max(case.length for case in fresh if case.length <= min(PROMPT_TOKENS, limit // 2))
-        new_tokens = min(NEW_TOKENS, limit - length)
-        options = greedy_options(new_tokens)
+        slim, path = self._shipped.slim, self._shipped.onnx / FILES["fp32"]
 
-        def found(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        def found(ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
             if fixed_cache_axes(path):
                 shapes = kv_shapes(slim)
                 return torch.from_numpy(onnx_greedy(open_session(path), shapes, ids.numpy(), mask.numpy(), new_tokens))
             return greedy_tokens(self._shipped.folder, ids, mask, new_tokens)
 
         made = []
-        for case in (case for case in fresh if case.length == length):
-            ids, mask = torch.from_numpy(case.ids), torch.from_numpy(case.mask)
-            expected = partial(slim.generate, input_ids=ids, attention_mask=mask, **options)
-            made.append(Generation(path, str(case), new_tokens, expected, partial(found, ids, mask)))
+        for shown, *prompt, new_tokens in self._prompts():
+            ids, mask = (torch.from_numpy(array) for array in prompt)
+            expected = partial(slim.generate, input_ids=ids, attention_mask=mask, **greedy_options(new_tokens))
+            made.append(Generation(path, shown, new_tokens, expected, partial(found, ids, mask, new_tokens)))
         return made
+
+    def _prompts(self) -> Iterator[tuple[str, np.ndarray, np.ndarray, int]]:
+        """What is continued, as (its name, ids, mask, new tokens): a short text, and one across each change."""
+        config = self._shipped.dense.config
+        limit = tried_limit(config)
+        fresh = [case for case in self.cases if case.padding in ("no", "left") and not case.past]
+        length = max(case.length for case in fresh if case.length <= min(PROMPT_TOKENS, limit // 2))
+        for case in (case for case in fresh if case.length == length):
+            yield str(case), case.ids, case.mask, min(NEW_TOKENS, limit - length)
+        longest = max((case for case in fresh if case.batch == 1), key=lambda case: case.length)
+        for change in tried_changes(config):
+            length = max(1, change.length - (NEW_TOKENS if change.wrong_past else NEW_TOKENS // 2))
+            ids, mask = (array[:, :length] for array in (longest.ids, longest.mask))
+            yield f"batch 1, length {length}, no padding", ids, mask, min(NEW_TOKENS, limit - length)
 
 
 class _FourFiles:

@@ -22,6 +22,7 @@ from slimheads.certificate import Link, SkippedLink
 from slimheads.drift import Drift
 from slimheads.environment import Environment
 from slimheads.family import Inputs
+from slimheads.lengths import Lengths
 from slimheads.snapping import Selection
 from slimheads.treatments import GraphChoice, Treatment
 
@@ -197,6 +198,7 @@ class Report(_Part):
     certificate: tuple[Link, ...]
     certificate_skipped: tuple[SkippedLink, ...] = ()
     certificate_reason: str | None = None  # why there are no links
+    lengths: Lengths | None = None  # that the certificate tried; null where inputs have no length
     drift: Drift | None
     drift_reason: str | None = None
     drift_text: Drift | None = None

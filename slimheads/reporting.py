@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimheads.bench import Latency
+from slimheads.chain import lengths_of
 from slimheads.checkpoint import read_config
 from slimheads.drift import Drift
 from slimheads.environment import Environment
@@ -84,6 +85,7 @@ def assemble(
         plan=PlanTable.model_validate(job.plan().to_json(), strict=False),
         certificate=certificate.links,
         certificate_skipped=certificate.skipped,
+        lengths=lengths_of(job.dense().config),
         drift=drift,
         drift_reason=None if drift else drift_reason,
         drift_text=drift_text,

@@ -156,6 +156,7 @@ def headline(report: Report) -> Headline:
     """A report in words, most important first."""
     drifts = (report.drift, report.drift_text)
     warnings = [lost for drift in drifts if (lost := _lost_to_random(report, drift))]
+    warnings += report.lengths.limits() if report.lengths else []
     lines = [_removed(report)]
     if report.latency:
         same = len({latency_setup(row) for row in report.latency}) == 1
@@ -172,6 +173,7 @@ def headline(report: Report) -> Headline:
     if report.drift_text is not None:
         lines.append(_drift(report.drift_text, None, report.scores.method))
     lines.insert(len(lines) if report.proven else 0, _certificate(report))
+    lines += [f"Lengths: {report.lengths}."] if report.lengths and report.proven else []
     return Headline(_one_stop(_verdict(report)), warnings, [_one_stop(line) for line in lines])
 
 
