@@ -146,6 +146,8 @@ def _around(change: Change, *, decoder: bool) -> Iterator[tuple[int, int]]:
     Where nothing is right past it, they end there.
     """
     longest = change.tried or 0
+    if longest <= max(LENGTHS) and change.wrong_past == "model":
+        return  # the usual inputs end there, with a cache and without
     if longest > max(LENGTHS) or not change.wrong_past:
         yield longest, 0
     if decoder:
