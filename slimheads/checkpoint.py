@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import transformers
 from huggingface_hub import snapshot_download
@@ -18,6 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from slimheads.errors import EnvironmentLackError, ModelRefusedError, UsageError
 from slimheads.family import check_head_counts, dense_value, family_of, site_count
+from slimheads.intake import examine, judged_config
+from slimheads.model_files import check_shards
 from slimheads.surgery import recorded_plan
 
 # The tasks slimheads proves, by optimum's names, with the Auto class that loads each. An architecture that several Auto
@@ -74,6 +76,7 @@ def find(source: str, task: str = "auto") -> Source:
         ModelRefusedError: the checkpoint is not one that slimheads reads, or its family is not covered.
     """
     folder = _folder(source)
+    examine(folder)
     config = read_config(folder)
     family, _ = family_of(config)
     task = _task_of(config) if task == "auto" else task
@@ -124,38 +127,20 @@ def side_files(folder: Path) -> Iterator[Path]:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """Reads config.json through transformers, after removing or refusing what could make transformers run code.
+    """Builds the configuration that config.json describes, from the keys that count (see `judged_config`).
 
     Raises:
-        ModelRefusedError: the file is missing, damaged, of an unknown model type, or names code to run.
+        ModelRefusedError: the file is missing, damaged, of an unknown model type, or has a key that is refused.
     """
     path = folder / "config.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = judged_config(folder)
     except FileNotFoundError as error:
         raise ModelRefusedError(
             "there is no config.json", where=str(folder), hint="name a transformers checkpoint folder"
         ) from error
-    except (OSError, ValueError) as error:
-        raise ModelRefusedError(
-            f"not readable as JSON ({error})", where=str(path), hint="fetch the model again"
-        ) from error
-    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
-        raise ModelRefusedError("no model_type", where=str(path), hint="name a transformers checkpoint folder")
-    if "quantization_config" in data:
-        raise ModelRefusedError(
-            "quantized weights are not covered", where=str(path), hint="start from the full weights"
-        )
-    names = data.get("architectures") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ModelRefusedError("architectures is not a list of names", where=str(path), hint="fetch the model again")
-    model_type = data["model_type"]
-    clean = _without_implementation_keys(data, path)
-    if model_type not in CONFIG_MAPPING:
-        family_of(PretrainedConfig.from_dict({"model_type": model_type}))
-        raise ModelRefusedError(f"transformers knows no '{model_type}'", where=str(path), hint="use a covered family")
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(clean)
+        config = CONFIG_MAPPING[data["model_type"]].from_dict(data)
         _, family = family_of(config)
         plan = recorded_plan(config, family)
         check_head_counts(config, family)
@@ -181,12 +166,13 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     single, index = (folder / name for name in _WEIGHTS)
     if index.is_file() and not single.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelRefusedError("damaged index", where=str(index), hint="fetch the model again") from error
-        shards = tuple(folder / str(name) for name in names)
+        check_shards(index, names)
+        shards = tuple(folder / name for name in names)
         for shard in shards:
-            if shard.parent != folder or not shard.is_file():
+            if not shard.is_file():
                 raise ModelRefusedError("a shard is missing", where=str(shard), hint="fetch the model again")
         return shards
     if single.is_file():
@@ -238,23 +224,6 @@ def _from_hub(source: str) -> Path:
             where=source,
             hint="check the path, connect, or download the model first with `hf download`",
         ) from error
-
-
-def _without_implementation_keys(data: Any, path: Path) -> Any:
-    # transformers 4.56 to 5.2 fetch and run a hub "kernel" that such a key names (CVE-2026-4372).
-    if isinstance(data, list):
-        return [_without_implementation_keys(value, path) for value in data]
-    if not isinstance(data, dict):
-        return data
-    clean: dict[str, Any] = {}
-    for key, value in data.items():
-        if "_implementation" not in key:
-            clean[key] = _without_implementation_keys(value, path)
-        elif "/" in json.dumps(value):
-            raise ModelRefusedError(
-                f"'{key}' names code to fetch and run", where=str(path), hint="do not use this checkpoint"
-            )
-    return clean
 
 
 def _task_of(config: PretrainedConfig) -> str:

@@ -154,27 +154,41 @@ def refused_types() -> Mapping[str, str]:
     return {model_type: row.reason for row in table.refused for model_type in row.model_types}
 
 
+def covered_types() -> Mapping[str, str]:
+    """The name of the family that covers a model type, by model type."""
+    return {model_type: name for name, family in families().items() for model_type in family.model_types}
+
+
+def family_named(model_type: str) -> tuple[str, Family]:
+    """The family that covers a model type; nothing of transformers is asked.
+
+    Raises:
+        ModelRefusedError: no family covers it or can.
+    """
+    known = covered_types()
+    if model_type in refused_types():
+        raise ModelRefusedError(
+            f"model type '{model_type}' is refused: {refused_types()[model_type]}",
+            where="config.json",
+            hint="see `slimheads families` for what is covered",
+        )
+    if model_type not in known:
+        near = difflib.get_close_matches(model_type, known, n=1, cutoff=0.0)[0]
+        raise ModelRefusedError(
+            f"model type '{model_type}' is not covered (the nearest covered one is '{near}')",
+            where="config.json",
+            hint="see `slimheads families` for what is",
+        )
+    return known[model_type], families()[known[model_type]]
+
+
 def family_of(config: PretrainedConfig) -> tuple[str, Family]:
     """The family that covers a configuration.
 
     Raises:
         ModelRefusedError: no family covers its model type or can, or the family refuses this configuration.
     """
-    known = {model_type: name for name, family in families().items() for model_type in family.model_types}
-    if config.model_type in refused_types():
-        raise ModelRefusedError(
-            f"model type '{config.model_type}' is refused: {refused_types()[config.model_type]}",
-            where="config.json",
-            hint="see `slimheads families` for what is covered",
-        )
-    if config.model_type not in known:
-        near = difflib.get_close_matches(str(config.model_type), known, n=1, cutoff=0.0)[0]
-        raise ModelRefusedError(
-            f"model type '{config.model_type}' is not covered (the nearest covered one is '{near}')",
-            hint="see `slimheads families` for what is",
-        )
-    name = known[config.model_type]
-    family = families()[name]
+    name, family = family_named(str(config.model_type))
     for refusal in family.refuse:
         if _says(config, refusal.key, refusal.value):
             raise ModelRefusedError(

@@ -7,7 +7,6 @@ than completed with random numbers.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +25,7 @@ from slimheads.errors import ModelRefusedError, UsageError
 from slimheads.family import PLAN_KEY, family_of, is_projection
 from slimheads.memory import MappedFiles
 from slimheads.selection import Plan
+from slimheads.side_json import copy_side_file
 from slimheads.surgery import record_plan, recorded_plan, shrink
 
 # What transformers raises, among asserts and plain mistakes, when a config and the weights do not make a model.
@@ -85,7 +85,7 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
             target = draft / relative
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists():
-                shutil.copyfile(source / relative, target)
+                copy_side_file(source, relative, target)
         draft.replace(folder)
     finally:
         remove(draft)
