@@ -190,13 +190,18 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 def _folder(source: str) -> Path:
     if source.startswith("pkg://"):
         package, _, inside = source.removeprefix("pkg://").partition("/")
-        spec = find_spec(package) if package.isidentifier() else None
+        inside_package = package.isidentifier() and not Path(inside).is_absolute() and ".." not in Path(inside).parts
+        if (package or inside) and not inside_package:
+            raise UsageError("no folder of a package", where=source, hint="write pkg://package/folder")
+        spec = find_spec(package) if package else None
         if spec is None or not spec.submodule_search_locations:
             raise EnvironmentLackError(
                 f"package '{package}' is not installed", where=source, hint=f"pip install {package.replace('_', '-')}"
             )
         folder = Path(spec.submodule_search_locations[0], inside)
-        if not folder.is_dir():
+        if not folder.is_dir() or not folder.resolve().is_relative_to(
+            Path(spec.submodule_search_locations[0]).resolve()
+        ):
             raise UsageError(
                 f"the package has no folder '{inside}'", where=source, hint="check the path after the package"
             )

@@ -51,6 +51,7 @@ class Allowed(_Strict):
     also_read: tuple[KeysOfTypes, ...]
     rotary: tuple[str, ...]
     harmless: tuple[str, ...]
+    sizes: tuple[str, ...]
     harmless_names: tuple[str, ...]
     harmless_while: Mapping[str, str | int]
     tokenizers: tuple[str, ...]
@@ -88,7 +89,7 @@ def means_nothing(key: str, value: Any) -> bool:
     if key in tables.harmless_while:
         return bool(value == tables.harmless_while[key])
     named = any(re.fullmatch(pattern, key) for pattern in tables.harmless_names)
-    return named or key in tables.harmless or key in _generation_keys()
+    return named or key in {*tables.harmless, *tables.sizes, *_generation_keys()}
 
 
 @cache

@@ -25,7 +25,7 @@ from slimheads.errors import ModelRefusedError, UsageError
 from slimheads.family import PLAN_KEY, family_of, is_projection
 from slimheads.memory import MappedFiles
 from slimheads.selection import Plan
-from slimheads.side_json import copy_side_file
+from slimheads.side_json import copy_side_file, strip_code
 from slimheads.surgery import record_plan, recorded_plan, shrink
 
 # What transformers raises, among asserts and plain mistakes, when a config and the weights do not make a model.
@@ -78,6 +78,8 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
     draft = new_folder(folder.absolute().parent)
     try:
         model.save_pretrained(draft, safe_serialization=True)
+        for written in draft.glob("*.json"):
+            strip_code(written)
         for weights in weight_files(draft):
             # safetensors writes 0600; a shipped file is as readable as its config
             weights.chmod((draft / "config.json").stat().st_mode)

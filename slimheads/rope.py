@@ -127,14 +127,25 @@ def _scaling(key: str, kind: str, settings: Data, name: str, data: Data, where: 
         _refuse(key, "has original_max_position_embeddings, which transformers 4 does not read with 'dynamic'", where)
     if kind != "longrope":
         return {name: {"rope_type": kind, **settings}}
+    return _longrope(key, settings, name, data, where)
+
+
+def _longrope(key: str, settings: Data, name: str, data: Data, where: str) -> Data:
+    limit = data.get("max_position_embeddings")
+    original = settings.get("original_max_position_embeddings", data.get("original_max_position_embeddings"))
+    ratio = limit / original if limit and _is_number(limit) and _is_number(original) else None
     # 4 reads the original length beside rope_scaling, and takes the ratio of the two lengths for the factor.
     if not _is_number(original):
         _refuse(key, "has no number as original_max_position_embeddings", where)
     if settings.get("attention_factor") is None and settings.get("factor") not in (None, ratio):
         _refuse(key, "has a factor that is not max_position_embeddings / original_max_position_embeddings", where)
-    factors: Data = {"type": kind, "short_factor": settings["short_factor"], "long_factor": settings["long_factor"]}
+    factors: Data = {
+        "type": "longrope",
+        "short_factor": settings["short_factor"],
+        "long_factor": settings["long_factor"],
+    }
     if data["model_type"] != "phi3":
-        factors |= {"rope_type": kind} | {k: settings[k] for k in ("attention_factor", "factor") if k in settings}
+        factors |= {"rope_type": "longrope"} | {k: settings[k] for k in ("attention_factor", "factor") if k in settings}
     elif settings.get("attention_factor") is not None:
         _refuse(key, "has an attention_factor, which transformers 4 does not read for phi3", where)
     return {name: factors, "original_max_position_embeddings": original}

@@ -60,13 +60,17 @@ def copy_side_file(folder: Path, relative: Path, target: Path) -> None:
     Raises:
         ModelRefusedError: it is a link out of the folder.
     """
-    source = folder / relative
-    refuse_link(folder, source)
-    data = _content(source) if source.suffix == ".json" else None
-    if any(key in allowed().name_code for _, key, _ in all_keys(data)):
-        target.write_text(json.dumps(without_code(data, source), indent=2, ensure_ascii=False), encoding="utf-8")
-    else:
-        shutil.copyfile(source, target)
+    refuse_link(folder, folder / relative)
+    shutil.copyfile(folder / relative, target)
+    if target.suffix == ".json":
+        strip_code(target)
+
+
+def strip_code(path: Path) -> None:
+    """Writes a JSON file anew without the keys that name code, where it has any."""
+    if names_code(path):
+        clean = without_code(_content(path), path)
+        path.write_text(json.dumps(clean, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def names_code(path: Path) -> list[str]:

@@ -6,6 +6,7 @@ A stage's key covers what the stages it reads left, so it changes when anything 
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from slimheads.errors import SlimheadsError
 from slimheads.export import Candidate, build_candidate, export, file_name
 from slimheads.gating import gated
 from slimheads.inputs import NOUNS, inputs_kind, read_inputs
+from slimheads.intake import judged_config
 from slimheads.job import Job, candidate_folder
 from slimheads.latency_table import LatencyTable
 from slimheads.model import load, save
@@ -200,8 +202,9 @@ def _candidate(job: Job, exported: Path, candidate: Candidate) -> str | None:
 
 def _beside_graphs(job: Job, folder: Path) -> None:
     """optimum's and transformers.js's clients look for config.json beside onnx/."""
-    for side, source in (("dense", job.source.folder), ("slim", job.slim_folder)):
-        shutil.copyfile(source / "config.json", folder / side / "config.json")
+    dense = json.dumps(judged_config(job.source.folder), indent=2, ensure_ascii=False) + "\n"
+    (folder / "dense" / "config.json").write_text(dense, encoding="utf-8")
+    shutil.copyfile(job.slim_folder / "config.json", folder / "slim" / "config.json")
     generation = job.slim_folder / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, folder / "slim" / generation.name)
