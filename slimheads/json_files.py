@@ -11,6 +11,7 @@ from slimheads.config_keys import allowed
 from slimheads.errors import ModelRefusedError
 
 AGAIN = "fetch the model again"
+_DEEPEST = 64  # levels of nesting
 _LABELS = {"id2label", "label2id"}  # whose keys are a user's words
 
 
@@ -24,11 +25,13 @@ def read_json(path: Path) -> Any:
     if path.exists() and not path.is_file():
         raise ModelRefusedError("is no regular file", where=str(path), hint=AGAIN)
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        _check_depth(data)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise ModelRefusedError(f"not readable as JSON ({error})", where=str(path), hint=AGAIN) from error
+    return data
 
 
 def all_keys(data: Any, place: str = "") -> Iterator[tuple[str, str, Any]]:
@@ -81,6 +84,15 @@ def refuse_kernels(data: dict[str, Any], path: Path) -> None:
             raise ModelRefusedError(
                 f"'{key}' names code to fetch and run", where=str(path), hint="do not use this checkpoint"
             )
+
+
+def _check_depth(data: Any) -> None:
+    """What is nested deeper than any configuration would end every later walk through it."""
+    level = [data]
+    for _ in range(_DEEPEST):
+        level = [v for d in level if isinstance(d, dict | list) for v in (d.values() if isinstance(d, dict) else d)]
+    if level:
+        raise ValueError(f"nested deeper than {_DEEPEST} levels")
 
 
 def _no_constant(name: str) -> None:

@@ -11,8 +11,6 @@ import logging
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import torch
 from tiny import tiny_model
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+from whole_runs import slimheads
 
 from slimheads.checkpoint import find, read_config
 from slimheads.config_keys import allowed, is_tokenizer
@@ -239,7 +238,13 @@ def test_without_a_model_type_the_line_to_add_is_said(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"model_type": "bert", "a": ' * 10_000, "[" * 100_000, '{"model_type": "bert", "layer_norm_eps": NaN}']
+    "text",
+    [
+        '{"model_type": "bert", "a": ' * 10_000,
+        "[" * 100_000,
+        '{"model_type": "bert", "a": ' + "[" * 300 + "]" * 300 + "}",
+        '{"model_type": "bert", "layer_norm_eps": NaN}',
+    ],
 )
 def test_json_that_is_none_is_refused_by_file(folder: Folder, text: str) -> None:
     model = folder()
@@ -395,7 +400,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("command", ["plan", "score", "init"])
 def test_code_beside_a_model_never_runs_and_nothing_is_asked_for(
-    folder: Folder, tmp_path: Path, kind: str, command: str
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, command: str
 ) -> None:
     evil = {"model_type": "evil", "_name_or_path": str(tmp_path / "evil"), "auto_map": {"AutoConfig": "evil.Evil"}}
     model = folder(**{key: evil if value == "EVIL" else value for key, value in HOSTILE[kind].items()})
@@ -404,12 +409,11 @@ def test_code_beside_a_model_never_runs_and_nothing_is_asked_for(
         (place / "evil.py").write_text(CODE)
     write(tmp_path / "evil" / "config.json", evil)
     (tmp_path / "recipe.yaml").write_text(f"model: {json.dumps(str(model))}\n")
-    given = str(tmp_path / "recipe.yaml") if command == "plan" else str(model)
-    environment = os.environ | {"CANARY": str(tmp_path / "ran"), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    line = [sys.executable, "-m", "slimheads", command, given]
-    done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    given = tmp_path / "recipe.yaml" if command == "plan" else model
+    monkeypatch.setenv("CANARY", str(tmp_path / "ran"))
+    ended = slimheads(command, given)
     assert not (tmp_path / "ran").exists()
-    assert done.returncode == (0 if kind == "an auto_map" else 3), done.stderr
+    assert ended.code == (0 if kind == "an auto_map" else 3), ended.err
 
 
 @pytest.mark.parametrize(
