@@ -22,12 +22,13 @@ from slimheads.job import Job
 from slimheads.memory import PeakMemory
 from slimheads.preconditions import require_providers, require_usable
 from slimheads.progress import Progress, Silent
+from slimheads.publishing import publish
 from slimheads.recipe import Recipe
 from slimheads.report import Report, StageRecord, append_step_summary
 from slimheads.reporting import assemble, contents
 from slimheads.sessions import session_options_record
 from slimheads.stages import STAGES, Stage, versions
-from slimheads.store import Record, Store, lock, publish, stage_key
+from slimheads.store import Record, Store, lock, stage_key
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from slimheads import store as store_module
+from slimheads import output_folder
+from slimheads.disk import sha256_file
 from slimheads.errors import UsageError
-from slimheads.store import Record, Source, Store, lock, publish, sha256_file, stage_key
+from slimheads.publishing import Source, publish
+from slimheads.store import Record, Store, lock, stage_key
 
 KEY = "a" * 64
 OTHER_KEY = "b" * 64
@@ -296,7 +298,7 @@ def test_a_damaged_list_of_published_names_protects_what_is_there(
 ) -> None:
     publish(tmp_path, {"slim": {"a": b"1"}})
     (tmp_path / ".slimheads" / "published.json").write_text("{")
-    with caplog.at_level(logging.WARNING, logger=store_module.__name__), pytest.raises(UsageError):
+    with caplog.at_level(logging.WARNING, logger=output_folder.__name__), pytest.raises(UsageError):
         publish(tmp_path, {"slim": {"a": b"2"}})
     assert tree(tmp_path) == {"slim/a": b"1"}
     assert "published.json is damaged" in caplog.text
