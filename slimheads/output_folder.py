@@ -31,7 +31,7 @@ PUBLISHED = (
     "report.html",
 )
 # What file browsers leave in every folder that they show.
-_DROPPINGS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+DROPPINGS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 
 
 class Mark(BaseModel):
@@ -130,7 +130,7 @@ def _files(path: Path) -> Iterator[Path]:
     """What is at a path and below it, without the folders; links are not followed."""
     if path.is_dir() and not path.is_symlink():
         for below in sorted(path.rglob("*")):
-            if (below.is_symlink() or not below.is_dir()) and below.name not in _DROPPINGS:
+            if (below.is_symlink() or not below.is_dir()) and below.name not in DROPPINGS:
                 yield below
     elif is_there(path):
         yield path

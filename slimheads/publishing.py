@@ -146,8 +146,8 @@ def undo(out: Path) -> bool:
     """Put back what was shown before a publication that was cut short. The caller holds the folder's lock.
 
     Returns:
-        Whether what runs left over in `.slimheads` may be cleared. Not where the intent is damaged: that may be the only
-        copy of what was shown.
+        Whether what runs left over in `.slimheads` may be cleared: not where the intent is damaged, since the only copy
+        of what was shown may be there.
 
     Raises:
         UsageError: the user changed what was just published.

@@ -2,7 +2,7 @@
 
     python publishing_points.py exchange|rename FOLDER [all]
 
-`all`: at every call that changes the disk, in minutes. Not a test module: it forks, so it runs where there are no threads.
+`all`: at every call that changes the disk, in minutes. Not a test module: it forks, and must have no threads.
 """
 
 from __future__ import annotations
