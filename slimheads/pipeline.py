@@ -20,14 +20,16 @@ from slimheads.environment import Environment, environment
 from slimheads.errors import UsageError
 from slimheads.job import Job
 from slimheads.memory import PeakMemory
+from slimheads.output_place import require_place
 from slimheads.preconditions import require_providers, require_usable
 from slimheads.progress import Progress, Silent
+from slimheads.publishing import publish
 from slimheads.recipe import Recipe
 from slimheads.report import Report, StageRecord, append_step_summary
 from slimheads.reporting import assemble, contents
 from slimheads.sessions import session_options_record
 from slimheads.stages import STAGES, Stage, versions
-from slimheads.store import Record, Store, lock, publish, stage_key
+from slimheads.store import Record, Store, lock, stage_key
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ def run(
     require_providers(recipe)
     source = find(recipe.model, recipe.task)
     require_usable(recipe, source)
+    require_place(out, source.folder, recipe)
     with lock(out):
         bench = recipe.bench
         surroundings = environment({name: session_options_record(name, bench.threads) for name in bench.providers})
@@ -119,6 +122,7 @@ def dry_run(
     require_providers(recipe)
     source = find(recipe.model, recipe.task)
     require_usable(recipe, source)
+    require_place(Path(out), source.folder, recipe)
     job = Job(recipe, source, lambda _: None, measures=False)
     left: dict[str, str] = {}
     found = {}

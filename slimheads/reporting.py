@@ -19,6 +19,7 @@ from slimheads.job import Job
 from slimheads.latency_gate import latency_bound
 from slimheads.latency_table import Predicted, predict
 from slimheads.profiling import command, table_shapes
+from slimheads.publishing import Source
 from slimheads.recipe import Gates
 from slimheads.report import (
     GateResult,
@@ -35,7 +36,6 @@ from slimheads.report import (
     render_markdown,
     render_model_card,
 )
-from slimheads.store import Source
 from slimheads.table_store import Setting, stored
 from slimheads.tables import short_name
 from slimheads.treatments import Treatment

@@ -224,11 +224,17 @@ def test_a_result_that_may_not_be_reused_replaces_one_that_might(
     assert would_run(mine) == [stage]
 
 
-def test_an_edit_of_the_output_is_replaced_by_the_next_run(mine: Path) -> None:
-    whole = (mine / "out" / "slim" / "onnx" / "model.onnx").read_bytes()
-    (mine / "out" / "slim" / "onnx" / "model.onnx").write_bytes(b"edited in place")
+def test_an_edit_of_the_output_is_refused_by_name_until_it_is_moved_away(mine: Path) -> None:
+    edited = mine / "out" / "slim" / "onnx" / "model.onnx"
+    whole = edited.read_bytes()
+    edited.write_bytes(b"edited in place")
+    with pytest.raises(UsageError, match="was changed after slimheads made it") as caught:
+        again(mine)
+    assert caught.value.where == str(edited)
+    assert edited.read_bytes() == b"edited in place"
+    edited.rename(mine / "edited.onnx")
     assert again(mine).verdict.ok
-    assert (mine / "out" / "slim" / "onnx" / "model.onnx").read_bytes() == whole
+    assert edited.read_bytes() == whole
 
 
 @pytest.mark.parametrize("verdict", ["inconclusive", "not measured"])
