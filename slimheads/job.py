@@ -33,6 +33,7 @@ class Job:
     recipe: Recipe
     source: Source
     tell: Callable[[str], None]  # a line of progress within a stage
+    notices: list[str] = field(default_factory=list)  # what was told so far
     measures: bool = True  # latency tables that a step asks for and that are not stored
     records: dict[str, Record] = field(default_factory=dict)
     _tables: dict[Shape, LatencyTable] | None = None

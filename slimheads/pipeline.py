@@ -20,6 +20,7 @@ from slimheads.environment import Environment, environment
 from slimheads.errors import UsageError
 from slimheads.job import Job
 from slimheads.memory import PeakMemory
+from slimheads.notices import collected, tell
 from slimheads.preconditions import require_providers, require_usable
 from slimheads.progress import Progress, Silent
 from slimheads.recipe import Recipe
@@ -68,22 +69,23 @@ def run(
     out, progress = Path(out), progress or Silent()
     check_stage_names(from_stage, until)
     require_providers(recipe)
-    source = find(recipe.model, recipe.task)
-    require_usable(recipe, source)
-    with lock(out):
-        bench = recipe.bench
-        surroundings = environment({name: session_options_record(name, bench.threads) for name in bench.providers})
-        job = Job(recipe, source, progress.note)
-        timings: list[StageRecord] = []
-        for stage in stages_until(until):
-            timings.append(_do(stage, job, Store(out), from_stage, progress))
-            if stage.name == "verify" and not job.certificate().passed:
-                until = None  # nothing after a broken proof is worth measuring: the report is all that is left
-                break
-        if until not in (None, "report"):
-            _publish_part(job, out)
-            return None
-        return _report(job, out, timings, surroundings, command, started, memory)
+    with collected() as notices:
+        source = find(recipe.model, recipe.task)
+        require_usable(recipe, source)
+        with lock(out):
+            bench = recipe.bench
+            surroundings = environment({name: session_options_record(name, bench.threads) for name in bench.providers})
+            job = Job(recipe, source, progress.note, notices=notices)
+            timings: list[StageRecord] = []
+            for stage in stages_until(until):
+                timings.append(_do(stage, job, Store(out), from_stage, progress))
+                if stage.name == "verify" and not job.certificate().passed:
+                    until = None  # nothing after a broken proof is worth measuring: the report is all that is left
+                    break
+            if until not in (None, "report"):
+                _publish_part(job, out)
+                return None
+            return _report(job, out, timings, surroundings, command, started, memory)
 
 
 def stages_until(until: str | None) -> Iterator[Stage]:
@@ -159,6 +161,8 @@ def _do(stage: Stage, job: Job, store: Store, from_stage: str | None, progress: 
     reused = record is not None
     if record is None:
         record = _work(stage, job, store, key, started, memory)
+    for notice in record.notices:
+        tell(notice)
     job.records[stage.name] = record
     progress.finish(stage.name, record.seconds, reused)
     return StageRecord(stage=stage.name, seconds=record.seconds, peak_rss_mb=record.peak_rss_mb or 0.0, reused=reused)
@@ -166,10 +170,11 @@ def _do(stage: Stage, job: Job, store: Store, from_stage: str | None, progress: 
 
 def _work(stage: Stage, job: Job, store: Store, key: str, started: float, memory: PeakMemory) -> Record:
     with store.begin(stage.name, key) as work:
-        result, keep = stage.work(job, work.path)
+        with collected() as told:
+            result, keep = stage.work(job, work.path)
         seconds, peak = time.perf_counter() - started, memory.megabytes()
         if keep:
-            return work.publish(result, seconds, peak)
+            return work.publish(result, seconds, peak, told)
     store.discard(stage.name, key)
     return Record(path=store.out, stage=stage.name, key=key, seconds=seconds, peak_rss_mb=peak, result=result, files={})
 

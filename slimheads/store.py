@@ -80,6 +80,7 @@ class Record(BaseModel):
     peak_rss_mb: float | None
     result: dict[str, Any]
     files: dict[str, Stamp]
+    notices: list[str] = []  # what the stage told, to be told again where its result is reused
 
 
 def stage_key(stage: str, section: Mapping[str, Any], upstream: Sequence[str], versions: Mapping[str, str]) -> str:
@@ -199,13 +200,16 @@ class Work:
         self.path = path
         self._stage, self._key, self._target = stage, key, target
 
-    def publish(self, result: Mapping[str, Any], seconds: float, peak_rss_mb: float | None) -> Record:
+    def publish(
+        self, result: Mapping[str, Any], seconds: float, peak_rss_mb: float | None, notices: Sequence[str] = ()
+    ) -> Record:
         """Make what was written the stage's record, in place of every earlier one of that stage.
 
         Args:
             result: the stage's result as JSON types, without NaN.
             seconds: wall-clock time it took.
             peak_rss_mb: the process's peak resident memory in MiB, if known.
+            notices: what the stage told.
         """
         files = {}
         for file in files_below(self.path):
@@ -222,6 +226,7 @@ class Work:
             peak_rss_mb=None if peak_rss_mb is None else float(peak_rss_mb),
             result=json.loads(_json(result)),
             files=files,
+            notices=list(notices),
         )
         content = record.model_dump(mode="json")
         write(self.path / "record.json", _json({**content, "digest": _digest(content)}))
