@@ -37,16 +37,15 @@ def settings_of(folder: Path, config: PretrainedConfig) -> GenerationConfig:
     """
     kept = kept_settings(folder)
     with quiet_transformers():
-        if kept is not None:
-            return GenerationConfig.from_dict(dict(kept))
         try:
-            return GenerationConfig.from_model_config(config)
+            fallback = GenerationConfig.from_model_config(config)  # every model makes it, whatever the file says
         except (ValueError, *_UNREADABLE) as error:
             raise ModelRefusedError(
                 f"a generation setting that transformers does not take ({in_short(error)})",
                 where=str(folder / "config.json"),
                 hint="correct it, or remove it to generate with the default",
             ) from error
+        return fallback if kept is None else GenerationConfig.from_dict(dict(kept))
 
 
 def kept_settings(folder: Path) -> dict[str, Any] | None:

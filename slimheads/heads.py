@@ -56,7 +56,7 @@ def account_for_unused(
     if known or _only_pretraining(model.config, declared, names):
         tell(f"{class_name} does not use {shown}, which slim/ goes without")
         return
-    architecture = f"the architecture {declared[0]}" if declared else "no architecture in config.json"
+    architecture = f"the architecture {declared[0]}" if declared else "a config.json that names no architecture"
     raise ModelRefusedError(
         f"{shown} would be left out: slimheads knows no task for {architecture}",
         where=str(folder),

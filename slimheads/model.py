@@ -127,7 +127,7 @@ def _from_pretrained(
             if _lacks_pooler(model_class, info):
                 model, info = build(add_pooling_layer=False)
     except _LOADING_FAILURES as error:
-        raise refused_loading(error, folder) from error
+        raise refused_loading(error, model_class, config, files, folder) from error
     check_loaded(model, info, files, folder, family_of(config)[1])
     account_for_unused(model, info["unexpected_keys"], files, folder, task_named=found.task_named)
     _take_out_of_files(model, shards)

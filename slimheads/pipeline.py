@@ -10,14 +10,16 @@ of it is published at once, without slim/ where the certificate failed.
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from slimheads.checkpoint import find
 from slimheads.environment import Environment, environment
-from slimheads.errors import UsageError
+from slimheads.errors import SlimheadsError, UsageError
 from slimheads.job import Job
 from slimheads.memory import PeakMemory
 from slimheads.notices import collected, tell
@@ -170,13 +172,26 @@ def _do(stage: Stage, job: Job, store: Store, from_stage: str | None, progress: 
 
 def _work(stage: Stage, job: Job, store: Store, key: str, started: float, memory: PeakMemory) -> Record:
     with store.begin(stage.name, key) as work:
-        with collected() as told:
+        with collected() as told, _inner_files_not_named(stage, store):
             result, keep = stage.work(job, work.path)
         seconds, peak = time.perf_counter() - started, memory.megabytes()
         if keep:
             return work.publish(result, seconds, peak, told)
     store.discard(stage.name, key)
     return Record(path=store.out, stage=stage.name, key=key, seconds=seconds, peak_rss_mb=peak, result=result, files={})
+
+
+@contextmanager
+def _inner_files_not_named(stage: Stage, store: Store) -> Iterator[None]:
+    """An error names what a stage made by its place in slim/ or dense/: no user looks below .slimheads."""
+    inside = re.compile(re.escape(str(store.inside)) + r"[/\\](stages[/\\][^/\\]+[/\\])?[^/\\]+[/\\]")
+    try:
+        yield
+    except SlimheadsError as error:
+        error.what = inside.sub("", error.what)
+        if error.where and inside.match(error.where):
+            error.where = f"{inside.sub('', error.where)}, as the {stage.name} stage has it"
+        raise
 
 
 def _publish_part(job: Job, out: Path) -> None:

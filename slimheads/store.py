@@ -154,7 +154,7 @@ class Store:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._inside = out / ".slimheads"
+        self.inside = out / ".slimheads"
 
     def find(self, stage: str, key: str) -> Record | None:
         """The finished stage with this key, every file checked against its hash; None if there is none.
@@ -178,7 +178,7 @@ class Store:
     @contextmanager
     def begin(self, stage: str, key: str) -> Iterator[Work]:
         """A folder to work in. It becomes the stage's record with `publish`, or else is gone when the block ends."""
-        path = new_folder(self._inside)
+        path = new_folder(self.inside)
         try:
             with disk_full_named(self.out):
                 yield Work(path, stage, key, self._folder(stage, key))
@@ -190,7 +190,7 @@ class Store:
         remove(self._folder(stage, key))
 
     def _folder(self, stage: str, key: str) -> Path:
-        return self._inside / "stages" / stage / key
+        return self.inside / "stages" / stage / key
 
 
 class Work:

@@ -7,6 +7,7 @@ and `gradient_checkpointing` is for training. An export has its own say in all o
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from slimheads.notices import tell
@@ -20,13 +21,16 @@ _DEFAULTS: dict[str, bool] = {
 }
 
 
-def without_switches(data: Any) -> Any:
+def without_switches(data: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as JSON without them, in its parts' configurations too. Tells of each that is not the default."""
-    if isinstance(data, list):
-        return [without_switches(value) for value in data]
-    if not isinstance(data, dict):
-        return data
-    for key, default in _DEFAULTS.items():
-        if data.get(key, default) not in (default, None):
-            tell(f"config.json: '{key}: {json.dumps(data[key])}' is left out, for it asks for another form of output")
-    return {key: without_switches(value) for key, value in data.items() if key not in _DEFAULTS}
+    kept: dict[str, Any] = {}
+    for key, value in data.items():
+        if key in _DEFAULTS:
+            if value not in (_DEFAULTS[key], None):
+                shown = json.dumps(value)[:40]
+                tell(f"config.json: '{key}: {shown}' is not carried over: it is how a model is run, not what it is")
+        elif isinstance(value, dict) and (key.endswith("_config") or "model_type" in value):
+            kept[key] = without_switches(value)
+        else:
+            kept[key] = value
+    return kept

@@ -11,19 +11,21 @@ What does not fit is refused with its own cause, for each has another remedy:
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from slimheads.errors import ModelRefusedError
 from slimheads.family import Family, is_projection
+from slimheads.quiet import quiet_transformers
 
 # What a wrapper puts into the names of what it wraps, and how to save without it.
 _WRAPPERS = {
@@ -33,10 +35,7 @@ _WRAPPERS = {
 }
 _PARALLEL = "module."  # DataParallel and DistributedDataParallel; a model's own names can hold this further in
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\.")
-_MISMATCH = re.compile(
-    r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[([\d, ]*)\]\) from checkpoint, "
-    r"the shape in current model is torch\.Size\(\[([\d, ]*)\]\)"
-)
+_MISMATCH = "size mismatch for"  # transformers' message names the tensor by its last part only
 _ROWS = 1 << 24  # elements of a tensor that are compared at a time
 
 
@@ -59,14 +58,16 @@ def tensor_files(files: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
-def refused_loading(error: Exception, folder: Path) -> ModelRefusedError:
-    """What transformers raised while it loaded, with the remedy for that cause."""
+def refused_loading(
+    error: Exception, model_class: Any, settings: PretrainedConfig, files: Mapping[str, Path], folder: Path
+) -> ModelRefusedError:
+    """What transformers raised while it loaded a class of a configuration, with the remedy for that cause."""
     text = " ".join(str(error).split())
     config = str(folder / "config.json")
-    if found := _MISMATCH.search(text):
-        name, stored, wanted = found.groups()
+    if _MISMATCH in text:
+        name, stored, wanted = next(_other_shapes(model_class, settings, files), ("a tensor", "another", "its own"))
         return ModelRefusedError(
-            f"{name} has the shape [{stored}] in the weights, and config.json asks for [{wanted}]",
+            f"{name} has the shape {stored} in the weights, and config.json asks for {wanted}",
             where=config,
             hint="use the config.json that was saved with these weights",
         )
@@ -87,6 +88,24 @@ def refused_loading(error: Exception, folder: Path) -> ModelRefusedError:
         where=str(folder),
         hint="check that config.json and the weights were saved together, or fetch both again",
     )
+
+
+def _other_shapes(
+    model_class: Any, config: PretrainedConfig, files: Mapping[str, Path]
+) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Every stored tensor of another shape than the model's: its name, the one and the other."""
+    with torch.device("meta"), quiet_transformers():
+        made = model_class(copy.deepcopy(config))
+    base = f"{made.base_model_prefix}."
+    expected = {name: list(tensor.shape) for name, tensor in made.state_dict().items()}
+    for name, path in files.items():
+        called = next((one for one in (name, base + name, name.removeprefix(base)) if one in expected), None)
+        if called is None:
+            continue
+        with safe_open(path, framework="pt") as tensors:
+            stored = list(tensors.get_slice(name).get_shape())
+        if stored != expected[called]:
+            yield name, stored, expected[called]
 
 
 def check_loaded(
