@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -18,9 +19,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from slimheads.errors import EnvironmentLackError, ModelRefusedError, UsageError
 from slimheads.family import check_head_counts, dense_value, family_of, site_count
+from slimheads.generation import settings_of
 from slimheads.intake import examine, judged_config
 from slimheads.model_files import check_shards
 from slimheads.surgery import recorded_plan
+from slimheads.switches import without_switches
 
 # The tasks slimheads proves, by optimum's names, with the Auto class that loads each. An architecture that several Auto
 # classes list has the first of their tasks.
@@ -61,6 +64,12 @@ class Source:
     family: str
     architecture: str  # the transformers class that is built
     from_hub: bool = False
+    task_named: bool = False  # by the recipe or the user, rather than guessed
+
+    @property
+    def asked(self) -> str:
+        """The task as it was asked for: "auto" where it was guessed."""
+        return self.task if self.task_named else "auto"
 
 
 def find(source: str, task: str = "auto") -> Source:
@@ -76,15 +85,20 @@ def find(source: str, task: str = "auto") -> Source:
         ModelRefusedError: the checkpoint is not one that slimheads reads, or its family is not covered.
     """
     folder = _folder(source)
+    refuse_adapter(folder)
     examine(folder)
     config = read_config(folder)
     family, _ = family_of(config)
+    named = task != "auto"
     task = _task_of(config) if task == "auto" else task
     if task not in TASKS | SEQ2SEQ_TASKS:
         raise UsageError(f"unknown task '{task}'", hint=f"use auto or one of {', '.join(TASKS | SEQ2SEQ_TASKS)}")
     architecture = _architecture(config, task)
+    require_padding(architecture, config, folder)
+    if architecture.can_generate():
+        settings_of(folder, config)
     from_hub = not source.startswith("pkg://") and folder != Path(source).expanduser()
-    return Source(source, folder, task, str(config.model_type), family, architecture.__name__, from_hub)
+    return Source(source, folder, task, str(config.model_type), family, architecture.__name__, from_hub, named)
 
 
 def describe(source: Source) -> list[str]:
@@ -126,6 +140,42 @@ def side_files(folder: Path) -> Iterator[Path]:
             yield relative
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Refuses a folder with an adapter (LoRA, say): alone it is no model, and beside a model loaders may apply it.
+
+    Raises:
+        ModelRefusedError: naming the file.
+    """
+    found = sorted(folder.glob("adapter_config.json")) + sorted(folder.glob("adapter_model*"))
+    if not found:
+        return
+    hint = (
+        "merge it into its base model first, with peft's merge_and_unload() and save_pretrained, and name that folder"
+    )
+    if any((folder / name).is_file() for name in _WEIGHTS):
+        hint += "; if the weights beside it are merged already, take the adapter's files away"
+    raise ModelRefusedError("an adapter, which slimheads does not apply", where=str(found[0]), hint=hint)
+
+
+def require_padding(architecture: type[PreTrainedModel], config: PretrainedConfig, folder: Path) -> None:
+    """Refuses a classifier that reads the last token of each text and cannot tell it from padding.
+
+    Raises:
+        ModelRefusedError: naming the key.
+    """
+    if "pad_token_id" not in inspect.unwrap(architecture.forward).__code__.co_names:
+        return
+    text = config.get_text_config()
+    padding, tokens = config.pad_token_id, text.vocab_size
+    if isinstance(padding, int) and 0 <= padding < tokens:
+        return
+    raise ModelRefusedError(
+        f"pad_token_id is {json.dumps(padding)}, and {architecture.__name__} finds the last token of a text by it",
+        where=str(folder / "config.json"),
+        hint=f"set pad_token_id to the tokenizer's padding token, one of 0 to {tokens - 1}",
+    )
+
+
 def read_config(folder: Path) -> PretrainedConfig:
     """Builds the configuration that config.json describes, from the keys that count (see `judged_config`).
 
@@ -140,7 +190,7 @@ def read_config(folder: Path) -> PretrainedConfig:
             "there is no config.json", where=str(folder), hint="name a transformers checkpoint folder"
         ) from error
     try:
-        config = CONFIG_MAPPING[data["model_type"]].from_dict(data)
+        config = CONFIG_MAPPING[data["model_type"]].from_dict(without_switches(data))
         _, family = family_of(config)
         plan = recorded_plan(config, family)
         check_head_counts(config, family)
@@ -235,21 +285,21 @@ def _task_of(config: PretrainedConfig) -> str:
     known = auto_classes(config)
     for name in config.architectures or ():
         for task, auto in known.items():
-            if name in _classes(auto, config):
+            if name in class_names(auto, config):
                 return task
     if not config.is_encoder_decoder:
         return "feature-extraction"
-    others = set(config.architectures or ()) - set(_classes("AutoModel", config))
+    others = set(config.architectures or ()) - set(class_names("AutoModel", config))
     if others:
         raise ModelRefusedError(
             f"{min(others)} is not covered: of encoder-decoders only what generates text is",
             where="config.json",
             hint="name a task that generates text, if that is what the model is for",
         )
-    return next(task for task, auto in known.items() if _classes(auto, config))
+    return next(task for task, auto in known.items() if class_names(auto, config))
 
 
-def _classes(auto: str, config: PretrainedConfig) -> tuple[str, ...]:
+def class_names(auto: str, config: PretrainedConfig) -> tuple[str, ...]:
     """Names of the classes that an Auto class builds from such a configuration, the one it prefers first."""
     names = getattr(transformers, auto)._model_mapping._model_mapping.get(config.model_type, ())
     return (names,) if isinstance(names, str) else tuple(names)
@@ -257,7 +307,7 @@ def _classes(auto: str, config: PretrainedConfig) -> tuple[str, ...]:
 
 def _architecture(config: PretrainedConfig, task: str) -> type[PreTrainedModel]:
     known = auto_classes(config)
-    names = _classes(known[task], config) if task in known else ()
+    names = class_names(known[task], config) if task in known else ()
     if not names:
         raise UsageError(f"{config.model_type} has no model for '{task}'", hint="use task: auto")
     name = next((name for name in config.architectures or () if name in names), names[0])

@@ -18,6 +18,7 @@ import typer
 
 from slimheads import __version__
 from slimheads.errors import EnvironmentLackError, SlimheadsError, UsageError
+from slimheads.notices import collected
 
 # Of the errors of its parser typer exports only one: what they have in common is its base class.
 _UsageProblem: Any = typer.BadParameter.__base__
@@ -281,7 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _guarded(arguments: list[str], debug: bool) -> int:
     """Runs a command; every way in which it can end becomes an exit code, every failure one line."""
     try:
-        return int(app(arguments, prog_name="slimheads", standalone_mode=False) or 0)
+        with collected(lambda text: print(f"note: {text}", file=sys.stderr)):
+            return int(app(arguments, prog_name="slimheads", standalone_mode=False) or 0)
     except Interrupted as end:
         _complain("interrupted; nothing half-made was left, and finished stages will be reused")
         return 128 + end.number

@@ -254,7 +254,7 @@ def check_head_counts(config: PretrainedConfig, family: Family) -> None:
     """
 
     def refuse(what: str) -> None:
-        raise ModelRefusedError(what, where="config.json", hint="the configuration is damaged: fetch the model again")
+        raise ModelRefusedError(what, where="config.json", hint="correct it, or use the config.json of these weights")
 
     for row in family.rows(config):
         units_key, heads_key = family.keys(row)

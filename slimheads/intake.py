@@ -10,8 +10,6 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,13 @@ from slimheads.errors import ModelRefusedError
 from slimheads.family import covered_types, family_named
 from slimheads.json_files import AGAIN, all_keys, all_objects, read_json, without_code
 from slimheads.model_files import is_read, refuse_link, refuse_links
+from slimheads.notices import tell
 from slimheads.rope import in_words_of_4
 from slimheads.side_json import judge_side_file, names_code, refuse_class, refuse_imports
 
-log = logging.getLogger(__name__)
-
 
 def examine(folder: Path) -> None:
-    """Judges a folder's files and the JSON files besides config.json; what will not ship is logged, once.
+    """Judges a folder's files and the JSON files besides config.json; what will not ship is told.
 
     Raises:
         ModelRefusedError: naming the file, and the key.
@@ -43,7 +40,7 @@ def examine(folder: Path) -> None:
             if path != folder / "config.json":
                 judge_side_file(path)
             for key in names_code(path):
-                _tell_once(f"{path}: '{key}' names code: it is not obeyed, and slim/ ships without it")
+                tell(f"{path.relative_to(folder)}: '{key}' names code: it is not obeyed, and slim/ ships without it")
 
 
 def judged_config(folder: Path) -> dict[str, Any]:
@@ -138,8 +135,3 @@ def _add_model_type(data: Any) -> str:
     near = max((base for base in bases if base and first.startswith(base)), key=len, default=None)
     kind = f'"model_type": "{bases[near]}"' if near else 'a model_type, say "model_type": "bert"'
     return f"add {kind} to config.json, if the folder is a transformers checkpoint"
-
-
-@cache
-def _tell_once(line: str) -> None:
-    log.warning("%s", line)

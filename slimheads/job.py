@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from slimheads.certificate import CandidateProof, Certificate, Link, SkippedLink
 from slimheads.checkpoint import Source
+from slimheads.errors import ModelRefusedError
 from slimheads.export import FILES, Candidate, Precision, client_names, file_name, parts_of
 from slimheads.export.graph_files import graph_files
 from slimheads.latency_table import LatencyTable
@@ -33,6 +34,7 @@ class Job:
     recipe: Recipe
     source: Source
     tell: Callable[[str], None]  # a line of progress within a stage
+    notices: list[str] = field(default_factory=list)  # what was told so far
     measures: bool = True  # latency tables that a step asks for and that are not stored
     records: dict[str, Record] = field(default_factory=dict)
     _tables: dict[Shape, LatencyTable] | None = None
@@ -44,11 +46,16 @@ class Job:
 
     def dense(self) -> PreTrainedModel:
         """The untouched model, in float32."""
-        return self._model("dense", self.source.folder)
+        return self._model("dense", self.source.folder, self.source.asked)
 
     def slim(self) -> PreTrainedModel:
         """The slim model as reloaded from what the prune stage wrote, in float32."""
-        return self._model("slim", self.slim_folder)
+        try:
+            return self._model("slim", self.slim_folder, self.source.task)
+        except ModelRefusedError as error:
+            error.what = f"the slim model made of it cannot be loaded: {error.what}"
+            error.where, error.hint = str(self.source.folder), f"run again with --debug and report it ({error.hint})"
+            raise
 
     @property
     def slim_folder(self) -> Path:
@@ -123,9 +130,9 @@ class Job:
             files |= dict.fromkeys(client_names(part, precision), files[own])
         return files
 
-    def _model(self, side: str, folder: Path) -> PreTrainedModel:
+    def _model(self, side: str, folder: Path, task: str) -> PreTrainedModel:
         if side not in self._models:
-            self._models[side] = load(folder, self.source.task).float()
+            self._models[side] = load(folder, task).float()
         return self._models[side]
 
 

@@ -10,16 +10,19 @@ of it is published at once, without slim/ where the certificate failed.
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from slimheads.checkpoint import find
 from slimheads.environment import Environment, environment
-from slimheads.errors import UsageError
+from slimheads.errors import SlimheadsError, UsageError
 from slimheads.job import Job
 from slimheads.memory import PeakMemory
+from slimheads.notices import collected, tell
 from slimheads.output_place import require_place
 from slimheads.preconditions import require_providers, require_usable
 from slimheads.progress import Progress, Silent
@@ -70,23 +73,24 @@ def run(
     out, progress = Path(out), progress or Silent()
     check_stage_names(from_stage, until)
     require_providers(recipe)
-    source = find(recipe.model, recipe.task)
-    require_usable(recipe, source)
-    require_place(out, source.folder, recipe)
-    with lock(out):
-        bench = recipe.bench
-        surroundings = environment({name: session_options_record(name, bench.threads) for name in bench.providers})
-        job = Job(recipe, source, progress.note)
-        timings: list[StageRecord] = []
-        for stage in stages_until(until):
-            timings.append(_do(stage, job, Store(out), from_stage, progress))
-            if stage.name == "verify" and not job.certificate().passed:
-                until = None  # nothing after a broken proof is worth measuring: the report is all that is left
-                break
-        if until not in (None, "report"):
-            _publish_part(job, out)
-            return None
-        return _report(job, out, timings, surroundings, command, started, memory)
+    with collected() as notices:
+        source = find(recipe.model, recipe.task)
+        require_usable(recipe, source)
+        require_place(out, source.folder, recipe)
+        with lock(out):
+            bench = recipe.bench
+            surroundings = environment({name: session_options_record(name, bench.threads) for name in bench.providers})
+            job = Job(recipe, source, progress.note, notices=notices)
+            timings: list[StageRecord] = []
+            for stage in stages_until(until):
+                timings.append(_do(stage, job, Store(out), from_stage, progress))
+                if stage.name == "verify" and not job.certificate().passed:
+                    until = None  # nothing after a broken proof is worth measuring: the report is all that is left
+                    break
+            if until not in (None, "report"):
+                _publish_part(job, out)
+                return None
+            return _report(job, out, timings, surroundings, command, started, memory)
 
 
 def stages_until(until: str | None) -> Iterator[Stage]:
@@ -163,6 +167,8 @@ def _do(stage: Stage, job: Job, store: Store, from_stage: str | None, progress: 
     reused = record is not None
     if record is None:
         record = _work(stage, job, store, key, started, memory)
+    for notice in record.notices:
+        tell(notice)
     job.records[stage.name] = record
     progress.finish(stage.name, record.seconds, reused)
     return StageRecord(stage=stage.name, seconds=record.seconds, peak_rss_mb=record.peak_rss_mb or 0.0, reused=reused)
@@ -170,12 +176,26 @@ def _do(stage: Stage, job: Job, store: Store, from_stage: str | None, progress: 
 
 def _work(stage: Stage, job: Job, store: Store, key: str, started: float, memory: PeakMemory) -> Record:
     with store.begin(stage.name, key) as work:
-        result, keep = stage.work(job, work.path)
+        with collected() as told, _inner_files_not_named(stage, store):
+            result, keep = stage.work(job, work.path)
         seconds, peak = time.perf_counter() - started, memory.megabytes()
         if keep:
-            return work.publish(result, seconds, peak)
+            return work.publish(result, seconds, peak, told)
     store.discard(stage.name, key)
     return Record(path=store.out, stage=stage.name, key=key, seconds=seconds, peak_rss_mb=peak, result=result, files={})
+
+
+@contextmanager
+def _inner_files_not_named(stage: Stage, store: Store) -> Iterator[None]:
+    """An error names what a stage made by its place in slim/ or dense/: no user looks below .slimheads."""
+    inside = re.compile(re.escape(str(store.inside)) + r"[/\\](stages[/\\][^/\\]+[/\\])?[^/\\]+[/\\]")
+    try:
+        yield
+    except SlimheadsError as error:
+        error.what = inside.sub("", error.what)
+        if error.where and inside.match(error.where):
+            error.where = f"{inside.sub('', error.where)}, as the {stage.name} stage has it"
+        raise
 
 
 def _publish_part(job: Job, out: Path) -> None:

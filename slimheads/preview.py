@@ -76,7 +76,7 @@ def preview(recipe: Recipe, tell: Callable[[str], None] = lambda line: None) -> 
     source = find(recipe.model, recipe.task)
     require_usable(recipe, source)
     tables, reason = _tables(recipe, source, tell)
-    model = load(source.folder, source.task)
+    model = load(source.folder, source.asked)
     plan, selection = choose(score(model, recipe.score.method), recipe, tuple(tables.values()))
     shape = measured_shapes(model.config, recipe.bench.shapes)[-1]
 

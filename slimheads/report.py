@@ -209,6 +209,7 @@ class Report(_Part):
     predictions: tuple[Prediction, ...]
     predictions_reason: str | None = None  # why there are none, or why they are by FLOPs
     gates: tuple[GateResult, ...] = ()
+    notices: tuple[str, ...] = ()  # what the user was told on the way: what was repaired or left out
     stages: tuple[StageRecord, ...]
     environment: Environment
     command: str

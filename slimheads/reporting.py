@@ -96,6 +96,7 @@ def assemble(
         predictions=predictions,
         predictions_reason=no_table if predictions else BROKEN_PROOF,
         gates=gates,
+        notices=tuple(job.notices),
         stages=tuple(stages),
         environment=surroundings,
         command=command,

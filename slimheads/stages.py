@@ -144,7 +144,7 @@ def choose(scores: Scores, recipe: Recipe, tables: Sequence[LatencyTable] = ()) 
 
 def _prune(job: Job, folder: Path) -> tuple[dict[str, Any], bool]:
     plan, out = job.plan(), folder / "slim"
-    model = prune(load(job.source.folder, job.source.task), plan)
+    model = prune(load(job.source.folder, job.source.asked), plan)
     save(model, out)
     if plan.removed == 0:
         # Ratio 0 changes nothing: the weights that ship are the source's own files, byte for byte.

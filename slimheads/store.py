@@ -62,6 +62,7 @@ class Record(BaseModel):
     peak_rss_mb: float | None
     result: dict[str, Any]
     files: dict[str, Stamp]
+    notices: list[str] = []  # what the stage told, to be told again where its result is reused
 
 
 def stage_key(stage: str, section: Mapping[str, Any], upstream: Sequence[str], versions: Mapping[str, str]) -> str:
@@ -141,7 +142,7 @@ class Store:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._inside = out / ".slimheads"
+        self.inside = out / ".slimheads"
 
     def find(self, stage: str, key: str) -> Record | None:
         """The finished stage with this key, every file checked against its hash; None if there is none.
@@ -165,7 +166,7 @@ class Store:
     @contextmanager
     def begin(self, stage: str, key: str) -> Iterator[Work]:
         """A folder to work in. It becomes the stage's record with `publish`, or else is gone when the block ends."""
-        path = new_folder(self._inside)
+        path = new_folder(self.inside)
         try:
             with disk_full_named(self.out):
                 yield Work(path, stage, key, self._folder(stage, key))
@@ -177,7 +178,7 @@ class Store:
         remove(self._folder(stage, key))
 
     def _folder(self, stage: str, key: str) -> Path:
-        return self._inside / "stages" / stage / key
+        return self.inside / "stages" / stage / key
 
 
 class Work:
@@ -187,13 +188,16 @@ class Work:
         self.path = path
         self._stage, self._key, self._target = stage, key, target
 
-    def publish(self, result: Mapping[str, Any], seconds: float, peak_rss_mb: float | None) -> Record:
+    def publish(
+        self, result: Mapping[str, Any], seconds: float, peak_rss_mb: float | None, notices: Sequence[str] = ()
+    ) -> Record:
         """Make what was written the stage's record, in place of every earlier one of that stage.
 
         Args:
             result: the stage's result as JSON types, without NaN.
             seconds: wall-clock time it took.
             peak_rss_mb: the process's peak resident memory in MiB, if known.
+            notices: what the stage told.
         """
         files = {}
         for file in files_below(self.path):
@@ -210,6 +214,7 @@ class Work:
             peak_rss_mb=None if peak_rss_mb is None else float(peak_rss_mb),
             result=json.loads(_json(result)),
             files=files,
+            notices=list(notices),
         )
         content = record.model_dump(mode="json")
         write(self.path / "record.json", _json({**content, "digest": _digest(content)}))

@@ -172,6 +172,7 @@ def headline(report: Report) -> Headline:
     if report.drift_text is not None:
         lines.append(_drift(report.drift_text, None, report.scores.method))
     lines.append(_certificate(report))
+    lines += [f"Note: {notice}." for notice in report.notices]
     return Headline(_one_stop(_verdict(report)), warnings, [_one_stop(line) for line in lines])
 
 
