@@ -7,7 +7,6 @@ than completed with random numbers.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,12 +19,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from slimheads.attention import Site, find_sites
-from slimheads.checkpoint import find, read_config, side_files, weight_files
+from slimheads.checkpoint import find, read_config, weight_files
 from slimheads.disk import new_folder, remove
 from slimheads.errors import ModelRefusedError, UsageError
 from slimheads.family import PLAN_KEY, family_of, is_projection
 from slimheads.memory import MappedFiles
 from slimheads.selection import Plan
+from slimheads.side_files import copy_side_files, side_files
 from slimheads.surgery import record_plan, recorded_plan, shrink
 
 # What transformers raises, among asserts and plain mistakes, when a config and the weights do not make a model.
@@ -81,11 +81,7 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
         for weights in weight_files(draft):
             # safetensors writes 0600; a shipped file is as readable as its config
             weights.chmod((draft / "config.json").stat().st_mode)
-        for relative in beside:
-            target = draft / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists():
-                shutil.copyfile(source / relative, target)
+        copy_side_files(source, beside, draft)
         draft.replace(folder)
     finally:
         remove(draft)
