@@ -41,6 +41,7 @@ _UNSHIPPED = (
     *("config.json", "generation_config.json", "plan.json", "*.index.json", "README*", ".*", "*_results.json"),
     *("trainer_state.json", "training_args.json", "train_config.json", "adapter_config.json", "quantize_config.json"),
 )
+_CARD_CHARACTERS = 20_000  # of a model card, in which its head is looked for
 # Keys of sentence_bert_config.json; others would have a client load further files, or a kernel, that they name.
 _TRANSFORMER_KEYS = {
     *("max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name"),
@@ -93,6 +94,17 @@ def shipped_json(folder: Path, relative: Path) -> Any:
         kept = dict(_client_settings(settings))
         return None if kept == settings else kept
     return None
+
+
+def stated_terms(folder: Path) -> dict[str, str]:
+    """The licence as the source's model card states it at its head: license, license_name and license_link."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return {}
+    text = card.read_text(encoding="utf-8", errors="replace")[:_CARD_CHARACTERS]
+    head = re.match(r"---\r?\n(.*?\n)---\s", text, re.DOTALL)
+    found = re.findall(r"^(license(?:_name|_link)?):[ \t]*(\S[^\r\n]*?)[ \t]*$", head[1] if head else "", re.MULTILINE)
+    return {key: value.strip("\"'") for key, value in found if not value.startswith(("[", "{", "|", ">", "&", "*"))}
 
 
 def tell_what_is_left_out(folder: Path) -> None:

@@ -36,6 +36,7 @@ from slimheads.recipe import Recipe
 from slimheads.reload import reload_tier
 from slimheads.scoring import Scores, score
 from slimheads.selection import Plan, random_plan, select
+from slimheads.sentence_modules import MODULES
 from slimheads.side_files import side_files
 from slimheads.snapping import Selection, choose_step
 from slimheads.surgery import prune
@@ -155,7 +156,8 @@ def _prune(job: Job, folder: Path) -> tuple[dict[str, Any], bool]:
             shutil.copyfile(index, out / index.name)
     tier, note = reload_tier(out, model, job.source.task)
     facts = {"reload": tier, "reload_note": note, "parameters": flops.parameters(model)}
-    return facts | {"sentence_transformers": (out / "modules.json").is_file()}, True
+    embeds = job.source.task == "feature-extraction" and (out / MODULES).is_file()
+    return facts | {"sentence_transformers": embeds}, True
 
 
 # recover

@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 from slimheads.model import load, save
 from slimheads.notices import collected
-from slimheads.side_files import side_files, tell_what_is_left_out
+from slimheads.side_files import side_files, stated_terms, tell_what_is_left_out
 
 TERMS = (
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "License.txt", "licence.md", "LICENSE-MODEL", "LICENSE-2.0", "COPYING"),
@@ -83,3 +83,23 @@ def test_a_file_that_may_matter_is_told_by_name(tmp_path: Path, name: str, told:
     with collected() as texts:
         tell_what_is_left_out(source)
     assert [name in text for text in texts] == [True] * told
+
+
+@pytest.mark.parametrize(
+    ("card", "terms"),
+    [
+        ("---\nlicense: apache-2.0\ntags:\n- a\n---\n# A\n", {"license": "apache-2.0"}),
+        (
+            "---\r\nlanguage: en\r\nlicense: other\r\nlicense_name: 'mine'\r\nlicense_link: LICENSE\r\n---\r\n",
+            {"license": "other", "license_name": "mine", "license_link": "LICENSE"},
+        ),
+        ("---\nlicense:\n- mit\n- apache-2.0\n---\n", {}),
+        ("# A\nlicense: mit\n---\n", {}),
+        ("---\nlicense: mit\n", {}),
+        ("", {}),
+    ],
+)
+def test_the_licence_is_what_the_head_of_the_card_states(card: str, terms: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(card.encode())
+    assert stated_terms(tmp_path) == terms
+    assert stated_terms(tmp_path / "nowhere") == {}
