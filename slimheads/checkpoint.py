@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,8 @@ from slimheads.family import check_head_counts, dense_value, family_of, site_cou
 from slimheads.generation import settings_of
 from slimheads.intake import examine, judged_config
 from slimheads.model_files import check_shards
+from slimheads.sentence_modules import MODULES, task_of_modules
+from slimheads.side_files import HUB_PATTERNS
 from slimheads.surgery import recorded_plan
 from slimheads.switches import without_switches
 
@@ -47,10 +49,6 @@ SEQ2SEQ_TASKS: dict[str, str] = {
 }
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_SIDE_SUFFIXES = {".json", ".model", ".jinja", ".vocab", ".bpe", ".spm", ".tiktoken", ".safetensors"}
-_SIDE_NAMES = {"vocab.txt", "merges.txt", "dict.txt", "bpe.codes", "LICENSE", "LICENCE", "NOTICE"}
-_OWN_FILES = {"config.json", "generation_config.json", "plan.json"}
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.vocab", "*.bpe", "*.spm", "LICENSE*"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,8 @@ def find(source: str, task: str = "auto") -> Source:
 
     Args:
         source: a folder, `pkg://package/folder` (a folder in an installed package) or a hub id.
-        task: "auto" (from the checkpoint's architecture) or a key of `TASKS` or `SEQ2SEQ_TASKS`.
+        task: "auto" (from the checkpoint's architecture; of a sentence-transformers folder, what its modules take) or
+            a key of `TASKS` or `SEQ2SEQ_TASKS`.
 
     Raises:
         UsageError: there is no such folder, package or hub id, or the task is unknown.
@@ -87,10 +86,18 @@ def find(source: str, task: str = "auto") -> Source:
     folder = _folder(source)
     refuse_adapter(folder)
     examine(folder)
+    of_modules = task_of_modules(folder)
     config = read_config(folder)
-    family, _ = family_of(config)
+    family, rules = family_of(config)
+    if of_modules and config.is_encoder_decoder:
+        raise ModelRefusedError(
+            "sentence-transformers takes the encoder alone of an encoder-decoder, which is not covered",
+            where=str(folder / MODULES),
+            hint=f"remove {MODULES} to slim the whole model",
+        )
     named = task != "auto"
-    task = _task_of(config) if task == "auto" else task
+    if not named:
+        task = of_modules if of_modules and rules.inputs == "text" else _task_of(config)
     if task not in TASKS | SEQ2SEQ_TASKS:
         raise UsageError(f"unknown task '{task}'", hint=f"use auto or one of {', '.join(TASKS | SEQ2SEQ_TASKS)}")
     architecture = _architecture(config, task)
@@ -121,23 +128,6 @@ def describe(source: Source) -> list[str]:
 def auto_classes(config: PretrainedConfig) -> Mapping[str, str]:
     """The tasks that are proven of models of a kind, with the Auto class that loads each."""
     return SEQ2SEQ_TASKS if config.is_encoder_decoder else TASKS
-
-
-def side_files(folder: Path) -> Iterator[Path]:
-    """Relative paths of what belongs to a checkpoint besides its weights and config: tokenizer, pooling, licence.
-
-    Weights of the model itself, other exports, a trainer's checkpoints, code and hidden files are left out.
-    """
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        elsewhere = relative.parts[0] in {"onnx", "openvino"} or relative.parts[0].startswith("checkpoint-")
-        if hidden or not path.is_file() or (elsewhere and len(relative.parts) > 1):
-            continue
-        if len(relative.parts) == 1 and (path.suffix == ".safetensors" or path.name.endswith(".index.json")):
-            continue
-        if path.name in _SIDE_NAMES or (path.suffix in _SIDE_SUFFIXES and str(relative) not in _OWN_FILES):
-            yield relative
 
 
 def refuse_adapter(folder: Path) -> None:
@@ -268,7 +258,7 @@ def _folder(source: str) -> Path:
 
 def _from_hub(source: str) -> Path:
     try:
-        return Path(snapshot_download(source, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(source, allow_patterns=HUB_PATTERNS))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UsageError(
             "neither a folder here nor a model on the hub", where=source, hint="check the name, and your access token"

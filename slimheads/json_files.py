@@ -34,6 +34,20 @@ def read_json(path: Path) -> Any:
     return data
 
 
+def read_json_as(path: Path, kind: type) -> Any:
+    """A JSON file of a model that holds a mapping (`kind` is dict) or a list; None where there is no such file.
+
+    Raises:
+        ModelRefusedError: it is no JSON, or holds something else.
+    """
+    if not path.is_file():
+        return None
+    data = read_json(path)
+    if not isinstance(data, kind):
+        raise ModelRefusedError(f"not a JSON {kind.__name__}", where=str(path), hint=AGAIN)
+    return data
+
+
 def all_keys(data: Any, place: str = "") -> Iterator[tuple[str, str, Any]]:
     """Every key at any depth: where its mapping stands, the key, its value."""
     if isinstance(data, dict):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from slimheads.attention import Site, find_sites
-from slimheads.checkpoint import Source, find, read_config, side_files, weight_files
+from slimheads.checkpoint import Source, find, read_config, weight_files
 from slimheads.disk import new_folder, remove
 from slimheads.errors import ModelRefusedError, UsageError
 from slimheads.family import PLAN_KEY, family_of
@@ -27,7 +27,8 @@ from slimheads.heads import account_for_unused
 from slimheads.memory import MappedFiles
 from slimheads.quiet import quiet_transformers
 from slimheads.selection import Plan
-from slimheads.side_json import copy_side_file, strip_code
+from slimheads.side_files import copy_side_files, side_files
+from slimheads.side_json import strip_code
 from slimheads.surgery import record_plan, recorded_plan, shrink
 from slimheads.weights import check_loaded, refused_loading, tensor_files
 
@@ -76,7 +77,7 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
         raise UsageError("the folder exists and is not empty", where=str(folder), hint="name a new folder")
     # Listed before anything is written, for the folder may lie inside the source. A model made in memory has no source.
     source = Path(model.name_or_path) if model.name_or_path and Path(model.name_or_path).is_dir() else None
-    beside = [(source, relative) for relative in side_files(source)] if source else []
+    beside = list(side_files(source)) if source else []
     # Written beside and renamed, so that a failure midway leaves no folder that looks like a model.
     draft = new_folder(folder.absolute().parent)
     try:
@@ -88,11 +89,8 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
         for weights in weight_files(draft):
             # safetensors writes 0600; a shipped file is as readable as its config
             weights.chmod((draft / "config.json").stat().st_mode)
-        for home, relative in beside:
-            target = draft / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists():
-                copy_side_file(home, relative, target)
+        if source:
+            copy_side_files(source, beside, draft)
         draft.replace(folder)
     finally:
         remove(draft)

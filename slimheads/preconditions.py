@@ -9,9 +9,15 @@ from transformers import PretrainedConfig
 from slimheads.checkpoint import Source, read_config
 from slimheads.errors import EnvironmentLackError, UsageError
 from slimheads.inputs import NOUNS, inputs_kind, read_inputs, text_config
+from slimheads.json_files import read_json_as
+from slimheads.notices import tell
+from slimheads.pooling import require_embedding
 from slimheads.recipe import Recipe
+from slimheads.sentence_modules import task_of_modules
 from slimheads.sessions import require_provider
+from slimheads.side_files import side_files, tell_what_is_left_out
 from slimheads.texts import read_texts
+from slimheads.tokenizing import load_tokenizer, require_vocabulary
 
 
 def require_providers(recipe: Recipe) -> None:
@@ -59,6 +65,7 @@ def require_usable(recipe: Recipe, source: Source) -> None:
         )
     if recipe.verify.text:
         read_texts(Path(recipe.verify.text))
+    require_side_files(recipe, source)
     if recipe.verify.inputs:
         read_inputs(Path(recipe.verify.inputs), config)
     limit = getattr(text_config(config), "max_position_embeddings", None)
@@ -70,6 +77,32 @@ def require_usable(recipe: Recipe, source: Source) -> None:
                 where=recipe.where("bench.shapes"),
                 hint="name shorter shapes",
             )
+
+
+def require_side_files(recipe: Recipe, source: Source) -> None:
+    """Fails before any work where a file that ships beside the weights is damaged, or the tokenizer does not load.
+
+    What will not be in slim/ is told.
+
+    Raises:
+        ModelRefusedError: naming the file.
+        EnvironmentLackError: the tokenizer needs a package that is not installed.
+    """
+    folder, config = source.folder, read_config(source.folder)
+    for relative in side_files(folder):
+        if relative.suffix == ".json":
+            read_json_as(folder / relative, object)
+    if inputs_kind(config) == "text":
+        require_embedding(folder, config.hidden_size)
+    tokenizer = load_tokenizer(folder, config)
+    if tokenizer and inputs_kind(config) == "text":
+        for sample in dict.fromkeys((None, recipe.verify.text)):
+            texts = read_texts(Path(sample) if sample else None)
+            require_vocabulary(tokenizer, texts, text_config(config).vocab_size, folder)
+    wanted = task_of_modules(folder)
+    if wanted not in (None, source.task) and inputs_kind(config) == "text":
+        tell(f"sentence-transformers cannot use a slim/ made for {source.task}: for that, set task: {wanted}")
+    tell_what_is_left_out(folder)
 
 
 def _require_cache(recipe: Recipe, source: Source, config: PretrainedConfig, shape: tuple[int, ...]) -> None:

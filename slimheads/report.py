@@ -100,7 +100,8 @@ class ModelFacts(_Part):
     heads: Heads
     reload: Reload
     reload_note: str  # one sentence: why it is that
-    sentence_transformers: bool = False  # slim/ holds modules.json
+    sentence_transformers: bool = False  # slim/ embeds, and holds modules.json
+    terms: dict[str, str] = {}  # the licence as the source's card states it: license, license_name, license_link
     encoder_decoder: bool = False  # ships as an encoder's graph and a decoder's
 
 

@@ -36,6 +36,7 @@ from slimheads.report import (
     render_markdown,
     render_model_card,
 )
+from slimheads.side_files import stated_terms
 from slimheads.table_store import Setting, stored
 from slimheads.tables import short_name
 from slimheads.treatments import Treatment
@@ -287,6 +288,7 @@ def _facts(job: Job) -> ModelFacts:
         reload_note=pruned["reload_note"],
         sentence_transformers=pruned["sentence_transformers"],
         encoder_decoder=config.is_encoder_decoder,
+        terms=stated_terms(job.source.folder),
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +18,6 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from slimheads.config_keys import allowed, is_tokenizer
 from slimheads.errors import ModelRefusedError
 from slimheads.json_files import AGAIN, all_keys, all_objects, read_json, refuse_kernels, without_code
-from slimheads.model_files import refuse_link
 
 _CLASSES = ("processor_class", "image_processor_type", "feature_extractor_type", "video_processor_type")
 _OTHER_FILES = ("vocab_file", "merges_file", "tokenizer_file", "spm_file", "sp_model_file", "source_spm", "target_spm")
@@ -50,20 +48,6 @@ def judge_side_file(path: Path) -> None:
     for found in all_objects(data):
         refuse_kernels(found, path)
         refuse_imports(found, path)
-    if path.name == "modules.json":
-        _judge_modules(data, path)
-
-
-def copy_side_file(folder: Path, relative: Path, target: Path) -> None:
-    """Copies a file of a model to where it ships; of a JSON file, without the keys that name code.
-
-    Raises:
-        ModelRefusedError: it is a link out of the folder.
-    """
-    refuse_link(folder, folder / relative)
-    shutil.copyfile(folder / relative, target)
-    if target.suffix == ".json":
-        strip_code(target)
 
 
 def strip_code(path: Path) -> None:
@@ -127,18 +111,6 @@ def _judge_key(key: str, value: Any, path: Path) -> None:
         or (key == "fast_tokenizer_files" and any(re.search(r"[/\\]", str(name)) for name in names))
     ):
         _refuse_elsewhere(key, path)
-
-
-def _judge_modules(data: Any, path: Path) -> None:
-    """sentence-transformers imports a module's `type` by its dotted name, and reads the folder at its `path`."""
-    if not isinstance(data, list) or not all(isinstance(module, dict) for module in data):
-        raise ModelRefusedError("is not a list of modules", where=str(path), hint=AGAIN)
-    for module in data:
-        kind, folder = module.get("type"), module.get("path") or ""
-        if not isinstance(kind, str) or not re.fullmatch(r"sentence_transformers(\.\w+)+", kind):
-            refuse_class("type", kind, path)
-        if not isinstance(folder, str) or Path(folder).is_absolute() or ".." in re.split(r"[/\\]", folder):
-            _refuse_elsewhere("path", path)
 
 
 def _refuse_elsewhere(key: str, path: Path) -> NoReturn:

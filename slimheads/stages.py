@@ -16,13 +16,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 import slimheads
 from slimheads import flops
 from slimheads.bench_stage import bench_section, bench_work
 from slimheads.certificate import verify
-from slimheads.checkpoint import side_files, weight_files
+from slimheads.checkpoint import weight_files
 from slimheads.disk import sha256_file
 from slimheads.drift import Drift, drift_on_inputs, measure_drift
 from slimheads.environment import installed
@@ -34,15 +32,18 @@ from slimheads.intake import judged_config
 from slimheads.job import Job, candidate_folder
 from slimheads.latency_table import LatencyTable
 from slimheads.model import load, save
-from slimheads.pooling import pooling_of
+from slimheads.pooling import embedding_of
 from slimheads.profiling import setting_of, table_shapes
 from slimheads.recipe import Recipe
 from slimheads.reload import reload_tier
 from slimheads.scoring import Scores, score
 from slimheads.selection import Plan, random_plan, select
+from slimheads.sentence_modules import MODULES
+from slimheads.side_files import side_files
 from slimheads.snapping import Selection, choose_step
 from slimheads.surgery import prune
 from slimheads.texts import read_texts
+from slimheads.tokenizing import load_tokenizer
 
 CONTROL_SEEDS = (1, 2, 3)
 _VERSIONED = (
@@ -157,7 +158,8 @@ def _prune(job: Job, folder: Path) -> tuple[dict[str, Any], bool]:
             shutil.copyfile(index, out / index.name)
     tier, note = reload_tier(out, model, job.source.task)
     facts = {"reload": tier, "reload_note": note, "parameters": flops.parameters(model)}
-    return facts | {"sentence_transformers": (out / "modules.json").is_file()}, True
+    embeds = job.source.task == "feature-extraction" and (out / MODULES).is_file()
+    return facts | {"sentence_transformers": embeds}, True
 
 
 # recover
@@ -265,11 +267,11 @@ def _drift(job: Job, name: str, text: Path | None) -> dict[str, Any]:
         job.dense(),
         job.slim(),
         _controls(job),
-        _tokenizer(job.source.folder),
+        load_tokenizer(job.source.folder, job.dense().config),
         read_texts(text),
         task=job.source.task,
         sample_name=name,
-        pooling=pooling_of(job.source.folder),
+        embedding=embedding_of(job.source.folder),
     )
     return drift.model_dump(mode="json")
 
@@ -292,15 +294,6 @@ def _controls(job: Job) -> list[tuple[int, Callable[[], AbstractContextManager[A
     rules = _dump(job.recipe.select) | {"multiple_of": job.selection().multiple_of}
     plans = [(seed, random_plan(job.scores(), seed, **rules)) for seed in CONTROL_SEEDS]
     return [(seed, partial(gated, job.dense(), plan)) for seed, plan in plans]
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
-        return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
-    return tokenizer
 
 
 STAGES: tuple[Stage, ...] = (
