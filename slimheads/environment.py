@@ -22,6 +22,7 @@ from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from slimheads import __version__
+from slimheads.cpu import cpu_features
 
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime")
 STAND_INS = {"onnxruntime": ("onnxruntime-gpu",)}  # other builds of the same package, under names of their own
@@ -52,6 +53,7 @@ class Environment(BaseModel):
     packages: dict[str, str | None]  # null: not installed
     platform: str  # "Linux 6.1 x86_64"
     cpu: str
+    cpu_features: tuple[str, ...] | None = None  # instruction sets by Linux's names; null: not readable
     cores_physical: int | None  # null: the system does not tell
     cores_logical: int | None
     cores_usable: float  # what affinity and the control group leave to this process; may be a fraction
@@ -105,6 +107,7 @@ def environment(session_options: Mapping[str, dict[str, Any]] | None = None) -> 
         packages={name: installed(name) for name in PACKAGES},
         platform=_platform(),
         cpu=_cpu_model(),
+        cpu_features=cpu_features(),
         cores_physical=psutil.cpu_count(logical=False),
         cores_logical=psutil.cpu_count(logical=True),
         cores_usable=usable_cores(),
@@ -200,8 +203,7 @@ def _load_average() -> tuple[float, float, float] | None:
 
 
 def _load() -> float | None:
-    average = _load_average()
-    return average[0] if average else None
+    return average[0] if (average := _load_average()) else None
 
 
 def _frequency_mhz() -> float | None:

@@ -20,7 +20,7 @@ from slimheads.environment import Environment, environment
 from slimheads.errors import UsageError
 from slimheads.job import Job
 from slimheads.memory import PeakMemory
-from slimheads.preconditions import require_providers, require_usable
+from slimheads.preconditions import require_providers, require_target, require_usable
 from slimheads.progress import Progress, Silent
 from slimheads.recipe import Recipe
 from slimheads.report import Report, StageRecord, append_step_summary
@@ -68,6 +68,7 @@ def run(
     out, progress = Path(out), progress or Silent()
     check_stage_names(from_stage, until)
     require_providers(recipe)
+    require_target(recipe)
     source = find(recipe.model, recipe.task)
     require_usable(recipe, source)
     with lock(out):
@@ -117,6 +118,7 @@ def dry_run(
     """
     check_stage_names(from_stage, until)
     require_providers(recipe)
+    require_target(recipe)
     source = find(recipe.model, recipe.task)
     require_usable(recipe, source)
     job = Job(recipe, source, lambda _: None, measures=False)
