@@ -157,10 +157,10 @@ class Export(_Section):
     )
     int8_for: Literal["any", "avx512_vnni", "avx2", "arm64"] = Field(
         "any",
-        description="CPUs that int8 is right on: any and avx2 (weights of 7 bits), or avx512_vnni, arm64 (8 bits)",
+        description="CPUs that int8 is right on: any, avx2 (weights of 7 bits), avx512_vnni, arm64 (8 bits)",
     )
     on_weak_precision: Literal["fail", "drop"] = Field(
-        "fail", description="a precision whose rounding costs too much: fail ends with code 4, drop leaves it out"
+        "fail", description="a precision that loses too much: fail ends with code 4, drop leaves it out"
     )
     kv_axes: Literal["symbolic", "static"] = Field(
         "symbolic", description="decoders: symbolic for optimum and transformers.js, static for onnxruntime-genai"
@@ -211,7 +211,7 @@ class Gates(_Section):
         None, description="models that write: share of tokens predicted the same, at least this, up to 1"
     )
     min_precision_cosine: Share | None = Field(
-        None, description="every further precision: mean cosine of its outputs to fp32's, at least this, up to 1"
+        None, description="further precisions: mean cosine of outputs to fp32's, at least this, up to 1"
     )
 
 
