@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from slimheads.checkpoint import find
+from slimheads.cpu import cpu_features
 from slimheads.environment import Environment, environment
 from slimheads.errors import UsageError
 from slimheads.job import Job
@@ -73,7 +74,8 @@ def run(
     require_usable(recipe, source)
     with lock(out):
         bench = recipe.bench
-        surroundings = environment({name: session_options_record(name, bench.threads) for name in bench.providers})
+        options = {name: session_options_record(name, bench.threads) for name in bench.providers}
+        surroundings = environment(options, cpu_features())
         job = Job(recipe, source, progress.note)
         timings: list[StageRecord] = []
         for stage in stages_until(until):
