@@ -52,6 +52,7 @@ class Environment(BaseModel):
     packages: dict[str, str | None]  # null: not installed
     platform: str  # "Linux 6.1 x86_64"
     cpu: str
+    cpu_features: tuple[str, ...] | None = None  # instruction sets by Linux's names; null: not read
     cores_physical: int | None  # null: the system does not tell
     cores_logical: int | None
     cores_usable: float  # what affinity and the control group leave to this process; may be a fraction
@@ -89,12 +90,15 @@ class Check(BaseModel):
     hint: str | None  # what to do; null where nothing is to be done
 
 
-def environment(session_options: Mapping[str, dict[str, Any]] | None = None) -> Environment:
+def environment(
+    session_options: Mapping[str, dict[str, Any]] | None = None, cpu_features: tuple[str, ...] | None = None
+) -> Environment:
     """The environment as it is now; call it when a run starts.
 
     Args:
         session_options: JSON data: the ONNX Runtime options of the run by provider, as recorded by whoever opens the
             sessions. GPUs are looked for where `cuda` is among these.
+        cpu_features: as `slimheads.cpu` reads them, from torch, which this record does not wait for.
     """
     memory = psutil.virtual_memory()
     limit = _cgroup_memory(CGROUPS)
@@ -105,6 +109,7 @@ def environment(session_options: Mapping[str, dict[str, Any]] | None = None) -> 
         packages={name: installed(name) for name in PACKAGES},
         platform=_platform(),
         cpu=_cpu_model(),
+        cpu_features=cpu_features,
         cores_physical=psutil.cpu_count(logical=False),
         cores_logical=psutil.cpu_count(logical=True),
         cores_usable=usable_cores(),
@@ -200,8 +205,7 @@ def _load_average() -> tuple[float, float, float] | None:
 
 
 def _load() -> float | None:
-    average = _load_average()
-    return average[0] if average else None
+    return average[0] if (average := _load_average()) else None
 
 
 def _frequency_mhz() -> float | None:

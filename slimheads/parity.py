@@ -88,6 +88,7 @@ class Comparison:
     max_rel: float  # max_abs over the reference's largest magnitude
     passed: bool
     reason: str | None
+    numeric: bool = False  # what failed is a matter of numbers alone: they are too far off, or not finite
 
 
 class Agreement:
@@ -290,11 +291,11 @@ def _run_and_compare(
 
 
 def _compare_one(name: str, a: np.ndarray, b: np.ndarray, case: AnyCase, atol: float | None, rtol: float) -> Comparison:
-    def failed(reason: str, max_abs: float = np.inf, max_rel: float = np.inf) -> Comparison:
-        return Comparison(str(case), max_abs, max_rel, False, f"{name}: {reason}")
+    def failed(reason: str, max_abs: float = np.inf, max_rel: float = np.inf, *, numeric: bool = True) -> Comparison:
+        return Comparison(str(case), max_abs, max_rel, False, f"{name}: {reason}", numeric)
 
     if a.shape != b.shape:
-        return failed(f"shapes {list(a.shape)} and {list(b.shape)} differ")
+        return failed(f"shapes {list(a.shape)} and {list(b.shape)} differ", numeric=False)
     a, b = case.unpadded(name, a), case.unpadded(name, b)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return failed("a value is NaN or infinite")

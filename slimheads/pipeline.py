@@ -18,13 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slimheads.checkpoint import find
+from slimheads.cpu import cpu_features
 from slimheads.environment import Environment, environment
 from slimheads.errors import SlimheadsError, UsageError
 from slimheads.job import Job
 from slimheads.memory import PeakMemory
 from slimheads.notices import collected, tell
 from slimheads.output_place import require_place
-from slimheads.preconditions import require_providers, require_usable
+from slimheads.preconditions import require_providers, require_target, require_usable
 from slimheads.progress import Progress, Silent
 from slimheads.publishing import publish
 from slimheads.recipe import Recipe
@@ -73,13 +74,15 @@ def run(
     out, progress = Path(out), progress or Silent()
     check_stage_names(from_stage, until)
     require_providers(recipe)
+    require_target(recipe)
     with collected() as notices:
         source = find(recipe.model, recipe.task)
         require_usable(recipe, source)
         require_place(out, source.folder, recipe)
         with lock(out):
             bench = recipe.bench
-            surroundings = environment({name: session_options_record(name, bench.threads) for name in bench.providers})
+            options = {str(name): session_options_record(name, bench.threads) for name in bench.providers}
+            surroundings = environment(options, cpu_features())
             job = Job(recipe, source, progress.note, notices=notices)
             timings: list[StageRecord] = []
             for stage in stages_until(until):
@@ -124,6 +127,7 @@ def dry_run(
     """
     check_stage_names(from_stage, until)
     require_providers(recipe)
+    require_target(recipe)
     source = find(recipe.model, recipe.task)
     require_usable(recipe, source)
     require_place(Path(out), source.folder, recipe)

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from slimheads.checkpoint import Source, read_config
+from slimheads.cpu import require_int8_target
 from slimheads.errors import EnvironmentLackError, UsageError
 from slimheads.inputs import NOUNS, inputs_kind, read_inputs, text_config
 from slimheads.json_files import read_json_as
@@ -33,6 +34,16 @@ def require_providers(recipe: Recipe) -> None:
             except EnvironmentLackError as error:
                 error.where = recipe.where("bench.providers")
                 raise
+
+
+def require_target(recipe: Recipe) -> None:
+    """Fails before any work where int8 is asked for a CPU whose arithmetic this one cannot do.
+
+    Raises:
+        EnvironmentLackError: with the recipe's line.
+    """
+    if "int8" in recipe.export.precisions:
+        require_int8_target(recipe.export.int8_for, recipe.where("export.int8_for"))
 
 
 def require_usable(recipe: Recipe, source: Source) -> None:

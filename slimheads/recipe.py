@@ -155,8 +155,12 @@ class Export(_Section):
         ("plain", "optimized", "attention", "fused", "rewritten"),
         description="forms of the fp32 graph to try; plain is always made",
     )
-    int8_for: Literal["avx512_vnni", "avx2", "arm64"] = Field(
-        "avx512_vnni", description="CPUs that int8 is for: avx512_vnni, arm64, or avx2 (weights of 7 bits)"
+    int8_for: Literal["any", "avx512_vnni", "avx2", "arm64"] = Field(
+        "any",
+        description="CPUs that int8 is right on: any, avx2 (weights of 7 bits), avx512_vnni, arm64 (8 bits)",
+    )
+    on_weak_precision: Literal["fail", "drop"] = Field(
+        "fail", description="a precision that loses too much: fail ends with code 4, drop leaves it out"
     )
     kv_axes: Literal["symbolic", "static"] = Field(
         "symbolic", description="decoders: symbolic for optimum and transformers.js, static for onnxruntime-genai"
@@ -205,6 +209,9 @@ class Gates(_Section):
     )
     min_top1_agreement: Share | None = Field(
         None, description="models that write: share of tokens predicted the same, at least this, up to 1"
+    )
+    min_precision_cosine: Share | None = Field(
+        None, description="further precisions: mean cosine of outputs to fp32's, at least this, up to 1"
     )
 
 

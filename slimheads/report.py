@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
 
 from slimheads import drawing, markdown, plots, tables, wording
 from slimheads.bench import Latency
-from slimheads.certificate import Link, SkippedLink
+from slimheads.certificate import LeftOut, Link, SkippedLink
 from slimheads.drift import Drift
 from slimheads.environment import Environment
 from slimheads.family import Inputs
@@ -198,6 +198,7 @@ class Report(_Part):
     certificate: tuple[Link, ...]
     certificate_skipped: tuple[SkippedLink, ...] = ()
     certificate_reason: str | None = None  # why there are no links
+    left_out: tuple[LeftOut, ...] = ()  # precisions that were asked for and do not ship
     drift: Drift | None
     drift_reason: str | None = None
     drift_text: Drift | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimheads.bench import Latency
+from slimheads.certificate import Link
 from slimheads.checkpoint import read_config
 from slimheads.drift import Drift
 from slimheads.environment import Environment
@@ -48,6 +49,7 @@ _REMEDIES = {
     "min_cosine": "delete fewer heads, or try scope: layer",
     "max_perplexity_ratio": "delete fewer heads, or try scope: layer",
     "min_top1_agreement": "delete fewer heads, or try scope: layer",
+    "min_precision_cosine": "leave that precision out of export.precisions, or for int8 try another export.int8_for",
 }
 BROKEN_PROOF = "the certificate failed, so nothing after it was measured"
 
@@ -67,7 +69,8 @@ def assemble(
     latency = tuple(Latency.model_validate(row) for row in measured["latency"])
     drift, drift_text = (_drift_of(job, key) for key in ("drift", "drift_text"))
     facts = _facts(job)
-    gates = judge(job.recipe.gates, latency, [d for d in (drift, drift_text) if d], facts.dense, facts.slim)
+    drifts = [d for d in (drift, drift_text) if d]
+    gates = judge(job.recipe.gates, latency, drifts, facts.dense, facts.slim, certificate.links)
     error = certificate.error()
     unmet = [_unmet(gate, job) for gate in gates if not gate.met]
     predictions, no_table = predict_rows(job, latency)
@@ -85,6 +88,7 @@ def assemble(
         plan=PlanTable.model_validate(job.plan().to_json(), strict=False),
         certificate=certificate.links,
         certificate_skipped=certificate.skipped,
+        left_out=certificate.left_out,
         drift=drift,
         drift_reason=None if drift else drift_reason,
         drift_text=drift_text,
@@ -190,7 +194,12 @@ def _shareable(report: Report) -> Report:
 
 
 def judge(
-    gates: Gates, latency: Sequence[Latency], drifts: Sequence[Drift], dense: Size, slim: Size
+    gates: Gates,
+    latency: Sequence[Latency],
+    drifts: Sequence[Drift],
+    dense: Size,
+    slim: Size,
+    links: Sequence[Link] = (),
 ) -> tuple[GateResult, ...]:
     """Every gate the recipe sets, against the worst measurement it applies to. What was not measured is not met."""
     found: list[GateResult] = []
@@ -208,7 +217,18 @@ def judge(
         limit = getattr(gates, gate)
         if limit is not None:
             found.append(_at_least(gate, limit, _worst(drifts, figure, min), figure.replace("_", " ")))
+    if gates.min_precision_cosine is not None:
+        found.append(_precision_gate(gates.min_precision_cosine, [link for link in links if link.precision]))
     return tuple(found)
+
+
+def _precision_gate(limit: float, links: Sequence[Link]) -> GateResult:
+    """The file whose rounding costs most; where float32 ships alone there is nothing that could lose anything."""
+    name = "min_precision_cosine"
+    if not links:
+        return GateResult(gate=name, limit=limit, measured=None, met=True, reason="nothing but float32 ships")
+    worst = min(links, key=lambda link: -1.0 if link.cosine is None else link.cosine)
+    return _at_least(name, limit, worst.cosine, f"{worst.precision} ({worst.subject}): mean cosine to float32")
 
 
 def _unmet(gate: GateResult, job: Job) -> GateError:

@@ -146,9 +146,9 @@ class Files:
 
         return cls(path(ENCODER), path(FIRST_DECODER, MERGED_DECODER), path(NEXT_DECODER, MERGED_DECODER))
 
-    def open(self) -> Decoding:
-        """Sessions on them."""
-        sessions = {path: open_session(path) for path in {self.encoder, self.first, self.following}}
+    def open(self, *, optimize: bool = True) -> Decoding:
+        """Sessions on them, with or without ONNX Runtime's own fusions."""
+        sessions = {path: open_session(path, optimize=optimize) for path in {self.encoder, self.first, self.following}}
         return Decoding(sessions[self.encoder], sessions[self.first], sessions[self.following])
 
 

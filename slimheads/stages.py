@@ -21,6 +21,7 @@ from slimheads import flops
 from slimheads.bench_stage import bench_section, bench_work
 from slimheads.certificate import verify
 from slimheads.checkpoint import weight_files
+from slimheads.cpu import cpu_features
 from slimheads.disk import sha256_file
 from slimheads.drift import Drift, drift_on_inputs, measure_drift
 from slimheads.environment import installed
@@ -172,9 +173,14 @@ def _recover(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
 # export
 
 
+def _export_section(job: Job) -> dict[str, Any]:
+    """What the graphs depend on; which of them may ship is the certificate's affair."""
+    return {key: value for key, value in _dump(job.recipe.export).items() if key != "on_weak_precision"}
+
+
 def _export(job: Job, folder: Path) -> tuple[dict[str, Any], bool]:
     section = job.recipe.export
-    options = _dump(section)
+    options = _export_section(job)
     del options["candidates"]
     for side, model in (("dense", job.dense), ("slim", job.slim)):
         job.tell(f"{side} to ONNX ({', '.join(section.precisions)})")
@@ -222,7 +228,8 @@ def _verify_section(job: Job) -> dict[str, Any]:
     )
     content["inputs"] = sha256_file(Path(section.inputs)) if section.inputs else None
     export = job.recipe.export
-    return _dump(section) | content | {"precisions": list(export.precisions), "candidates": list(export.candidates)}
+    keys = ("precisions", "candidates", "int8_for", "on_weak_precision")
+    return _dump(section) | content | {key: _dump(export)[key] for key in keys} | {"cpu": cpu_features()}
 
 
 def _verify(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
@@ -239,6 +246,8 @@ def _verify(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
         precisions=job.recipe.export.precisions,
         atol=job.recipe.verify.atol,
         rtol=job.recipe.verify.rtol,
+        int8_for=job.recipe.export.int8_for,
+        on_weak_precision=job.recipe.export.on_weak_precision,
         candidates={candidate: candidate_folder(exported.path, candidate) for candidate in built},
         on_progress=job.tell,
     )
@@ -246,6 +255,7 @@ def _verify(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
         "links": [link.model_dump(mode="json") for link in certificate.links],
         "skipped": [link.model_dump(mode="json") for link in certificate.skipped],
         "candidates": [proof.model_dump(mode="json") for proof in certificate.candidates],
+        "left_out": [one.model_dump(mode="json") for one in certificate.left_out],
         "drift": None,
         "drift_text": None,
     }
@@ -302,7 +312,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("select", ("score",), _select_section, _select),
     Stage("prune", ("load", "select"), lambda _: {}, _prune),
     Stage("recover", ("prune",), lambda job: _dump(job.recipe.recover), _recover),
-    Stage("export", ("load", "recover"), lambda job: _dump(job.recipe.export), _export),
+    Stage("export", ("load", "recover"), _export_section, _export),
     Stage("verify", ("select", "recover", "export"), _verify_section, _verify),
     Stage("bench", ("export",), bench_section, bench_work),
 )

@@ -155,7 +155,11 @@ class Headline(NamedTuple):
 def headline(report: Report) -> Headline:
     """A report in words, most important first."""
     drifts = (report.drift, report.drift_text)
-    warnings = [lost for drift in drifts if (lost := _lost_to_random(report, drift))]
+    warnings = [
+        f"{one.precision} was left out, as export.on_weak_precision: drop asks: {one.reason}."
+        for one in report.left_out
+    ]
+    warnings += [lost for drift in drifts if (lost := _lost_to_random(report, drift))]
     lines = [_removed(report)]
     if report.latency:
         same = len({latency_setup(row) for row in report.latency}) == 1

@@ -82,7 +82,8 @@ def test_the_contracts_defaults(written: Any) -> None:
         "export": {
             "precisions": ["fp32"],
             "candidates": ["plain", "optimized", "attention", "fused", "rewritten"],
-            "int8_for": "avx512_vnni",
+            "int8_for": "any",
+            "on_weak_precision": "fail",
             "kv_axes": "symbolic",
         },
         "verify": {"atol": 1e-4, "rtol": 1e-4, "text": None, "inputs": None},
@@ -94,7 +95,14 @@ def test_the_contracts_defaults(written: Any) -> None:
             "on_missing": "fail",
         },
         "gates": dict.fromkeys(
-            ("latency_ratio", "size_ratio", "min_cosine", "max_perplexity_ratio", "min_top1_agreement")
+            (
+                "latency_ratio",
+                "size_ratio",
+                "min_cosine",
+                "max_perplexity_ratio",
+                "min_top1_agreement",
+                "min_precision_cosine",
+            )
         ),
     }
 

@@ -96,7 +96,7 @@ def export(
     task: str,
     precisions: Sequence[Precision] = ("fp32",),
     kv_axes: KvAxes = "symbolic",
-    int8_for: Int8For = "avx512_vnni",
+    int8_for: Int8For = "any",
 ) -> tuple[Graph, ...]:
     """Exports a model to `folder`: model.onnx, and model_fp16.onnx, model_int8.onnx, model_q4.onnx where asked for.
 
@@ -109,7 +109,7 @@ def export(
         task: what the graph computes, as `slimheads.checkpoint` names tasks.
         precisions: "fp32" is always made: the others start from it.
         kv_axes: whether the cache's head axes are free ("symbolic", for optimum) or fixed ("static", for genai).
-        int8_for: the instructions of the CPU that "int8" is made for.
+        int8_for: the CPUs that "int8" is made for; "any" is right on every x86-64 and ARM CPU.
 
     Raises:
         ModelRefusedError: optimum has no export for this model type and task, or the graph no weight for "q4".
