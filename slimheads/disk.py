@@ -13,6 +13,9 @@ from pathlib import Path
 
 from slimheads.errors import EnvironmentLackError, UsageError
 
+_FLUSHABLE = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes only what was opened for writing
+_NO_FOLDER_SYNC = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.EBADF, errno.ENOTSUP})
+
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
@@ -58,12 +61,19 @@ def write(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk before a rename makes them count."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have a file's bytes, or a folder's names, on the disk before a rename makes them count.
+
+    A folder is passed over where the system cannot: Windows opens none, and some network drives flush none.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, _FLUSHABLE)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC or not path.is_dir():
+            raise
 
 
 def sync_folders(folder: Path) -> None:

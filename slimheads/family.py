@@ -90,7 +90,7 @@ class SiteRow(_Strict):
     units: str | int | None = Field(
         default=None, description="where it differs from the family's; 1 in a multi-query block without a key for it"
     )
-    heads: str | None = Field(default=None, description="where it differs from the family's")
+    heads: str | None = Field(default=None, description="where it differs from the family's, or from the row's units")
     projections: tuple[ProjectionRow, ...]
     tables: tuple[TableRow, ...] = ()
     keep: tuple[str, ...] = ()
@@ -118,6 +118,8 @@ class Family(_Strict):
     def _names_units(self) -> Family:
         if self.units is None and any(row.units is None for row in self.sites):
             raise ValueError("neither the family nor each of its sites names units")
+        if self.heads is not None and self.units is None:
+            raise ValueError("heads of the family belong to units of the family, and it names none")
         return self
 
     def rows(self, config: PretrainedConfig) -> tuple[SiteRow, ...]:
@@ -126,8 +128,8 @@ class Family(_Strict):
 
     def keys(self, row: SiteRow) -> tuple[str | int, str | int]:
         """The config keys (or the numbers) of a row's units (heads, or KV heads) and of its query heads."""
-        own = row if row.units else self
-        return cast(str, own.units), cast(str, own.heads or own.units)
+        units = cast("str | int", row.units or self.units)
+        return units, row.heads or (None if row.units else self.heads) or units
 
     @property
     def count_keys(self) -> tuple[str, ...]:

@@ -14,12 +14,12 @@ from math import ceil
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from slimheads.binding import BoundRun, Feed, Shape, bind, feed_for
 from slimheads.errors import UsageError
 from slimheads.interface import read_interface
+from slimheads.onnx_runtime import onnxruntime
 from slimheads.sessions import ORT_ERRORS, open_session
 from slimheads.wording import shape_text
 

@@ -15,12 +15,12 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import onnxruntime
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from slimheads.errors import in_short
 from slimheads.inputs import has_length, make_inputs, takes_padding, takes_text, text_config, to_torch
+from slimheads.onnx_runtime import onnxruntime
 from slimheads.sessions import ORT_ERRORS
 
 Padding = Literal["no", "left", "right"]

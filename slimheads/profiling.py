@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnxruntime
 from transformers import PreTrainedModel
 
 from slimheads.bench import Interval, Latency, bench
@@ -21,6 +20,7 @@ from slimheads.export import export, file_name
 from slimheads.inputs import measured_shapes
 from slimheads.latency_table import Kind, LatencyTable, Measurement, kinds_of, plan_keeping
 from slimheads.model import load
+from slimheads.onnx_runtime import onnxruntime
 from slimheads.recipe import Recipe
 from slimheads.sessions import PROVIDERS
 from slimheads.surgery import prune

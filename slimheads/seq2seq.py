@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -22,6 +21,7 @@ from slimheads.attention import Site, find_sites
 from slimheads.export import ENCODER, FIRST_DECODER, MERGED_DECODER, NEXT_DECODER, Precision, file_name
 from slimheads.inputs import make_inputs, takes_text
 from slimheads.interface import read_interface
+from slimheads.onnx_runtime import onnxruntime
 from slimheads.parity import BATCHES, LENGTHS, PAST, Form, Outputs, Padding, position_limit
 from slimheads.sessions import open_session
 

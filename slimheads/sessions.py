@@ -11,10 +11,10 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import onnx
-import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from slimheads.errors import EnvironmentLackError, UsageError
+from slimheads.onnx_runtime import onnxruntime
 
 Provider = Literal["cpu", "cuda"]
 
