@@ -20,14 +20,14 @@ from itertools import groupby
 from math import inf
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, computed_field
 from transformers import PreTrainedModel
 
 from slimheads.chain import Chain, Generation, OneFile, Shipped, Structure, Subject, chain_of
-from slimheads.errors import CertificateError, SlimheadsError, in_short
+from slimheads.errors import CertificateError, SlimheadsError, in_short, require_known
 from slimheads.export import FILES, Candidate, Precision
 from slimheads.gating import gated
 from slimheads.graph_check import quantized_faults
@@ -177,7 +177,14 @@ def verify(
 
     Returns:
         The certificate; a link that fails is in it, nothing is raised for it.
+
+    Raises:
+        UsageError: the name of a precision or candidate is not known.
     """
+    for precision in precisions:
+        require_known("export.precisions", precision, FILES)
+    for candidate in candidates:
+        require_known("export.candidates", candidate, get_args(Candidate))
     shipped = Shipped(dense, slim, plan, Path(dense_onnx), Path(folder), task)
     chain = chain_of(shipped)
     tell = on_progress or (lambda _: None)

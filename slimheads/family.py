@@ -101,6 +101,17 @@ class SiteRow(_Strict):
     )
 
 
+class Positions(_Strict):
+    """How many positions the models of a family have."""
+
+    key: str | None = Field(
+        default="max_position_embeddings", description="config key, perhaps dotted; null: there is no limit"
+    )
+    after_padding: tuple[str, ...] = Field(
+        default=(), description="model types whose table of positions starts after the padding token's index"
+    )
+
+
 class Family(_Strict):
     """One file of families/."""
 
@@ -110,6 +121,7 @@ class Family(_Strict):
     heads: str | None = Field(default=None, description="config key with the number of query heads, where it differs")
     reload: Reload | None = Field(default=None, description="what lets the stock library rebuild the smaller modules")
     inputs: Inputs = Field(default="text", description="what the models are fed")
+    positions: Positions = Positions()
     refuse: tuple[Refusal, ...] = ()
     sites: tuple[SiteRow, ...]
     untouched: tuple[str, ...] = Field(default=(), description="globs of attention modules that keep all heads")

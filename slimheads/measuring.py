@@ -153,8 +153,9 @@ def _failing(runs: Sequence[BoundRun], files: Sequence[Path]) -> str:
 
 def _cannot_run(file: str, shape: Shape, error: Exception) -> UsageError:
     return UsageError(
-        f"ONNX Runtime cannot run the shape ({' '.join(str(error).split())[:200]})",
-        where=f"{file}, shape {list(shape)}",
+        f"ONNX Runtime cannot run the shape {list(shape)} ({' '.join(str(error).split())[:200]})",
+        where=file,
+        keys=("bench.shapes",),
         hint="give a shape that every file accepts",
     )
 

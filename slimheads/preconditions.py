@@ -7,8 +7,9 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from slimheads.checkpoint import Source, read_config
-from slimheads.errors import EnvironmentLackError, UsageError
-from slimheads.inputs import NOUNS, inputs_kind, read_inputs, text_config
+from slimheads.errors import UsageError
+from slimheads.inputs import NOUNS, inputs_kind, read_inputs
+from slimheads.limits import require_fit
 from slimheads.recipe import Recipe
 from slimheads.sessions import require_provider
 from slimheads.texts import read_texts
@@ -18,15 +19,11 @@ def require_providers(recipe: Recipe) -> None:
     """Fails before any work where a provider of the recipe is missing and may not be skipped.
 
     Raises:
-        EnvironmentLackError: with the recipe's line.
+        EnvironmentLackError: about the recipe's key.
     """
     for provider in recipe.bench.providers:
         if recipe.bench.on_missing == "fail":
-            try:
-                require_provider(provider)
-            except EnvironmentLackError as error:
-                error.where = recipe.where("bench.providers")
-                raise
+            require_provider(provider)
 
 
 def require_usable(recipe: Recipe, source: Source) -> None:
@@ -34,7 +31,7 @@ def require_usable(recipe: Recipe, source: Source) -> None:
     fed, a shape is too long for the model, or a latency table is asked for that cannot be.
 
     Raises:
-        UsageError: naming the file, or the recipe's line.
+        UsageError: about a key of the recipe.
     """
     config = read_config(source.folder)
     fed = inputs_kind(config)
@@ -42,37 +39,31 @@ def require_usable(recipe: Recipe, source: Source) -> None:
         if getattr(recipe.verify, key) and not usable:
             raise UsageError(
                 f"drift of this model is not measured on {key}: it is fed {NOUNS[fed]}s",
-                where=recipe.where(f"verify.{key}"),
+                keys=(f"verify.{key}",),
                 hint=f"name your own sample as verify.{other}",
             )
     if recipe.gates.min_cosine is not None and fed != "text" and not recipe.verify.inputs:
         raise UsageError(
             f"there is no built-in sample of {NOUNS[fed]}s to measure the cosine on",
-            where=recipe.where("gates.min_cosine"),
+            keys=("gates.min_cosine",),
             hint="name your own sample as verify.inputs",
         )
     if recipe.select.multiple_of == "auto" and config.is_encoder_decoder:
         raise UsageError(
             f"multiple_of: auto takes a latency table, and there is none of an encoder-decoder ({source.model_type})",
-            where=recipe.where("select.multiple_of"),
+            keys=("select.multiple_of",),
             hint="give a number, say that of bench.threads",
         )
     if recipe.verify.text:
         read_texts(Path(recipe.verify.text))
     if recipe.verify.inputs:
         read_inputs(Path(recipe.verify.inputs), config)
-    limit = getattr(text_config(config), "max_position_embeddings", None)
     for shape in recipe.bench.shapes:
-        _require_cache(recipe, source, config, shape)
-        if limit and sum(shape[1:]) > limit:
-            raise UsageError(
-                f"the shape {list(shape)} is longer than the {limit} positions of the model",
-                where=recipe.where("bench.shapes"),
-                hint="name shorter shapes",
-            )
+        _require_cache(source, config, shape)
+    require_fit(config, recipe.bench.shapes)
 
 
-def _require_cache(recipe: Recipe, source: Source, config: PretrainedConfig, shape: tuple[int, ...]) -> None:
+def _require_cache(source: Source, config: PretrainedConfig, shape: tuple[int, ...]) -> None:
     if len(shape) < 3 or source.task == "text-generation":
         return
     why = "has no cache to hold them"
@@ -80,6 +71,6 @@ def _require_cache(recipe: Recipe, source: Source, config: PretrainedConfig, sha
         why = "has its decoder measured with a full cache at every [batch, length]"
     raise UsageError(
         f"the shape {list(shape)} asks for {shape[2]} tokens in the cache, and a model for {source.task} {why}",
-        where=recipe.where("bench.shapes"),
+        keys=("bench.shapes",),
         hint="name it as [batch, length]",
     )

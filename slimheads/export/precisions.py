@@ -84,7 +84,7 @@ def to_q4(source: Path, target: Path) -> None:
     if not any(node.op_type == "MatMulNBits" for node in made.graph.node):
         raise ModelRefusedError(
             "4-bit weights are for matrix products by a constant, and the graph has none",
-            where="export.precisions",
+            keys=("export.precisions",),
             hint="leave out q4",
         )
     graph_files.save_graph(made, target)
