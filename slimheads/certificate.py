@@ -21,14 +21,14 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, computed_field
 from transformers import PreTrainedModel
 
 from slimheads.chain import Chain, Generation, OneFile, Shipped, Structure, Subject, Yardstick, chain_of
-from slimheads.errors import CertificateError, SlimheadsError, in_short
+from slimheads.errors import CertificateError, SlimheadsError, in_short, require_known
 from slimheads.export import FILES, Candidate, Int8For, Precision
 from slimheads.gating import gated
 from slimheads.parity import REFUSALS, Comparison, Form, Outputs, compare_all
@@ -191,7 +191,14 @@ def verify(
 
     Returns:
         The certificate; a link that fails is in it, nothing is raised for it.
+
+    Raises:
+        UsageError: the name of a precision or candidate is not known.
     """
+    for precision in precisions:
+        require_known("export.precisions", precision, FILES)
+    for candidate in candidates:
+        require_known("export.candidates", candidate, get_args(Candidate))
     shipped = Shipped(dense, slim, plan, Path(dense_onnx), Path(folder), task, int8_for)
     chain = chain_of(shipped)
     tell = on_progress or (lambda _: None)

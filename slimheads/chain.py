@@ -35,7 +35,8 @@ from slimheads.export.precisions import SIXTEEN_BITS
 from slimheads.graph_check import fused_faults, graph_faults, merged_faults
 from slimheads.integer_products import overflow_faults, product_weights
 from slimheads.interface import read_interface
-from slimheads.parity import AnyCase, Form, cases, onnx_form, onnx_greedy, position_limit, torch_form
+from slimheads.limits import position_limit
+from slimheads.parity import AnyCase, Form, cases, onnx_form, onnx_greedy, torch_form
 from slimheads.rounded import write_losses, write_rounded
 from slimheads.selection import Plan
 from slimheads.sessions import open_session
@@ -337,7 +338,7 @@ class _FourFiles:
 
     def generations(self) -> list[Generation]:
         slim, folder = self._shipped.slim, self._shipped.onnx
-        start, new_tokens = seq2seq.decoder_start(slim), min(NEW_TOKENS, seq2seq.decoder_limit(slim.config) - 1)
+        start, new_tokens = seq2seq.decoder_start(slim), min(NEW_TOKENS, position_limit(slim.config) - 1)
         fresh = [case for case in self.cases if not case.past]
         length = max(case.length for case in fresh if case.length <= PROMPT_TOKENS)
         made = []

@@ -99,7 +99,8 @@ def find(source: str, task: str = "auto") -> Source:
     if not named:
         task = of_modules if of_modules and rules.inputs == "text" else _task_of(config)
     if task not in TASKS | SEQ2SEQ_TASKS:
-        raise UsageError(f"unknown task '{task}'", hint=f"use auto or one of {', '.join(TASKS | SEQ2SEQ_TASKS)}")
+        known = ", ".join(TASKS | SEQ2SEQ_TASKS)
+        raise UsageError(f"unknown task '{task}'", keys=("task",), hint=f"use auto or one of {known}")
     architecture = _architecture(config, task)
     require_padding(architecture, config, folder)
     if architecture.can_generate():
@@ -236,14 +237,20 @@ def _folder(source: str) -> Path:
         spec = find_spec(package) if package else None
         if spec is None or not spec.submodule_search_locations:
             raise EnvironmentLackError(
-                f"package '{package}' is not installed", where=source, hint=f"pip install {package.replace('_', '-')}"
+                f"package '{package}' is not installed",
+                where=source,
+                keys=("model",),
+                hint=f"pip install {package.replace('_', '-')}",
             )
         folder = Path(spec.submodule_search_locations[0], inside)
         if not folder.is_dir() or not folder.resolve().is_relative_to(
             Path(spec.submodule_search_locations[0]).resolve()
         ):
             raise UsageError(
-                f"the package has no folder '{inside}'", where=source, hint="check the path after the package"
+                f"the package {package} has no folder '{inside}'",
+                where=source,
+                keys=("model",),
+                hint="check the path after the package",
             )
         return folder
     folder = Path(os.path.expanduser(source))  # noqa: PTH111 - pathlib's raises for an unknown user
@@ -251,7 +258,9 @@ def _folder(source: str) -> Path:
         return folder
     if folder.exists() or folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise UsageError(
-            "no such folder", where=source, hint="name a checkpoint folder, pkg://package/folder or a hub id"
+            f"there is no folder '{source}'",
+            keys=("model",),
+            hint="name a checkpoint folder, pkg://package/folder or a hub id",
         )
     return _from_hub(source)
 
@@ -261,12 +270,14 @@ def _from_hub(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=HUB_PATTERNS))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UsageError(
-            "neither a folder here nor a model on the hub", where=source, hint="check the name, and your access token"
+            f"'{source}' is neither a folder here nor a model on the hub",
+            keys=("model",),
+            hint="check the name, and your access token",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise EnvironmentLackError(
-            "no folder of that name here, and as a hub id it is not in the cache and the hub cannot be reached",
-            where=source,
+            f"there is no folder '{source}' here, and as a hub id it is not in the cache and the hub cannot be reached",
+            keys=("model",),
             hint="check the path, connect, or download the model first with `hf download`",
         ) from error
 
@@ -299,6 +310,6 @@ def _architecture(config: PretrainedConfig, task: str) -> type[PreTrainedModel]:
     known = auto_classes(config)
     names = class_names(known[task], config) if task in known else ()
     if not names:
-        raise UsageError(f"{config.model_type} has no model for '{task}'", hint="use task: auto")
+        raise UsageError(f"{config.model_type} has no model for '{task}'", keys=("task",), hint="use task: auto")
     name = next((name for name in config.architectures or () if name in names), names[0])
     return cast(type[PreTrainedModel], getattr(transformers, name))

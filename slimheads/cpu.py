@@ -32,11 +32,8 @@ def cpu_features() -> tuple[str, ...] | None:
     return tuple(sorted(name for name, there in capabilities().items() if there is True))
 
 
-def require_int8_target(int8_for: Int8For, where: str) -> None:
+def require_int8_target(int8_for: Int8For) -> None:
     """Refuses full-range int8 weights where this CPU cannot add up their products as their target does.
-
-    Args:
-        where: the recipe's line, for the error.
 
     Raises:
         EnvironmentLackError: what is exported could be neither proven nor measured here.
@@ -50,6 +47,6 @@ def require_int8_target(int8_for: Int8For, where: str) -> None:
     said = "has no VNNI" if features is not None else "may have no VNNI (this torch does not tell)"
     raise EnvironmentLackError(
         f"int8 for {int8_for} is right on {target}, and this CPU {said}: it would add products in 16 bits and overflow",
-        where=where,
+        keys=("export.int8_for",),
         hint="use export.int8_for: any, which is right on every CPU, or run on a machine that has it",
     )

@@ -19,6 +19,8 @@ from slimheads.errors import EnvironmentLackError, UsageError
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # An old kernel, a file system that cannot (FUSE, NFS), or a sandbox that allows only calls it knows.
 _NO_EXCHANGE = frozenset({errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM})
+_FLUSHABLE = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes only what was opened for writing
+_NO_FOLDER_SYNC = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.EBADF, errno.ENOTSUP})
 
 
 def sha256_file(path: Path) -> str:
@@ -65,12 +67,19 @@ def write(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk before a rename makes them count."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have a file's bytes, or a folder's names, on the disk before a rename makes them count.
+
+    A folder is passed over where the system cannot: Windows opens none, and some network drives flush none.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, _FLUSHABLE)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC or not path.is_dir():
+            raise
 
 
 def sync_folders(folder: Path) -> None:

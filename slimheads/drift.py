@@ -146,7 +146,7 @@ def drift_on_inputs(
             said = " ".join(str(error).split())[:200]
             hint = "give inputs of the size that the model takes"
             raise UsageError(
-                f"the model does not run on these inputs ({said})", where=sample_name, hint=hint
+                f"the model does not run on the inputs of {sample_name} ({said})", keys=("verify.inputs",), hint=hint
             ) from error
     return tallies.summary(sample_name, count).model_copy(update={"noun": noun})
 

@@ -90,7 +90,7 @@ class SiteRow(_Strict):
     units: str | int | None = Field(
         default=None, description="where it differs from the family's; 1 in a multi-query block without a key for it"
     )
-    heads: str | None = Field(default=None, description="where it differs from the family's")
+    heads: str | None = Field(default=None, description="where it differs from the family's, or from the row's units")
     projections: tuple[ProjectionRow, ...]
     tables: tuple[TableRow, ...] = ()
     keep: tuple[str, ...] = ()
@@ -98,6 +98,17 @@ class SiteRow(_Strict):
     adapter: str | None = Field(default=None, description="what data cannot say: a function of slimheads.adapters")
     closed: bool = Field(
         default=False, description="whether weights are read past their modules, unlike in the adapter's forward"
+    )
+
+
+class Positions(_Strict):
+    """How many positions the models of a family have."""
+
+    key: str | None = Field(
+        default="max_position_embeddings", description="config key, perhaps dotted; null: there is no limit"
+    )
+    after_padding: tuple[str, ...] = Field(
+        default=(), description="model types whose table of positions starts after the padding token's index"
     )
 
 
@@ -110,6 +121,7 @@ class Family(_Strict):
     heads: str | None = Field(default=None, description="config key with the number of query heads, where it differs")
     reload: Reload | None = Field(default=None, description="what lets the stock library rebuild the smaller modules")
     inputs: Inputs = Field(default="text", description="what the models are fed")
+    positions: Positions = Positions()
     refuse: tuple[Refusal, ...] = ()
     sites: tuple[SiteRow, ...]
     untouched: tuple[str, ...] = Field(default=(), description="globs of attention modules that keep all heads")
@@ -118,6 +130,8 @@ class Family(_Strict):
     def _names_units(self) -> Family:
         if self.units is None and any(row.units is None for row in self.sites):
             raise ValueError("neither the family nor each of its sites names units")
+        if self.heads is not None and self.units is None:
+            raise ValueError("heads of the family belong to units of the family, and it names none")
         return self
 
     def rows(self, config: PretrainedConfig) -> tuple[SiteRow, ...]:
@@ -126,8 +140,8 @@ class Family(_Strict):
 
     def keys(self, row: SiteRow) -> tuple[str | int, str | int]:
         """The config keys (or the numbers) of a row's units (heads, or KV heads) and of its query heads."""
-        own = row if row.units else self
-        return cast(str, own.units), cast(str, own.heads or own.units)
+        units = cast("str | int", row.units or self.units)
+        return units, row.heads or (None if row.units else self.heads) or units
 
     @property
     def count_keys(self) -> tuple[str, ...]:

@@ -49,14 +49,14 @@ def _require_apart(out: Path, model: Path, recipe: Recipe) -> None:
     if any(_is_within(path, out) for path in (model, *_linked_files(model))):
         raise UsageError(
             "the model lies in the output folder, and a run would replace it",
-            where=recipe.where("model"),
+            keys=("model",),
             hint=f"copy the model elsewhere, or {_ELSEWHERE}",
         )
     for key, sample in (("verify.text", recipe.verify.text), ("verify.inputs", recipe.verify.inputs)):
         if sample and any(_is_within(Path(sample), out / name) for name in (*PUBLISHED, ".slimheads")):
             raise UsageError(
                 "the sample lies where a run replaces files",
-                where=recipe.where(key),
+                keys=(key,),
                 hint=f"move {sample} elsewhere, or {_ELSEWHERE}",
             )
 

@@ -15,12 +15,13 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import onnxruntime
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from slimheads.errors import in_short
 from slimheads.inputs import has_length, make_inputs, takes_padding, takes_text, text_config, to_torch
+from slimheads.limits import position_limit as position_limit
+from slimheads.onnx_runtime import onnxruntime
 from slimheads.sessions import ORT_ERRORS
 
 Padding = Literal["no", "left", "right"]
@@ -122,7 +123,7 @@ class Agreement:
 
 
 def cases(config: PretrainedConfig, task: str, seed: int = 0) -> tuple[Case, ...]:
-    """The contract's cases for a model, shortened where its position table is."""
+    """The contract's cases for a model, shortened where it has fewer positions."""
     rng = np.random.default_rng(seed)
     if not has_length(config):
         return tuple(Case(batch, 0, "no", 0, make_inputs(config, batch, 1, rng)) for batch in BATCHES)
@@ -135,13 +136,6 @@ def cases(config: PretrainedConfig, task: str, seed: int = 0) -> tuple[Case, ...
         for length in sorted({min(length, limit - past) for length in LENGTHS})
         for padding in (_paddings(batch, length, past) if takes_padding(config) else ("no",))
     )
-
-
-def position_limit(config: PretrainedConfig) -> int:
-    """Longest input that every covered model with this position table takes."""
-    text = text_config(config)
-    table = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # the second is MPT's
-    return (table or 10_000) - 2  # RoBERTa's table starts at 2
 
 
 def torch_form(model: PreTrainedModel) -> Form:

@@ -71,8 +71,21 @@ def run(
     """
     started, memory = time.perf_counter(), PeakMemory()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe, overrides)
-    out, progress = Path(out), progress or Silent()
     check_stage_names(from_stage, until)
+    with recipe.located():
+        return _run(recipe, Path(out), from_stage, until, progress or Silent(), command, started, memory)
+
+
+def _run(
+    recipe: Recipe,
+    out: Path,
+    from_stage: str | None,
+    until: str | None,
+    progress: Progress,
+    command: str | None,
+    started: float,
+    memory: PeakMemory,
+) -> Report | None:
     require_providers(recipe)
     require_target(recipe)
     with collected() as notices:
@@ -126,16 +139,20 @@ def dry_run(
         SlimheadsError: what `run` would raise before its first stage.
     """
     check_stage_names(from_stage, until)
-    require_providers(recipe)
-    require_target(recipe)
-    source = find(recipe.model, recipe.task)
-    require_usable(recipe, source)
-    require_place(Path(out), source.folder, recipe)
-    job = Job(recipe, source, lambda _: None, measures=False)
+    with recipe.located():
+        require_providers(recipe)
+        require_target(recipe)
+        source = find(recipe.model, recipe.task)
+        require_usable(recipe, source)
+        require_place(Path(out), source.folder, recipe)
+        return _foreseen(Job(recipe, source, lambda _: None, measures=False), Path(out), from_stage, until)
+
+
+def _foreseen(job: Job, out: Path, from_stage: str | None, until: str | None) -> dict[str, str]:
     left: dict[str, str] = {}
     found = {}
     for stage in stages_until(until):
-        stored = _reusable(stage, Store(Path(out)), _key(stage, job, left), from_stage)
+        stored = _reusable(stage, Store(out), _key(stage, job, left), from_stage)
         left[stage.name] = _content_of(stored) if stored else "still to be made"
         if stored:
             job.records[stage.name] = stored

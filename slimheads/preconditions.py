@@ -8,9 +8,10 @@ from transformers import PretrainedConfig
 
 from slimheads.checkpoint import Source, read_config
 from slimheads.cpu import require_int8_target
-from slimheads.errors import EnvironmentLackError, UsageError
+from slimheads.errors import UsageError
 from slimheads.inputs import NOUNS, inputs_kind, read_inputs, text_config
 from slimheads.json_files import read_json_as
+from slimheads.limits import require_fit
 from slimheads.notices import tell
 from slimheads.pooling import require_embedding
 from slimheads.recipe import Recipe
@@ -25,15 +26,11 @@ def require_providers(recipe: Recipe) -> None:
     """Fails before any work where a provider of the recipe is missing and may not be skipped.
 
     Raises:
-        EnvironmentLackError: with the recipe's line.
+        EnvironmentLackError: about the recipe's key.
     """
     for provider in recipe.bench.providers:
         if recipe.bench.on_missing == "fail":
-            try:
-                require_provider(provider)
-            except EnvironmentLackError as error:
-                error.where = recipe.where("bench.providers")
-                raise
+            require_provider(provider)
 
 
 def require_target(recipe: Recipe) -> None:
@@ -43,7 +40,7 @@ def require_target(recipe: Recipe) -> None:
         EnvironmentLackError: with the recipe's line.
     """
     if "int8" in recipe.export.precisions:
-        require_int8_target(recipe.export.int8_for, recipe.where("export.int8_for"))
+        require_int8_target(recipe.export.int8_for)
 
 
 def require_usable(recipe: Recipe, source: Source) -> None:
@@ -51,7 +48,7 @@ def require_usable(recipe: Recipe, source: Source) -> None:
     fed, a shape is too long for the model, or a latency table is asked for that cannot be.
 
     Raises:
-        UsageError: naming the file, or the recipe's line.
+        UsageError: about a key of the recipe.
     """
     config = read_config(source.folder)
     fed = inputs_kind(config)
@@ -59,19 +56,19 @@ def require_usable(recipe: Recipe, source: Source) -> None:
         if getattr(recipe.verify, key) and not usable:
             raise UsageError(
                 f"drift of this model is not measured on {key}: it is fed {NOUNS[fed]}s",
-                where=recipe.where(f"verify.{key}"),
+                keys=(f"verify.{key}",),
                 hint=f"name your own sample as verify.{other}",
             )
     if recipe.gates.min_cosine is not None and fed != "text" and not recipe.verify.inputs:
         raise UsageError(
             f"there is no built-in sample of {NOUNS[fed]}s to measure the cosine on",
-            where=recipe.where("gates.min_cosine"),
+            keys=("gates.min_cosine",),
             hint="name your own sample as verify.inputs",
         )
     if recipe.select.multiple_of == "auto" and config.is_encoder_decoder:
         raise UsageError(
             f"multiple_of: auto takes a latency table, and there is none of an encoder-decoder ({source.model_type})",
-            where=recipe.where("select.multiple_of"),
+            keys=("select.multiple_of",),
             hint="give a number, say that of bench.threads",
         )
     if recipe.verify.text:
@@ -79,15 +76,9 @@ def require_usable(recipe: Recipe, source: Source) -> None:
     require_side_files(recipe, source)
     if recipe.verify.inputs:
         read_inputs(Path(recipe.verify.inputs), config)
-    limit = getattr(text_config(config), "max_position_embeddings", None)
     for shape in recipe.bench.shapes:
-        _require_cache(recipe, source, config, shape)
-        if limit and sum(shape[1:]) > limit:
-            raise UsageError(
-                f"the shape {list(shape)} is longer than the {limit} positions of the model",
-                where=recipe.where("bench.shapes"),
-                hint="name shorter shapes",
-            )
+        _require_cache(source, config, shape)
+    require_fit(config, recipe.bench.shapes)
 
 
 def require_side_files(recipe: Recipe, source: Source) -> None:
@@ -116,7 +107,7 @@ def require_side_files(recipe: Recipe, source: Source) -> None:
     tell_what_is_left_out(folder)
 
 
-def _require_cache(recipe: Recipe, source: Source, config: PretrainedConfig, shape: tuple[int, ...]) -> None:
+def _require_cache(source: Source, config: PretrainedConfig, shape: tuple[int, ...]) -> None:
     if len(shape) < 3 or source.task == "text-generation":
         return
     why = "has no cache to hold them"
@@ -124,6 +115,6 @@ def _require_cache(recipe: Recipe, source: Source, config: PretrainedConfig, sha
         why = "has its decoder measured with a full cache at every [batch, length]"
     raise UsageError(
         f"the shape {list(shape)} asks for {shape[2]} tokens in the cache, and a model for {source.task} {why}",
-        where=recipe.where("bench.shapes"),
+        keys=("bench.shapes",),
         hint="name it as [batch, length]",
     )

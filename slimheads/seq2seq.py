@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -22,7 +21,9 @@ from slimheads.attention import Site, find_sites
 from slimheads.export import ENCODER, FIRST_DECODER, MERGED_DECODER, NEXT_DECODER, Precision, file_name
 from slimheads.inputs import make_inputs, takes_text
 from slimheads.interface import read_interface
-from slimheads.parity import BATCHES, LENGTHS, PAST, Form, Outputs, Padding, position_limit
+from slimheads.limits import position_limit
+from slimheads.onnx_runtime import onnxruntime
+from slimheads.parity import BATCHES, LENGTHS, PAST, Form, Outputs, Padding
 from slimheads.sessions import open_session
 
 ENCODED = "encoder_last_hidden_state"
@@ -72,7 +73,7 @@ def _text_cases(config: PretrainedConfig, rng: np.random.Generator) -> Iterator[
 
 
 def _sound_cases(config: PretrainedConfig, rng: np.random.Generator) -> Iterator[Seq2SeqCase]:
-    limit = decoder_limit(config)
+    limit = position_limit(config)
     for past in (0, min(PAST, limit // 2)):
         for batch in BATCHES:
             inputs = make_inputs(config, batch, 1, rng)
@@ -97,11 +98,6 @@ def decoder_start(model: PreTrainedModel) -> int:
         for source in (model.generation_config, model.config)
     )
     return next((token for token in named if isinstance(token, int)), 0)
-
-
-def decoder_limit(config: PretrainedConfig) -> int:
-    """Longest text that the decoder takes."""
-    return int(getattr(config, "max_target_positions", None) or position_limit(config))
 
 
 def outputs_of(part: str) -> Callable[[str], bool]:

@@ -25,7 +25,6 @@ from slimheads.cpu import cpu_features
 from slimheads.disk import sha256_file
 from slimheads.drift import Drift, drift_on_inputs, measure_drift
 from slimheads.environment import installed
-from slimheads.errors import SlimheadsError
 from slimheads.export import Candidate, build_candidate, export, file_name
 from slimheads.gating import gated
 from slimheads.inputs import NOUNS, inputs_kind, read_inputs
@@ -126,19 +125,16 @@ def _select(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
 
 
 def choose(scores: Scores, recipe: Recipe, tables: Sequence[LatencyTable] = ()) -> tuple[Plan, Selection]:
-    """`select` by the recipe; its error names the recipe's line.
+    """`select` by the recipe; its error points at the recipe's key.
 
     Args:
         tables: of the model at the recipe's shapes; only `multiple_of: auto` needs them.
     """
     asked, rules = recipe.select.multiple_of, _dump(recipe.select)
-    try:
+    with recipe.located():
         if asked == "auto" and tables:
             return choose_step(scores, rules, tables)
         return select(scores, **rules), Selection(asked=asked, multiple_of=asked)
-    except SlimheadsError as error:
-        error.where = recipe.where("select.ratio")
-        raise
 
 
 # prune

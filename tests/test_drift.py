@@ -319,6 +319,6 @@ def test_a_file_without_usable_text_is_refused(tmp_path: Path, content: bytes | 
         path.write_bytes(content)
     with pytest.raises(UsageError, match=what) as caught:
         read_texts(path)
-    assert str(caught.value).startswith(f"{path}{where}: ")
+    assert caught.value.what.startswith(f"{path}{where}: ") and caught.value.keys == ("verify.text",)
     with pytest.raises(UsageError, match="cannot be read"):
         read_texts(tmp_path)

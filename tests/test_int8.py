@@ -262,7 +262,7 @@ def test_full_range_weights_may_be_asked_for_where_products_are_added_in_32_bits
     monkeypatch.setattr(cpu, "cpu_features", lambda: features)
     monkeypatch.setattr(cpu.platform, "machine", lambda: machine)
     for target in ("any", "avx2", "avx512_vnni", "arm64"):
-        cpu.require_int8_target(target, "r.yaml:1:1")  # type: ignore[arg-type]
+        cpu.require_int8_target(target)  # type: ignore[arg-type]
 
 
 # -------------------------------------------------------------------------------------------------- weak precisions

@@ -390,7 +390,7 @@ def test_the_attention_implementation_is_chosen(
 def test_a_missing_folder_is_a_usage_error(source: str) -> None:
     with pytest.raises(UsageError) as error:
         load(source)
-    assert error.value.where == source
+    assert f"'{source}'" in error.value.what and error.value.keys == ("model",)
 
 
 def test_a_missing_package_lacks_and_a_missing_folder_in_it_is_misused() -> None:

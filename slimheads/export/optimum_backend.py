@@ -17,6 +17,7 @@ from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForSeq2SeqLM, ORTMo
 from optimum.utils.input_generators import Dinov2DummyInputGenerator, DummyVisionInputGenerator
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 
+import slimheads.onnx_runtime  # noqa: F401 - telemetry off
 from slimheads.errors import ModelRefusedError
 from slimheads.export.graph_files import graph_files, remove_graph, share_data
 from slimheads.export.kv_cache import KvAxes, kv_shapes, label_cache, seq2seq_kv_shapes, true_cache_config

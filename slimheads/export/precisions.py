@@ -17,6 +17,7 @@ from onnxruntime.quantization.registry import IntegerOpsRegistry
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
+import slimheads.onnx_runtime  # noqa: F401 - telemetry off
 from slimheads.errors import ModelRefusedError
 from slimheads.export import graph_files
 from slimheads.export.quiet import quiet
@@ -83,7 +84,7 @@ def to_q4(source: Path, target: Path) -> None:
     if not any(node.op_type == "MatMulNBits" for node in made.graph.node):
         raise ModelRefusedError(
             "4-bit weights are for matrix products by a constant, and the graph has none",
-            where="export.precisions",
+            keys=("export.precisions",),
             hint="leave out q4",
         )
     graph_files.save_graph(made, target)
