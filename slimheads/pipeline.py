@@ -24,6 +24,7 @@ from slimheads.errors import SlimheadsError, UsageError
 from slimheads.job import Job
 from slimheads.memory import PeakMemory
 from slimheads.notices import collected, tell
+from slimheads.output_folder import PUBLISHED
 from slimheads.output_place import require_place
 from slimheads.preconditions import require_providers, require_target, require_usable
 from slimheads.progress import Progress, Silent
@@ -222,9 +223,8 @@ def _inner_files_not_named(stage: Stage, store: Store) -> Iterator[None]:
 def _publish_part(job: Job, out: Path) -> None:
     """After `--until`: the plan so far. What another recipe or another model left may not stand beside it."""
     wanted = contents(job)
-    same = all((out / name).is_file() and (out / name).read_bytes() == content for name, content in wanted.items())
-    stale = () if same else ("slim", "dense", "scores.json", "plan.json", "report.json", "report.md", "report.html")
-    publish(out, wanted, stale)
+    if not all((out / name).is_file() and (out / name).read_bytes() == content for name, content in wanted.items()):
+        publish(out, wanted, retract=PUBLISHED)
 
 
 def _report(
