@@ -220,8 +220,7 @@ def _cpuinfo_clocks(info: str) -> list[float]:
 
 
 def _megahertz(path: Path) -> float | None:
-    khz = _read(path)
-    return int(khz) / 1000 if khz is not None and khz.isdigit() else None
+    return int(khz) / 1000 if (khz := _read(path)) is not None and khz.isdigit() else None
 
 
 def _boost(cpus: Path) -> bool | None:

@@ -74,8 +74,9 @@ def run(
     require_usable(recipe, source)
     with lock(out):
         bench = recipe.bench
-        options = {name: session_options_record(name, bench.threads) for name in bench.providers}
-        surroundings = environment(options, cpu_features())
+        surroundings = environment(
+            {name: session_options_record(name, bench.threads) for name in bench.providers}, cpu_features()
+        )
         job = Job(recipe, source, progress.note)
         timings: list[StageRecord] = []
         for stage in stages_until(until):
