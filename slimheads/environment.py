@@ -100,7 +100,7 @@ def environment(
     Args:
         session_options: JSON data: the ONNX Runtime options of the run by provider, as recorded by whoever opens the
             sessions. GPUs are looked for where `cuda` is among these.
-        cpu_features: as `slimheads.cpu` reads them, from torch, which this record does not wait for.
+        cpu_features: as `slimheads.cpu` gets them from torch, which this record does not wait for.
     """
     providers, telemetry = _runtime()
     gpus, gpu_reason = _gpus() if "cuda" in (session_options or {}) else (None, "the run does not use CUDA")
@@ -208,7 +208,7 @@ def _load() -> float | None:
 
 def _frequency_mhz() -> float | None:
     """The cores' mean clock now; virtual machines often tell it in /proc/cpuinfo only."""
-    scaled = [_megahertz(path) for path in CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
+    scaled = (_megahertz(path) for path in CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
     found = [clock for clock in scaled if clock is not None] or _cpuinfo_clocks(_read(Path("/proc/cpuinfo")) or "")
     return sum(found) / len(found) if found else None
 
@@ -218,8 +218,7 @@ def _cpuinfo_clocks(info: str) -> list[float]:
 
 
 def _megahertz(path: Path) -> float | None:
-    khz = _read(path)
-    return int(khz) / 1000 if khz is not None and khz.isdigit() else None
+    return int(khz) / 1000 if (khz := _read(path)) is not None and khz.isdigit() else None
 
 
 def _boost(cpus: Path) -> bool | None:
