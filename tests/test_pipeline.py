@@ -26,6 +26,7 @@ from whole_runs import (
 from slimheads import stages
 from slimheads.certificate import Certificate
 from slimheads.errors import UsageError
+from slimheads.notices import tell
 from slimheads.pipeline import STAGE_NAMES, dry_run, run, stages_until
 from slimheads.recipe import Recipe
 from slimheads.report import Report
@@ -433,3 +434,29 @@ def test_peak_memory_and_time_of_a_run_are_at_least_those_of_its_parts(done: Pat
     assert report["peak_rss_mb"] >= max(stage["peak_rss_mb"] for stage in report["stages"]) > 50
     assert report["seconds"] >= sum(stage["seconds"] for stage in report["stages"]) - 0.5
     assert torch.get_num_threads() >= 1
+
+
+def test_an_error_names_no_file_of_the_store(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*given: Any, **_: Any) -> Certificate:
+        file = given[3] / "onnx" / "model.onnx"
+        raise UsageError(f"{file} cannot be read", where=str(file), hint="export it again")
+
+    monkeypatch.setattr("slimheads.stages.verify", damaged)
+    with pytest.raises(UsageError) as failed:
+        again(mine, "verify.atol=1e-3")
+    assert str(failed.value).startswith("slim/onnx/model.onnx, as the verify stage has it: slim/onnx/model.onnx cannot")
+
+
+def test_what_a_stage_told_is_told_again_where_it_is_reused(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = stages.verify
+
+    def telling(*given: Any, **options: Any) -> Certificate:
+        tell("a layer was left out")
+        return real(*given, **options)
+
+    monkeypatch.setattr("slimheads.stages.verify", telling)
+    assert again(mine, "verify.atol=1e-3").notices == ("a layer was left out",)
+    monkeypatch.undo()
+    steady(monkeypatch)
+    report = again(mine, "verify.atol=1e-3")
+    assert ran(report) == [] and report.notices == ("a layer was left out",)
