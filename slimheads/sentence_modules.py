@@ -131,7 +131,12 @@ def _module(folder: Path, entry: Any) -> SentenceModule:
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("type", "path", "name")):
         raise _refuse(folder, "a module without a name, a type or a path", "fetch the model folder again")
     inside = PurePosixPath(entry["path"])
-    if inside.is_absolute() or ".." in inside.parts or any(mark in entry["path"] for mark in "\\:\0"):
+    if (
+        inside.is_absolute()
+        or ".." in inside.parts
+        or any(mark in entry["path"] for mark in "\\:")
+        or not entry["path"].isprintable()
+    ):
         raise _refuse(
             folder, f"the path {entry['path']!r} leaves the folder", "use a folder as sentence-transformers wrote it"
         )

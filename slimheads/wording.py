@@ -323,7 +323,8 @@ def _drift(drift: Drift | None, reason: str | None, method: str) -> str:
 def sample_size(drift: Drift) -> str:
     """125 texts, 3,104 tokens; or 64 images."""
     tokens = "" if drift.tokens is None else f", {whole(drift.tokens)} tokens"
-    return plural(drift.texts, drift.noun) + tokens
+    embedded = "" if drift.embedding in (None, "mean") else f", embedded by {drift.embedding}"
+    return plural(drift.texts, drift.noun) + tokens + embedded
 
 
 def _sample(drift: Drift) -> str:

@@ -70,5 +70,6 @@ def test_drift_is_measured_on_the_embeddings_that_a_client_gets(runs: dict[float
     dense, slim = (made / np.linalg.norm(made, axis=1, keepdims=True) for made in pair)
     drift = report_of(runs[0.5])["drift"]
     assert drift["embedding"] == "mean and lasttoken, then 2_Dense"
+    assert "embedded by mean and lasttoken, then 2" in (runs[0.5] / "report.md").read_text(encoding="utf-8")
     assert drift["slim"]["cosine"] == pytest.approx((dense * slim).sum(1).mean(), abs=1e-4)
     assert drift["slim"]["cosine"] < 0.999
