@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from slimheads.config_keys import allowed
 from slimheads.errors import ModelRefusedError, in_short
 from slimheads.notices import tell
 from slimheads.quiet import quiet_transformers
@@ -66,7 +67,8 @@ def kept_settings(folder: Path) -> dict[str, Any] | None:
         raise ModelRefusedError(f"holds {json.dumps(data)[:40]}, not settings by name", where=str(path), hint=hint)
     for key in sorted(_LOADS_MORE & data.keys()):
         del data[key]
-        tell(f"{FILE}: '{key}' is left out, for it can name code or another model to load")
+        if key not in allowed().name_code:  # of those every JSON file is judged, and the user told
+            tell(f"{FILE}: '{key}' is left out, for it can name code or another model to load")
     while (problem := _problem(data)) is not None:
         named = [key for key in re.findall(r"`(\w+)`", str(problem)) if key in data]
         if not (named and isinstance(problem, ValueError)):
