@@ -100,7 +100,7 @@ def environment(
     Args:
         session_options: JSON data: the ONNX Runtime options of the run by provider, as recorded by whoever opens the
             sessions. GPUs are looked for where `cuda` is among these.
-        cpu_features: as `slimheads.cpu` gets them from torch, which this record does not wait for.
+        cpu_features: as `slimheads.cpu` reads them, which takes torch.
     """
     providers, telemetry = _runtime()
     gpus, gpu_reason = _gpus() if "cuda" in (session_options or {}) else (None, "the run does not use CUDA")
@@ -256,7 +256,7 @@ def _read(path: Path) -> str | None:
 def _cgroup_folders(root: Path, own: str | None) -> list[Path]:
     """The control groups this process is in, innermost first: every one of them can set a limit."""
     inside = next((line[3:].strip("/") for line in (own or "").splitlines() if line.startswith("0::")), "")
-    parts = [part for part in inside.split("/") if part]
+    parts = [*filter(None, inside.split("/"))]
     return [root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
 
 
