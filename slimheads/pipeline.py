@@ -20,6 +20,7 @@ from slimheads.environment import Environment, environment
 from slimheads.errors import UsageError
 from slimheads.job import Job
 from slimheads.memory import PeakMemory
+from slimheads.output_folder import PUBLISHED
 from slimheads.output_place import require_place
 from slimheads.preconditions import require_providers, require_usable
 from slimheads.progress import Progress, Silent
@@ -181,9 +182,8 @@ def _work(stage: Stage, job: Job, store: Store, key: str, started: float, memory
 def _publish_part(job: Job, out: Path) -> None:
     """After `--until`: the plan so far. What another recipe or another model left may not stand beside it."""
     wanted = contents(job)
-    same = all((out / name).is_file() and (out / name).read_bytes() == content for name, content in wanted.items())
-    stale = () if same else ("slim", "dense", "scores.json", "plan.json", "report.json", "report.md", "report.html")
-    publish(out, wanted, stale)
+    if not all((out / name).is_file() and (out / name).read_bytes() == content for name, content in wanted.items()):
+        publish(out, wanted, retract=PUBLISHED)
 
 
 def _report(
