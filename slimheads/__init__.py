@@ -5,12 +5,15 @@ Public names are imported on first use, so that `slimheads --help` does not wait
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime reads it when it is imported; child processes inherit it
 
 if TYPE_CHECKING:
     from slimheads.bench import bench as bench

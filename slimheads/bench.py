@@ -18,7 +18,7 @@ from scipy import stats
 
 from slimheads.binding import Shape
 from slimheads.environment import Conditions, Watch
-from slimheads.errors import EnvironmentLackError, UsageError
+from slimheads.errors import EnvironmentLackError, UsageError, require_known
 from slimheads.inputs import without_length
 from slimheads.interface import read_interface
 from slimheads.measuring import Effort, Floats, Series, measure
@@ -152,6 +152,7 @@ def bench(
         EnvironmentLackError: the provider is missing or runs nothing of a file, and `on_missing` is "fail".
     """
     effort = effort_of(min_seconds, min_pairs)
+    require_known("bench.on_missing", on_missing, ("fail", "skip"))
     setup = Setup(provider, threads, precision, graph, flops or {}, on_missing, seed)
     found = measured_rows((Path(dense), Path(slim)), shapes, setup, effort, on_progress)
     return tuple(row for row, _ in found)
@@ -243,7 +244,10 @@ def _placement(files: Sequence[Path], setup: Setup) -> Placement | None:
         found.append(placement_of(open_session(file, setup.provider, setup.threads, placement=True)))
         if not found[-1].get(wanted):
             raise EnvironmentLackError(
-                f"{wanted} runs no operator of the file", where=str(file), hint="measure it with provider cpu"
+                f"{wanted} runs no operator of the file",
+                where=str(file),
+                keys=("bench.providers",),
+                hint="measure it with provider cpu",
             )
     return Placement(dense=found[0], slim=found[1])
 

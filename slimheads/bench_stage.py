@@ -25,7 +25,7 @@ def bench_section(job: Job) -> dict[str, Any]:
     if forms:
         forms = job.proven_candidates() if "verify" in job.records else "still to be proven"
     machine = {"machine": platform.machine(), "cpu": environment().cpu}
-    chosen = {"precisions": list(job.recipe.export.precisions), "candidates": forms}
+    chosen = {"precisions": job.precisions(), "candidates": forms}
     return job.recipe.bench.model_dump(mode="json") | chosen | machine
 
 
@@ -38,7 +38,7 @@ def bench_work(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
     for provider, workload in product(section.providers, workloads(config, section.shapes)):
         measured = _Measured(job, provider, workload)
         rows += measured.plain()
-        for precision in job.recipe.export.precisions:
+        for precision in job.precisions():
             if precision != "fp32":
                 of_precision, given = measured.treated(precision)
                 rows, treatments = rows + of_precision, treatments + given

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnxruntime
 
 from slimheads.errors import UsageError
 from slimheads.interface import Array, Interface, inputs_for
+from slimheads.onnx_runtime import onnxruntime
 from slimheads.sessions import device_of
 
 # (batch, length), (batch, length, past), (batch, length, past, encoder's positions), (batch,)

@@ -2,8 +2,10 @@
 
 1. gated dense torch == slim torch, before recovery, the slim one as reloaded from disk
 2. slim torch == slim ONNX fp32 in ONNX Runtime
-3. each further graph against the fp32 one it came from, each with its own tolerance
-4. the graph itself: every targeted tensor shrank by what the plan says, fused nodes carry their own layer's head count
+3. each further graph against the fp32 one it came from, each with its own tolerance; int8 and q4 against that one with
+   the same rounded weights
+4. the graph itself: every targeted tensor shrank by what the plan says, fused nodes carry their own layer's head count,
+   int8 weights are such that no sum of products overflows on the CPUs they are for
 5. decoders: greedy tokens through ONNX Runtime with the cache == torch, token for token
 
 An encoder-decoder ships as four files, and links 2 to 5 have a row for each that they concern.
@@ -17,35 +19,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from math import inf
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, computed_field
 from transformers import PreTrainedModel
 
-from slimheads.chain import Chain, Generation, OneFile, Shipped, Structure, Subject, chain_of
-from slimheads.errors import CertificateError, SlimheadsError, in_short
-from slimheads.export import FILES, Candidate, Precision
+from slimheads.chain import Chain, Generation, OneFile, Shipped, Structure, Subject, Yardstick, chain_of
+from slimheads.errors import CertificateError, SlimheadsError, in_short, require_known
+from slimheads.export import FILES, Candidate, Int8For, Precision
 from slimheads.gating import gated
-from slimheads.graph_check import quantized_faults
-from slimheads.parity import REFUSALS, Agreement, Comparison, Form, Outputs, compare_all
+from slimheads.parity import REFUSALS, Comparison, Form, Outputs, compare_all
+from slimheads.precision_proof import examine
 from slimheads.selection import Plan
 
 # Deleting equals gating up to the order of additions: 0.0 on small models, 3e-6 on BERT-base (float32).
 SURGERY_TOLERANCE = 1e-5
-# What a precision may cost by itself, as a share of the largest output. Measured: fp16 0.001 to 0.002, int8 0.01 to
-# 0.15 (MiniLM at 128 tokens), q4 0.002 to 0.08 against float32 with the same weights (0.5 where a random CLIP's logits
-# are near zero). A wrong head can cost less than that: int8 and q4 weights are also held one by one against those they
-# were rounded from. What is lost in quality is drift.
-PRECISION_TOLERANCES: dict[Precision, float] = {"fp16": 0.01, "int8": 0.3, "q4": 0.3}
 # What another form of the same float32 graph may cost, absolute and relative: only the order of additions. Measured: at
 # most 5e-6 in every family's test model, MiniLM and a BERT of 600 million parameters; a wrong head count, 0.1 and more.
 CANDIDATE_TOLERANCE = 1e-4
-# Precisions whose every weight is held against the float32 one that it was rounded from.
-_ROUNDED = ("int8", "q4")
+OnWeak = Literal["fail", "drop"]
 _NO_CANDIDATES: Mapping[Candidate, Path] = MappingProxyType({})
 # How a model, a file or a runtime says that it cannot do what a link asks of it.
 _FAILURES: tuple[type[Exception], ...] = (SlimheadsError, OSError, *REFUSALS)
@@ -61,6 +56,8 @@ class Link(BaseModel):
 
     A precision's drift from float32 stands beside its link 3, over the same cases: `cosine` is the mean cosine of the
     two outputs at a position, `top1_agreement` (of what writes text) the share of positions with the same next token.
+    `fused_rel` is how far ONNX Runtime's own fusions move an int8 or q4 file, in the sense of `max_rel`. `weak` says of
+    a link 3 that failed that numbers alone are to blame: rounding costs too much.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -73,6 +70,9 @@ class Link(BaseModel):
     rtol: float | None = None
     cosine: float | None = None
     top1_agreement: float | None = None
+    precision: Precision | None = None  # of a link 3
+    fused_rel: float | None = None
+    weak: bool = False
     cases: int
     passed: bool
     worst_case: str | None = None  # e.g. "batch 4, length 128, left padding, past 7"
@@ -108,6 +108,15 @@ class CandidateProof(BaseModel):
         return f"link {failed.link} ({failed.subject}): {_failure(failed)}" if failed else None
 
 
+class LeftOut(BaseModel):
+    """A precision that does not ship because it is weak: its links 3, and the first that failed in words."""
+
+    model_config = ConfigDict(frozen=True)
+    precision: Precision
+    links: tuple[Link, ...]
+    reason: str
+
+
 @dataclass(frozen=True)
 class Certificate:
     """All links of one run; links after the first failed one are still tried, for they say where the fault lies."""
@@ -115,6 +124,7 @@ class Certificate:
     links: tuple[Link, ...]
     skipped: tuple[SkippedLink, ...]
     candidates: tuple[CandidateProof, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -127,7 +137,7 @@ class Certificate:
         if failed is None:
             return None
         where = f"link {failed.link} ({failed.subject})"
-        return CertificateError(_failure(failed), where=where, hint="nothing was published; report this")
+        return CertificateError(_failure(failed), where=where, hint=_remedy(failed))
 
     def with_candidate(self, name: Candidate) -> Certificate:
         """The certificate of what ships where this candidate ships as onnx/model.onnx: its links close the chain.
@@ -158,6 +168,8 @@ def verify(
     precisions: Sequence[Precision] = ("fp32",),
     atol: float = 1e-4,
     rtol: float = 1e-4,
+    int8_for: Int8For = "any",
+    on_weak_precision: OnWeak = "fail",
     candidates: Mapping[Candidate, Path] = _NO_CANDIDATES,
     on_progress: Callable[[str], None] | None = None,
 ) -> Certificate:
@@ -172,13 +184,22 @@ def verify(
         task: as `slimheads.checkpoint` names tasks.
         precisions: the graphs in `folder/onnx` to hold against the fp32 one.
         atol, rtol: for link 2.
+        int8_for: what the int8 files were made for.
+        on_weak_precision: "drop" leaves out a precision whose link 3 fails by its numbers, in all of its files.
         candidates: name -> folder with dense/ and slim/, each with config.json and onnx/model.onnx; of one-file models.
         on_progress: called with each link's name before it is tried.
 
     Returns:
         The certificate; a link that fails is in it, nothing is raised for it.
+
+    Raises:
+        UsageError: the name of a precision or candidate is not known.
     """
-    shipped = Shipped(dense, slim, plan, Path(dense_onnx), Path(folder), task)
+    for precision in precisions:
+        require_known("export.precisions", precision, FILES)
+    for candidate in candidates:
+        require_known("export.candidates", candidate, get_args(Candidate))
+    shipped = Shipped(dense, slim, plan, Path(dense_onnx), Path(folder), task, int8_for)
     chain = chain_of(shipped)
     tell = on_progress or (lambda _: None)
     tell("link 1: gated dense torch == slim torch")
@@ -187,14 +208,20 @@ def verify(
     links += [_exported(chain, slim, subject, atol, rtol) for subject in chain.subjects("fp32")]
     further = [p for p in precisions if p != "fp32"]
     generations = chain.generations()
+    left_out: list[LeftOut] = []
     for precision in further:
         tell(f"link 3: {precision} against fp32")
-        files = zip(chain.subjects("fp32"), chain.subjects(precision), chain.rounded(precision), strict=True)
-        links += [_derived(precision, *subjects, writes=bool(generations)) for subjects in files]
+        files = zip(chain.subjects("fp32"), chain.subjects(precision), chain.yardsticks(precision), strict=True)
+        derived = [_derived(precision, *subjects, writes=bool(generations)) for subjects in files]
+        if on_weak_precision == "drop" and (weak := _only_weak(precision, derived)):
+            left_out.append(weak)
+        else:
+            links += derived
+    kept = [precision for precision in further if precision not in {one.precision for one in left_out}]
     tell("link 4: the graph itself")
-    shrank = "every targeted tensor shrank by what the plan says"
-    links += [_structure(structure, shrank, _shown(structure.path)) for structure in chain.structures(further)]
-    skipped = [] if further else [SkippedLink(link=3, reason="no graph beyond fp32 was asked for")]
+    links += [_structure(structure, structure.claim, _shown(structure.path)) for structure in chain.structures(kept)]
+    none_left = "every graph beyond fp32 was left out" if further else "no graph beyond fp32 was asked for"
+    skipped = [] if kept else [SkippedLink(link=3, reason=none_left)]
     if generations:
         tell("link 5: greedy tokens with the cache")
         by_file = groupby(generations, key=lambda generation: generation.path)
@@ -205,7 +232,7 @@ def verify(
     for name, made in candidates.items() if all(link.passed for link in links) else ():
         tell(f"links 3 to 5 of the {name} graph")
         proofs.append(_candidate(name, OneFile(shipped), OneFile(shipped.as_candidate(made))))
-    return Certificate(tuple(links), tuple(skipped), tuple(proofs))
+    return Certificate(tuple(links), tuple(skipped), tuple(proofs), tuple(left_out))
 
 
 def _candidate(name: Candidate, plain: OneFile, made: OneFile) -> CandidateProof:
@@ -241,26 +268,43 @@ def _exported(chain: Chain, slim: PreTrainedModel, subject: Subject, atol: float
     return _compared(2, name, _shown(subject.path), lambda: chain.torch_form(slim), subject, atol, rtol)
 
 
-def _derived(precision: Precision, plain: Subject, made: Subject, rounded: Subject | None, *, writes: bool) -> Link:
+def _derived(precision: Precision, plain: Subject, made: Subject, yardstick: Yardstick | None, *, writes: bool) -> Link:
     name, shown = f"slim ONNX fp32 == slim ONNX {precision}", _shown(made.path)
-    agreement = Agreement()
-    if rounded:
-        name = f"slim ONNX fp32 with weights rounded to 4 bits == slim ONNX {precision}"
+    if yardstick:
+        name = f"slim ONNX fp32 with the same rounded weights == slim ONNX {precision}"
     try:
-        reference = (rounded or plain).open
-        link = _compared(3, name, shown, reference, made, None, PRECISION_TOLERANCES[precision], agreement)
-        if not link.passed:
-            return link
-        if rounded:
-            agreement = Agreement()
-            compare_all(plain.open(), made.open(), made.cases, None, inf, agreement)
-        drift = {"cosine": agreement.cosine, "top1_agreement": agreement.top1 if writes else None}
-        weighed = precision in _ROUNDED and made.converted
-        faults = list(quantized_faults(plain.path, made.path)) if weighed else []
+        found = examine(precision, plain, made, yardstick)
     except _FAILURES as error:
         return _broken(3, name, shown, error)
-    failed = {"passed": False, "worst_case": None, "reason": _first_of(faults)} if faults else {}
-    return link.model_copy(update=drift | failed)
+    link = _link(3, name, shown, found.comparisons, None, found.tolerance)
+    measured: dict[str, Any] = {
+        "precision": precision,
+        "fused_rel": found.fused,
+        "cosine": found.cosine,
+        "top1_agreement": found.top1 if writes else None,
+    }
+    if found.faults:
+        measured |= {"passed": False, "worst_case": None, "reason": _first_of(found.faults)}
+    elif found.weak:
+        case = None if link.passed else link.worst_case
+        measured |= {"passed": False, "weak": True, "worst_case": case, "reason": found.weak}
+    return link.model_copy(update=measured)
+
+
+def _only_weak(precision: Precision, links: Sequence[Link]) -> LeftOut | None:
+    """The precision as left out, if its numbers are all that is wrong with it."""
+    failed = [link for link in links if not link.passed]
+    if not failed or not all(link.weak for link in failed):
+        return None
+    return LeftOut(precision=precision, links=tuple(links), reason=f"{failed[0].subject}: {_failure(failed[0])}")
+
+
+def _remedy(failed: Link) -> str:
+    if not failed.weak:
+        return "nothing was published; report this"
+    other = ", try another export.int8_for" if failed.precision == "int8" else ""
+    drop = "set export.on_weak_precision: drop to publish the rest"
+    return f"nothing was published; leave {failed.precision} out of export.precisions{other}, or {drop}"
 
 
 def _compared(
@@ -271,10 +315,9 @@ def _compared(
     made: Subject,
     atol: float | None,
     rtol: float,
-    agreement: Agreement | None = None,
 ) -> Link:
     try:
-        found = compare_all(reference(), made.open(), made.cases, atol, rtol, agreement)
+        found = compare_all(reference(), made.open(), made.cases, atol, rtol)
     except _FAILURES as error:
         return _broken(number, name, shown, error)
     return _link(number, name, shown, found, atol, rtol)

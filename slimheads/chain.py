@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from slimheads import seq2seq
 from slimheads.attention import Site, find_sites
@@ -23,6 +23,7 @@ from slimheads.export import (
     MERGED_DECODER,
     NEXT_DECODER,
     PARTS,
+    Int8For,
     Precision,
     file_name,
     greedy_options,
@@ -31,24 +32,27 @@ from slimheads.export import (
     seq2seq_greedy_tokens,
 )
 from slimheads.export.kv_cache import kv_shapes
-from slimheads.graph_check import fused_faults, graph_faults, merged_faults, write_rounded
+from slimheads.export.precisions import SIXTEEN_BITS
+from slimheads.graph_check import fused_faults, graph_faults, merged_faults
+from slimheads.integer_products import overflow_faults, product_weights
 from slimheads.interface import read_interface
-from slimheads.lengths import Lengths, lengths
+from slimheads.lengths import right_up_to
+from slimheads.limits import position_limit
 from slimheads.parity import (
     AnyCase,
     Form,
     cases,
     onnx_form,
     onnx_greedy,
-    position_limit,
     torch_form,
     tried_changes,
-    tried_limit,
 )
+from slimheads.rounded import write_losses, write_rounded
 from slimheads.selection import Plan
 from slimheads.sessions import open_session
 
 PROMPT_TOKENS, NEW_TOKENS = 8, 16
+ROUNDED: tuple[Precision, ...] = ("int8", "q4")  # precisions whose weights are whole numbers with a scale
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,25 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Yardstick:
+    """What an int8 or q4 file is held against, and the file itself, both run as written: without any fusion.
+
+    `losses` is the float32 graph with what each rounded product costs by itself, as `write_losses` names them.
+    """
+
+    reference: Callable[[], Form]
+    as_written: Callable[[], Form]
+    losses: Callable[[], Form]
+
+
+@dataclass(frozen=True)
 class Structure:
     """One file's structure: how much there is to hold against the plan, and how to find what is wrong."""
 
     path: Path
     tensors: int
     faults: Callable[[], Iterator[str]]
+    claim: str = "every targeted tensor shrank by what the plan says"
 
 
 @dataclass(frozen=True)
@@ -96,10 +113,10 @@ class Chain(Protocol):
         """The slim files of a precision."""
         ...
 
-    def rounded(self, precision: Precision) -> list[Subject | None]:
-        """For each of these, what its arithmetic is held against where its weights are too coarse for float32's.
+    def yardsticks(self, precision: Precision) -> list[Yardstick | None]:
+        """For each of these, what its arithmetic is held against where its weights are whole numbers.
 
-        Weights of 4 bits change outputs by as much as a wrong head does, so their own graph is no yardstick for them.
+        Rounding changes outputs by as much as a wrong head does, so the float32 graph is no yardstick for them.
         """
         ...
 
@@ -118,6 +135,7 @@ class Shipped:
     dense_onnx: Path
     folder: Path
     task: str
+    int8_for: Int8For = "any"
 
     @property
     def onnx(self) -> Path:
@@ -128,15 +146,18 @@ class Shipped:
         """The same models with another form of their graphs, which `folder` holds below dense/ and slim/."""
         return replace(self, dense_onnx=folder / "dense" / "onnx", folder=folder / "slim")
 
+    def sums(self, part: str, further: Sequence[Precision]) -> list[Structure]:
+        """Whether the int8 file's sums fit into 16 bits, where it is for CPUs that may add them up so."""
+        if "int8" not in further or self.int8_for not in SIXTEEN_BITS:
+            return []
+        path = self.onnx / file_name(part, "int8")
+        claim = "no sum of two int8 products overflows 16 bits"
+        return [Structure(path, len(product_weights(path)), partial(overflow_faults, path), claim)]
+
 
 def chain_of(shipped: Shipped) -> Chain:
     """The chain that fits the model."""
     return _FourFiles(shipped) if shipped.dense.config.is_encoder_decoder else OneFile(shipped)
-
-
-def lengths_of(config: PretrainedConfig) -> Lengths | None:
-    """The lengths that the links' cases reach, and what changes with length; None where inputs have none."""
-    return lengths(config, seq2seq.decoder_limit(config) if config.is_encoder_decoder else position_limit(config))
 
 
 def fixed_cache_axes(path: Path) -> bool:
@@ -145,12 +166,15 @@ def fixed_cache_axes(path: Path) -> bool:
     return any(isinstance(i.dims[1], int) for i in caches)
 
 
+_Writer = Callable[[Path, Path, Path], None]
+
+
 @contextmanager
-def _rounded_copy(plain: Path, made: Path) -> Iterator[Path]:
-    """The float32 graph with the weights that a q4 file stands for."""
+def _written(write: _Writer, plain: Path, made: Path) -> Iterator[Path]:
+    """A graph made of a float32 file and an int8 or q4 file."""
     with tempfile.TemporaryDirectory(prefix="slimheads-") as scratch:
         path = Path(scratch) / plain.name
-        write_rounded(plain, made, path)
+        write(plain, made, path)
         yield path
 
 
@@ -179,21 +203,22 @@ class OneFile:
         return self._subject(self._shipped.dense_onnx / FILES["fp32"], self._shipped.dense)
 
     def _subject(self, path: Path, model: PreTrainedModel) -> Subject:
-        def form() -> Form:
-            return onnx_form(open_session(path), kv_shapes(model) if self._with_cache else ())
+        return Subject(path, self.cases, partial(self._form, path, model))
 
-        return Subject(path, self.cases, form)
+    def _form(self, path: Path, model: PreTrainedModel, *, optimize: bool = True) -> Form:
+        return onnx_form(open_session(path, optimize=optimize), kv_shapes(model) if self._with_cache else ())
 
-    def rounded(self, precision: Precision) -> list[Subject | None]:
-        if precision != "q4":
+    def yardsticks(self, precision: Precision) -> list[Yardstick | None]:
+        if precision not in ROUNDED:
             return [None]
-        plain, made = (self._shipped.onnx / FILES[p] for p in ("fp32", precision))
+        slim, plain, made = (self._shipped.slim, *(self._shipped.onnx / FILES[p] for p in ("fp32", precision)))
 
-        def form() -> Form:
-            with _rounded_copy(plain, made) as path:
-                return self._subject(path, self._shipped.slim).open()
+        def of_both(write: _Writer) -> Form:
+            with _written(write, plain, made) as path:
+                return self._form(path, slim, optimize=False)
 
-        return [Subject(plain, self.cases, form)]
+        as_written = partial(self._form, made, slim, optimize=False)
+        return [Yardstick(partial(of_both, write_rounded), as_written, partial(of_both, write_losses))]
 
     def fused(self) -> list[Structure]:
         """Of both files: whether each fused attention node counts the heads of its own layer."""
@@ -211,7 +236,10 @@ class OneFile:
             for precision in further:
                 yield from fused_faults(self._shipped.onnx / FILES[precision], sites, plan)
 
-        return [Structure(path, sum(len(site.projections) for site in sites), faults)]
+        return [
+            Structure(path, sum(len(site.projections) for site in sites), faults),
+            *self._shipped.sums("model", further),
+        ]
 
     def generations(self) -> list[Generation]:
         if not self._with_cache:
@@ -234,7 +262,7 @@ class OneFile:
     def _prompts(self) -> Iterator[tuple[str, np.ndarray, np.ndarray, int]]:
         """What is continued, as (its name, ids, mask, new tokens): a short text, and one across each change."""
         config = self._shipped.dense.config
-        limit = tried_limit(config)
+        limit = right_up_to(config)
         fresh = [case for case in self.cases if case.padding in ("no", "left") and not case.past]
         length = max(case.length for case in fresh if case.length <= min(PROMPT_TOKENS, limit // 2))
         for case in (case for case in fresh if case.length == length):
@@ -272,31 +300,37 @@ class _FourFiles:
             for part in PARTS
         ]
 
-    def rounded(self, precision: Precision) -> list[Subject | None]:
+    def yardsticks(self, precision: Precision) -> list[Yardstick | None]:
         """The merged decoder's weights are those of the other two, which it is held against."""
-        if precision != "q4":
+        if precision not in ROUNDED:
             return [None] * len(PARTS)
         folder = self._shipped.onnx
         parts = seq2seq.Files(*(folder / file_name(part, precision) for part in (ENCODER, FIRST_DECODER, NEXT_DECODER)))
         plain = seq2seq.Files.in_folder(folder)
         names: dict[str, str] = {ENCODER: "encoder", FIRST_DECODER: "first", NEXT_DECODER: "following"}
 
-        def form(part: str) -> Form:
+        def of_both(write: _Writer, part: str) -> Form:
             if part == MERGED_DECODER:
-                return _own(part, replace(parts, encoder=plain.encoder).open().form)
-            with _rounded_copy(folder / file_name(part, "fp32"), getattr(parts, names[part])) as path:
-                return _own(part, replace(plain, **{names[part]: path}).open().form)
+                return _own(part, replace(parts, encoder=plain.encoder).open(optimize=False).form)
+            with _written(write, folder / file_name(part, "fp32"), getattr(parts, names[part])) as path:
+                return _own(part, replace(plain, **{names[part]: path}).open(optimize=False).form)
+
+        def as_written(part: str) -> Form:
+            return _own(part, seq2seq.Files.in_folder(folder, part, precision).open(optimize=False).form)
 
         return [
-            Subject(subject.path, subject.cases, partial(form, part))
-            for part, subject in zip(PARTS, self.subjects(precision), strict=True)
+            Yardstick(
+                partial(of_both, write_rounded, part), partial(as_written, part), partial(of_both, write_losses, part)
+            )
+            for part in PARTS
         ]
 
     def structures(self, further: Sequence[Precision]) -> list[Structure]:
         encoder = seq2seq.encoder_sites(self._shipped.dense)
         decoder = tuple(site for site in find_sites(self._shipped.dense) if site.name not in {s.name for s in encoder})
         own = {ENCODER: encoder, FIRST_DECODER: decoder, NEXT_DECODER: decoder}
-        return [self._structure(part, sites, further) for part, sites in own.items()] + [self._merged(further)]
+        structures = [self._structure(part, sites, further) for part, sites in own.items()] + [self._merged(further)]
+        return structures + [structure for part in own for structure in self._shipped.sums(part, further)]
 
     def _structure(self, part: str, sites: tuple[Site, ...], further: Sequence[Precision]) -> Structure:
         names = {site.name for site in sites}
@@ -320,7 +354,7 @@ class _FourFiles:
 
     def generations(self) -> list[Generation]:
         slim, folder = self._shipped.slim, self._shipped.onnx
-        start, new_tokens = seq2seq.decoder_start(slim), min(NEW_TOKENS, seq2seq.decoder_limit(slim.config) - 1)
+        start, new_tokens = seq2seq.decoder_start(slim), min(NEW_TOKENS, position_limit(slim.config) - 1)
         fresh = [case for case in self.cases if not case.past]
         length = max(case.length for case in fresh if case.length <= PROMPT_TOKENS)
         made = []

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import transformers
 from huggingface_hub import snapshot_download
@@ -18,7 +19,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from slimheads.errors import EnvironmentLackError, ModelRefusedError, UsageError
 from slimheads.family import check_head_counts, dense_value, family_of, site_count
+from slimheads.generation import settings_of
+from slimheads.intake import examine, judged_config
+from slimheads.model_files import check_shards
+from slimheads.sentence_modules import MODULES, task_of_modules
+from slimheads.side_files import HUB_PATTERNS
 from slimheads.surgery import recorded_plan
+from slimheads.switches import without_switches
 
 # The tasks slimheads proves, by optimum's names, with the Auto class that loads each. An architecture that several Auto
 # classes list has the first of their tasks.
@@ -42,10 +49,6 @@ SEQ2SEQ_TASKS: dict[str, str] = {
 }
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_SIDE_SUFFIXES = {".json", ".model", ".jinja", ".vocab", ".bpe", ".spm", ".tiktoken", ".safetensors"}
-_SIDE_NAMES = {"vocab.txt", "merges.txt", "dict.txt", "bpe.codes", "LICENSE", "LICENCE", "NOTICE"}
-_OWN_FILES = {"config.json", "generation_config.json", "plan.json"}
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.vocab", "*.bpe", "*.spm", "LICENSE*"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ class Source:
     family: str
     architecture: str  # the transformers class that is built
     from_hub: bool = False
+    task_named: bool = False  # by the recipe or the user, rather than guessed
+
+    @property
+    def asked(self) -> str:
+        """The task as it was asked for: "auto" where it was guessed."""
+        return self.task if self.task_named else "auto"
 
 
 def find(source: str, task: str = "auto") -> Source:
@@ -66,7 +75,8 @@ def find(source: str, task: str = "auto") -> Source:
 
     Args:
         source: a folder, `pkg://package/folder` (a folder in an installed package) or a hub id.
-        task: "auto" (from the checkpoint's architecture) or a key of `TASKS` or `SEQ2SEQ_TASKS`.
+        task: "auto" (from the checkpoint's architecture; of a sentence-transformers folder, what its modules take) or
+            a key of `TASKS` or `SEQ2SEQ_TASKS`.
 
     Raises:
         UsageError: there is no such folder, package or hub id, or the task is unknown.
@@ -74,14 +84,29 @@ def find(source: str, task: str = "auto") -> Source:
         ModelRefusedError: the checkpoint is not one that slimheads reads, or its family is not covered.
     """
     folder = _folder(source)
+    refuse_adapter(folder)
+    examine(folder)
+    of_modules = task_of_modules(folder)
     config = read_config(folder)
-    family, _ = family_of(config)
-    task = _task_of(config) if task == "auto" else task
+    family, rules = family_of(config)
+    if of_modules and config.is_encoder_decoder:
+        raise ModelRefusedError(
+            "sentence-transformers takes the encoder alone of an encoder-decoder, which is not covered",
+            where=str(folder / MODULES),
+            hint=f"remove {MODULES} to slim the whole model",
+        )
+    named = task != "auto"
+    if not named:
+        task = of_modules if of_modules and rules.inputs == "text" else _task_of(config)
     if task not in TASKS | SEQ2SEQ_TASKS:
-        raise UsageError(f"unknown task '{task}'", hint=f"use auto or one of {', '.join(TASKS | SEQ2SEQ_TASKS)}")
+        known = ", ".join(TASKS | SEQ2SEQ_TASKS)
+        raise UsageError(f"unknown task '{task}'", keys=("task",), hint=f"use auto or one of {known}")
     architecture = _architecture(config, task)
+    require_padding(architecture, config, folder)
+    if architecture.can_generate():
+        settings_of(folder, config)
     from_hub = not source.startswith("pkg://") and folder != Path(source).expanduser()
-    return Source(source, folder, task, str(config.model_type), family, architecture.__name__, from_hub)
+    return Source(source, folder, task, str(config.model_type), family, architecture.__name__, from_hub, named)
 
 
 def describe(source: Source) -> list[str]:
@@ -106,56 +131,57 @@ def auto_classes(config: PretrainedConfig) -> Mapping[str, str]:
     return SEQ2SEQ_TASKS if config.is_encoder_decoder else TASKS
 
 
-def side_files(folder: Path) -> Iterator[Path]:
-    """Relative paths of what belongs to a checkpoint besides its weights and config: tokenizer, pooling, licence.
+def refuse_adapter(folder: Path) -> None:
+    """Refuses a folder with an adapter (LoRA, say): alone it is no model, and beside a model loaders may apply it.
 
-    Weights of the model itself, other exports, a trainer's checkpoints, code and hidden files are left out.
+    Raises:
+        ModelRefusedError: naming the file.
     """
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        elsewhere = relative.parts[0] in {"onnx", "openvino"} or relative.parts[0].startswith("checkpoint-")
-        if hidden or not path.is_file() or (elsewhere and len(relative.parts) > 1):
-            continue
-        if len(relative.parts) == 1 and (path.suffix == ".safetensors" or path.name.endswith(".index.json")):
-            continue
-        if path.name in _SIDE_NAMES or (path.suffix in _SIDE_SUFFIXES and str(relative) not in _OWN_FILES):
-            yield relative
+    found = sorted(folder.glob("adapter_config.json")) + sorted(folder.glob("adapter_model*"))
+    if not found:
+        return
+    hint = (
+        "merge it into its base model first, with peft's merge_and_unload() and save_pretrained, and name that folder"
+    )
+    if any((folder / name).is_file() for name in _WEIGHTS):
+        hint += "; if the weights beside it are merged already, take the adapter's files away"
+    raise ModelRefusedError("an adapter, which slimheads does not apply", where=str(found[0]), hint=hint)
+
+
+def require_padding(architecture: type[PreTrainedModel], config: PretrainedConfig, folder: Path) -> None:
+    """Refuses a classifier that reads the last token of each text and cannot tell it from padding.
+
+    Raises:
+        ModelRefusedError: naming the key.
+    """
+    if "pad_token_id" not in inspect.unwrap(architecture.forward).__code__.co_names:
+        return
+    text = config.get_text_config()
+    padding, tokens = config.pad_token_id, text.vocab_size
+    if isinstance(padding, int) and 0 <= padding < tokens:
+        return
+    raise ModelRefusedError(
+        f"pad_token_id is {json.dumps(padding)}, and {architecture.__name__} finds the last token of a text by it",
+        where=str(folder / "config.json"),
+        hint=f"set pad_token_id to the tokenizer's padding token, one of 0 to {tokens - 1}",
+    )
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """Reads config.json through transformers, after removing or refusing what could make transformers run code.
+    """Builds the configuration that config.json describes, from the keys that count (see `judged_config`).
 
     Raises:
-        ModelRefusedError: the file is missing, damaged, of an unknown model type, or names code to run.
+        ModelRefusedError: the file is missing, damaged, of an unknown model type, or has a key that is refused.
     """
     path = folder / "config.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = judged_config(folder)
     except FileNotFoundError as error:
         raise ModelRefusedError(
             "there is no config.json", where=str(folder), hint="name a transformers checkpoint folder"
         ) from error
-    except (OSError, ValueError) as error:
-        raise ModelRefusedError(
-            f"not readable as JSON ({error})", where=str(path), hint="fetch the model again"
-        ) from error
-    if not isinstance(data, dict) or not isinstance(data.get("model_type"), str):
-        raise ModelRefusedError("no model_type", where=str(path), hint="name a transformers checkpoint folder")
-    if "quantization_config" in data:
-        raise ModelRefusedError(
-            "quantized weights are not covered", where=str(path), hint="start from the full weights"
-        )
-    names = data.get("architectures") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ModelRefusedError("architectures is not a list of names", where=str(path), hint="fetch the model again")
-    model_type = data["model_type"]
-    clean = _without_implementation_keys(data, path)
-    if model_type not in CONFIG_MAPPING:
-        family_of(PretrainedConfig.from_dict({"model_type": model_type}))
-        raise ModelRefusedError(f"transformers knows no '{model_type}'", where=str(path), hint="use a covered family")
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(clean)
+        config = CONFIG_MAPPING[data["model_type"]].from_dict(without_switches(data))
         _, family = family_of(config)
         plan = recorded_plan(config, family)
         check_head_counts(config, family)
@@ -181,12 +207,13 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     single, index = (folder / name for name in _WEIGHTS)
     if index.is_file() and not single.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelRefusedError("damaged index", where=str(index), hint="fetch the model again") from error
-        shards = tuple(folder / str(name) for name in names)
+        check_shards(index, names)
+        shards = tuple(folder / name for name in names)
         for shard in shards:
-            if shard.parent != folder or not shard.is_file():
+            if not shard.is_file():
                 raise ModelRefusedError("a shard is missing", where=str(shard), hint="fetch the model again")
         return shards
     if single.is_file():
@@ -204,15 +231,26 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 def _folder(source: str) -> Path:
     if source.startswith("pkg://"):
         package, _, inside = source.removeprefix("pkg://").partition("/")
-        spec = find_spec(package) if package.isidentifier() else None
+        inside_package = package.isidentifier() and not Path(inside).is_absolute() and ".." not in Path(inside).parts
+        if (package or inside) and not inside_package:
+            raise UsageError("no folder of a package", where=source, hint="write pkg://package/folder")
+        spec = find_spec(package) if package else None
         if spec is None or not spec.submodule_search_locations:
             raise EnvironmentLackError(
-                f"package '{package}' is not installed", where=source, hint=f"pip install {package.replace('_', '-')}"
+                f"package '{package}' is not installed",
+                where=source,
+                keys=("model",),
+                hint=f"pip install {package.replace('_', '-')}",
             )
         folder = Path(spec.submodule_search_locations[0], inside)
-        if not folder.is_dir():
+        if not folder.is_dir() or not folder.resolve().is_relative_to(
+            Path(spec.submodule_search_locations[0]).resolve()
+        ):
             raise UsageError(
-                f"the package has no folder '{inside}'", where=source, hint="check the path after the package"
+                f"the package {package} has no folder '{inside}'",
+                where=source,
+                keys=("model",),
+                hint="check the path after the package",
             )
         return folder
     folder = Path(os.path.expanduser(source))  # noqa: PTH111 - pathlib's raises for an unknown user
@@ -220,62 +258,49 @@ def _folder(source: str) -> Path:
         return folder
     if folder.exists() or folder.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise UsageError(
-            "no such folder", where=source, hint="name a checkpoint folder, pkg://package/folder or a hub id"
+            f"there is no folder '{source}'",
+            keys=("model",),
+            hint="name a checkpoint folder, pkg://package/folder or a hub id",
         )
     return _from_hub(source)
 
 
 def _from_hub(source: str) -> Path:
     try:
-        return Path(snapshot_download(source, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(source, allow_patterns=HUB_PATTERNS))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UsageError(
-            "neither a folder here nor a model on the hub", where=source, hint="check the name, and your access token"
+            f"'{source}' is neither a folder here nor a model on the hub",
+            keys=("model",),
+            hint="check the name, and your access token",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise EnvironmentLackError(
-            "no folder of that name here, and as a hub id it is not in the cache and the hub cannot be reached",
-            where=source,
+            f"there is no folder '{source}' here, and as a hub id it is not in the cache and the hub cannot be reached",
+            keys=("model",),
             hint="check the path, connect, or download the model first with `hf download`",
         ) from error
-
-
-def _without_implementation_keys(data: Any, path: Path) -> Any:
-    # transformers 4.56 to 5.2 fetch and run a hub "kernel" that such a key names (CVE-2026-4372).
-    if isinstance(data, list):
-        return [_without_implementation_keys(value, path) for value in data]
-    if not isinstance(data, dict):
-        return data
-    clean: dict[str, Any] = {}
-    for key, value in data.items():
-        if "_implementation" not in key:
-            clean[key] = _without_implementation_keys(value, path)
-        elif "/" in json.dumps(value):
-            raise ModelRefusedError(
-                f"'{key}' names code to fetch and run", where=str(path), hint="do not use this checkpoint"
-            )
-    return clean
 
 
 def _task_of(config: PretrainedConfig) -> str:
     known = auto_classes(config)
     for name in config.architectures or ():
         for task, auto in known.items():
-            if name in _classes(auto, config):
+            if name in class_names(auto, config):
                 return task
     if not config.is_encoder_decoder:
         return "feature-extraction"
-    others = set(config.architectures or ()) - set(_classes("AutoModel", config))
+    others = set(config.architectures or ()) - set(class_names("AutoModel", config))
     if others:
         raise ModelRefusedError(
             f"{min(others)} is not covered: of encoder-decoders only what generates text is",
             where="config.json",
             hint="name a task that generates text, if that is what the model is for",
         )
-    return next(task for task, auto in known.items() if _classes(auto, config))
+    return next(task for task, auto in known.items() if class_names(auto, config))
 
 
-def _classes(auto: str, config: PretrainedConfig) -> tuple[str, ...]:
+def class_names(auto: str, config: PretrainedConfig) -> tuple[str, ...]:
     """Names of the classes that an Auto class builds from such a configuration, the one it prefers first."""
     names = getattr(transformers, auto)._model_mapping._model_mapping.get(config.model_type, ())
     return (names,) if isinstance(names, str) else tuple(names)
@@ -283,8 +308,8 @@ def _classes(auto: str, config: PretrainedConfig) -> tuple[str, ...]:
 
 def _architecture(config: PretrainedConfig, task: str) -> type[PreTrainedModel]:
     known = auto_classes(config)
-    names = _classes(known[task], config) if task in known else ()
+    names = class_names(known[task], config) if task in known else ()
     if not names:
-        raise UsageError(f"{config.model_type} has no model for '{task}'", hint="use task: auto")
+        raise UsageError(f"{config.model_type} has no model for '{task}'", keys=("task",), hint="use task: auto")
     name = next((name for name in config.architectures or () if name in names), names[0])
     return cast(type[PreTrainedModel], getattr(transformers, name))

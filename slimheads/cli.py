@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -18,6 +18,8 @@ import typer
 
 from slimheads import __version__
 from slimheads.errors import EnvironmentLackError, SlimheadsError, UsageError
+from slimheads.notices import collected
+from slimheads.streams import SteadyConsole, flush_standard_streams, open_standard_streams
 
 # Of the errors of its parser typer exports only one: what they have in common is its base class.
 _UsageProblem: Any = typer.BadParameter.__base__
@@ -25,6 +27,7 @@ _UsageProblem: Any = typer.BadParameter.__base__
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Delete attention heads from a Hugging Face transformer, export it to ONNX, and prove what was shipped.",
     epilog="Exit codes: 0 all held, 1 a bug of ours, 2 recipe or usage, 3 model refused, 4 certificate failed, "
     "5 environment lacks something, 6 output folder busy, 7 a gate was not met, 130/143 interrupted.",
@@ -51,6 +54,14 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+# What the commands without a recipe call its keys.
+_OPTIONS = {
+    "model": "MODEL",
+    "task": "--task",
+    "bench.providers": "--provider",
+    "bench.shapes": "--shape",
+    "bench.threads": "--threads",
+}
 _asked_to_end: list[int] = []  # the signals that came
 
 
@@ -67,7 +78,7 @@ def _options(
 @app.command()
 def run(
     recipe: RecipeFile,
-    out: Annotated[Path | None, typer.Option(help="The output folder; runs/RECIPE by default.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The output folder; runs/RECIPE by default.")] = None,
     overrides: Overrides = None,
     from_stage: Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Run again from here on.")] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
@@ -207,16 +218,20 @@ def profile(
 @app.command()
 def init(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, pkg://package/folder or a hub id.")],
-    out: Annotated[Path | None, typer.Option(help="Write to this new file instead of stdout.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to this new file instead of stdout.")] = None,
 ) -> None:
     """Write a commented recipe for a model."""
-    from slimheads.checkpoint import describe, find
+    from slimheads.checkpoint import describe, find, read_config
     from slimheads.family import families
-    from slimheads.recipe import commented_recipe
+    from slimheads.limits import fitting
+    from slimheads.recipe import DEFAULT_SHAPES, commented_recipe
 
     source = find(model)
     decoder, fed_texts = source.task == "text-generation", families()[source.family].inputs == "text"
-    text = commented_recipe(model, source.task, decoder, describe(source), fed_texts=fed_texts)
+    shapes = fitting(read_config(source.folder), DEFAULT_SHAPES)
+    if out is not None and Path(model).is_dir() and not Path(model).is_absolute():
+        model = os.path.relpath(model, out.parent)  # a recipe's paths start at its own folder
+    text = commented_recipe(model, source.task, decoder, describe(source), fed_texts=fed_texts, shapes=shapes)
     if out is None:
         _show(False, None, lambda: print(text, end=""))
         return
@@ -275,13 +290,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _asked_to_end.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
-    sys.exit(_guarded(arguments, debug))
+    open_standard_streams()
+    code = _guarded(arguments, debug)
+    flush_standard_streams()
+    sys.exit(code)
 
 
 def _guarded(arguments: list[str], debug: bool) -> int:
     """Runs a command; every way in which it can end becomes an exit code, every failure one line."""
     try:
-        return int(app(arguments, prog_name="slimheads", standalone_mode=False) or 0)
+        with collected(lambda text: print(f"note: {text}", file=sys.stderr)):
+            return int(app(arguments, prog_name="slimheads", standalone_mode=False) or 0)
+    except (BrokenPipeError, SystemExit):  # the reader of the help left, of which rich makes an exit
+        return 0
     except Interrupted as end:
         _complain("interrupted; nothing half-made was left, and finished stages will be reused")
         return 128 + end.number
@@ -300,6 +321,7 @@ def _failure(error: Exception) -> tuple[int, str]:
         where = command.removeprefix("slimheads").strip() or None
         error = UsageError(error.format_message().rstrip("."), where=where, hint=f"see {command} --help")
     if isinstance(error, SlimheadsError):
+        error.where = error.where or next((_OPTIONS[key] for key in error.keys if key in _OPTIONS), None)
         return error.exit_code, str(error)
     if isinstance(error, MemoryError):
         return EnvironmentLackError.exit_code, "out of memory; use a machine with more, or smaller bench.shapes"
@@ -324,11 +346,9 @@ def _still_to_go_on() -> None:
 @contextmanager
 def _display(doing: str | None = None) -> Iterator[Any]:
     """Progress on stderr; of `doing` alone where it is not several stages that say their own names."""
-    from rich.console import Console
-
     from slimheads.progress import Display
 
-    with Display(Console(stderr=True), _still_to_go_on) as display:
+    with Display(SteadyConsole(stderr=True), _still_to_go_on) as display:
         if doing:
             display.start(doing)
         yield display
@@ -354,10 +374,13 @@ def _show(as_json: bool, data: Any, for_people: Callable[[], object]) -> None:
         else:
             for_people()
         sys.stdout.flush()
-    except (BrokenPipeError, SystemExit):  # rich makes the one into the other
-        # Python must not complain about it once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        flush_standard_streams()
+    except OSError as error:
+        hint = "free some space, or send it elsewhere"
+        raise EnvironmentLackError(f"cannot be written ({error.strerror})", where="stdout", hint=hint) from error
 
 
 def _complain(line: str) -> None:
-    print(f"slimheads: {line}", file=sys.stderr)
+    with suppress(BrokenPipeError):
+        print(f"slimheads: {line}", file=sys.stderr, flush=True)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from slimheads.errors import EnvironmentLackError, UsageError
+
+# linux/fcntl.h, linux/fs.h
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+# An old kernel, a file system that cannot (FUSE, NFS), or a sandbox that allows only calls it knows.
+_NO_EXCHANGE = frozenset({errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM})
+_FLUSHABLE = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes only what was opened for writing
+_NO_FOLDER_SYNC = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.EBADF, errno.ENOTSUP})
 
 
 def sha256_file(path: Path) -> str:
@@ -58,12 +67,19 @@ def write(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk before a rename makes them count."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have a file's bytes, or a folder's names, on the disk before a rename makes them count.
+
+    A folder is passed over where the system cannot: Windows opens none, and some network drives flush none.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, _FLUSHABLE)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC or not path.is_dir():
+            raise
 
 
 def sync_folders(folder: Path) -> None:
@@ -73,16 +89,21 @@ def sync_folders(folder: Path) -> None:
             sync(path)
 
 
-def move_all(moves: list[tuple[Path, Path]]) -> None:
-    """Make every rename, or none: if one fails or is interrupted, those before it are undone."""
-    try:
-        for source, target in moves:
-            source.rename(target)
-    except BaseException:
-        for source, target in reversed(moves):
-            if is_there(target) and not is_there(source):
-                target.rename(source)
-        raise
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two names of one file system at one instant; False where that is not known how (Linux knows, mostly).
+
+    Raises:
+        OSError: as a rename does.
+    """
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if swap is None:
+        return False
+    if swap(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(second))
 
 
 @contextmanager
@@ -95,6 +116,20 @@ def disk_full_named(folder: Path) -> Iterator[None]:
             raise
         hint = "free some space, or choose another folder with --out"
         raise EnvironmentLackError("the disk is full", where=str(folder), hint=hint) from error
+
+
+@contextmanager
+def failing_disk_named(folder: Path) -> Iterator[None]:
+    """Turn what a disk refuses while an output folder is being changed into EnvironmentLackError."""
+    try:
+        with disk_full_named(folder):
+            yield
+    except OSError as error:
+        raise EnvironmentLackError(
+            f"the files in it cannot be replaced ({error.strerror or error}), and the earlier ones are kept",
+            where=str(folder),
+            hint="see that its disk works and no other program holds files in it open, then run again",
+        ) from error
 
 
 @contextmanager

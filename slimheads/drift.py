@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimheads.errors import UsageError
-from slimheads.pooling import Pooling
+from slimheads.pooling import MEAN, Embedding
 from slimheads.texts import TextBatch, answered, text_batches
 
 # Where pruning is entered and left: a fresh context manager a call, within which the dense model is a pruned one.
@@ -52,6 +52,7 @@ class Drift(BaseModel):
     noun: str = "text"  # what the sample consists of
     texts: int  # how many of them
     tokens: int | None  # null where there are none
+    embedding: str | None = None  # what was made of the token states: "mean", or "lasttoken, then 2_Dense"
     slim: Figures | None
     perplexity_dense: float | None = None
     headline: str | None  # the Figures field the verdict rests on: "cosine", "perplexity_ratio" or "kl_divergence"
@@ -69,13 +70,13 @@ def measure_drift(
     *,
     task: str,
     sample_name: str,
-    pooling: Pooling = "mean",
+    embedding: Embedding = MEAN,
     max_length: int = 128,
     batch_size: int = 16,
 ) -> Drift:
     """Hold `slim`, and the dense model under each random control, against `dense` on the same texts.
 
-    Encoders: the cosine of L2-normalised text embeddings (`pooling` of the base model's last hidden state).
+    Encoders: the cosine of L2-normalised text embeddings (`embedding` of the base model's last hidden state).
     Decoders (`task` is "text-generation"): perplexity, KL divergence and top-1 agreement over every token but a text's
     first. A decoder's perplexity is exp of the mean negative log-likelihood a token, in nats.
     Encoder-decoders ("text2text-generation"): KL divergence and top-1 agreement over every token of the answers that
@@ -100,19 +101,22 @@ def measure_drift(
         "text-generation": (_DecoderTally, _logits),
         "text2text-generation": (_AnswerTally, _answer_logits),
     }
-    tally, outputs = measures.get(task, (_EncoderTally, _embedder(pooling)))
+    tally, outputs = measures.get(task, (_EncoderTally, _embedder(embedding, _prompt_tokens(embedding, tokenizer))))
     if task in measures:
         vocabulary = dense.get_output_embeddings().weight.shape[0]
         batch_size = max(1, min(batch_size, LOGITS_BUDGET // (4 * vocabulary * max_length)))
     tallies = _Tallies(dense, slim, controls, outputs, tally(), [tally() for _ in controls])
     tokens = 0
+    if task not in measures:
+        texts, max_length = embedding.texts(texts), min(max_length, embedding.max_tokens or max_length)
     for batch in text_batches(dense, tokenizer, texts, max_length, batch_size):
         fed = answered(dense, batch) if task == "text2text-generation" else batch
         tokens += sum(fed.lengths) - (len(fed.lengths) if task == "text-generation" else 0)
         tallies.add(fed)
     if not tokens:
         return _no_figures(sample_name, "no text has a token to score")
-    return tallies.summary(sample_name, len(texts)).model_copy(update={"tokens": tokens})
+    by = None if task in measures else str(embedding)
+    return tallies.summary(sample_name, len(texts)).model_copy(update={"tokens": tokens, "embedding": by})
 
 
 def drift_on_inputs(
@@ -142,7 +146,7 @@ def drift_on_inputs(
             said = " ".join(str(error).split())[:200]
             hint = "give inputs of the size that the model takes"
             raise UsageError(
-                f"the model does not run on these inputs ({said})", where=sample_name, hint=hint
+                f"the model does not run on the inputs of {sample_name} ({said})", keys=("verify.inputs",), hint=hint
             ) from error
     return tallies.summary(sample_name, count).model_copy(update={"noun": noun})
 
@@ -163,15 +167,22 @@ def _answer_logits(model: PreTrainedModel, batch: TextBatch) -> torch.Tensor:
     return logits
 
 
-def _embedder(pooling: Pooling) -> Callable[[PreTrainedModel, TextBatch], torch.Tensor]:
+def _embedder(embedding: Embedding, prompt: int) -> Callable[[PreTrainedModel, TextBatch], torch.Tensor]:
     def embed(model: PreTrainedModel, batch: TextBatch) -> torch.Tensor:
         states = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        states = states.float()
-        mask = batch.attention_mask[:, :, None].float()
-        pooled = states[:, 0] if pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
-        return F.normalize(pooled, dim=-1)
+        mask = batch.attention_mask.clone()
+        mask[:, :prompt] = 0
+        return F.normalize(embedding.pool(states.float(), mask), dim=-1)
 
     return embed
+
+
+def _prompt_tokens(embedding: Embedding, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many of a text's first tokens the pooling leaves out: the prompt's, without what ends a text."""
+    if embedding.prompt_pooled or not embedding.prompt:
+        return 0
+    ids: list[int] = tokenizer(embedding.prompt)["input_ids"]
+    return len(ids) - int(bool(ids) and ids[-1] in tokenizer.all_special_ids)
 
 
 def _embed_inputs(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:

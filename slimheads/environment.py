@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from sys import maxsize
+from typing import Any, Literal
 
-import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from slimheads import __version__
+from slimheads.memory import available_bytes, physical_cores, total_bytes
 
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime")
 STAND_INS = {"onnxruntime": ("onnxruntime-gpu",)}  # other builds of the same package, under names of their own
@@ -52,6 +53,7 @@ class Environment(BaseModel):
     packages: dict[str, str | None]  # null: not installed
     platform: str  # "Linux 6.1 x86_64"
     cpu: str
+    cpu_features: tuple[str, ...] | None = None  # instruction sets by Linux's names; null: not read
     cores_physical: int | None  # null: the system does not tell
     cores_logical: int | None
     cores_usable: float  # what affinity and the control group leave to this process; may be a fraction
@@ -63,6 +65,7 @@ class Environment(BaseModel):
     cpu_frequency_max_mhz: float | None = None  # null: not readable
     cpu_boost: bool | None = None  # whether clocks above the nominal one are allowed; null: not readable
     providers: tuple[str, ...]  # what this onnxruntime was built with
+    onnxruntime_telemetry: Literal["off"] | None = None  # null: onnxruntime is not installed
     gpus: tuple[Gpu, ...] | None = None  # null, with the reason, where CUDA is not used or they cannot be listed
     gpu_reason: str | None = None
     session_options: dict[str, dict[str, JsonValue]]  # by provider of the run
@@ -89,15 +92,17 @@ class Check(BaseModel):
     hint: str | None  # what to do; null where nothing is to be done
 
 
-def environment(session_options: Mapping[str, dict[str, Any]] | None = None) -> Environment:
+def environment(
+    session_options: Mapping[str, dict[str, Any]] | None = None, cpu_features: tuple[str, ...] | None = None
+) -> Environment:
     """The environment as it is now; call it when a run starts.
 
     Args:
         session_options: JSON data: the ONNX Runtime options of the run by provider, as recorded by whoever opens the
             sessions. GPUs are looked for where `cuda` is among these.
+        cpu_features: as `slimheads.cpu` reads them, which takes torch.
     """
-    memory = psutil.virtual_memory()
-    limit = _cgroup_memory(CGROUPS)
+    providers, telemetry = _runtime()
     gpus, gpu_reason = _gpus() if "cuda" in (session_options or {}) else (None, "the run does not use CUDA")
     return Environment(
         slimheads=__version__,
@@ -105,17 +110,19 @@ def environment(session_options: Mapping[str, dict[str, Any]] | None = None) -> 
         packages={name: installed(name) for name in PACKAGES},
         platform=_platform(),
         cpu=_cpu_model(),
-        cores_physical=psutil.cpu_count(logical=False),
-        cores_logical=psutil.cpu_count(logical=True),
+        cpu_features=cpu_features,
+        cores_physical=physical_cores(),
+        cores_logical=os.cpu_count(),
         cores_usable=usable_cores(),
-        memory_bytes=min(memory.total, limit) if limit else memory.total,
-        memory_available_bytes=min(memory.available, limit) if limit else memory.available,
+        memory_bytes=min(total_bytes(), _cgroup_memory(CGROUPS) or maxsize),
+        memory_available_bytes=_available(),
         load_average=_load_average(),
         cpu_governor=_read(CPUS / "cpu0/cpufreq/scaling_governor"),
         cpu_frequency_mhz=_frequency_mhz(),
         cpu_frequency_max_mhz=_megahertz(CPUS / "cpu0/cpufreq/cpuinfo_max_freq"),
         cpu_boost=_boost(CPUS),
-        providers=_providers(),
+        providers=providers,
+        onnxruntime_telemetry=telemetry,
         gpus=gpus,
         gpu_reason=gpu_reason,
         session_options=dict(session_options or {}),
@@ -137,10 +144,8 @@ class Watch:
 
 def usable_cores() -> float:
     """The cores that affinity and the control group leave to this process; a quota of half a core gives 0.5."""
-    try:
-        cores = float(len(os.sched_getaffinity(0)))
-    except AttributeError:  # macOS and Windows have no affinity call
-        cores = float(os.cpu_count() or 1)
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS and Windows have none
+    cores = float(len(affinity(0)) if affinity else os.cpu_count() or 1)
     quota = _cgroup_cores(CGROUPS)
     return min(cores, quota) if quota else cores
 
@@ -151,9 +156,7 @@ def doctor(folder: Path | None = None) -> list[Check]:
     Args:
         folder: where the output would go (its disk is measured); the working directory by default.
     """
-    available, limit = psutil.virtual_memory().available, _cgroup_memory(CGROUPS)
-    memory = min(available, limit) if limit else available
-    free = shutil.disk_usage(folder or Path.cwd()).free
+    memory, free = _available(), shutil.disk_usage(folder or Path.cwd()).free
     cores = usable_cores()
     return [
         _check_python(),
@@ -200,13 +203,12 @@ def _load_average() -> tuple[float, float, float] | None:
 
 
 def _load() -> float | None:
-    average = _load_average()
-    return average[0] if average else None
+    return average[0] if (average := _load_average()) else None
 
 
 def _frequency_mhz() -> float | None:
     """The cores' mean clock now; virtual machines often tell it in /proc/cpuinfo only."""
-    scaled = [_megahertz(path) for path in CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
+    scaled = (_megahertz(path) for path in CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
     found = [clock for clock in scaled if clock is not None] or _cpuinfo_clocks(_read(Path("/proc/cpuinfo")) or "")
     return sum(found) / len(found) if found else None
 
@@ -216,8 +218,7 @@ def _cpuinfo_clocks(info: str) -> list[float]:
 
 
 def _megahertz(path: Path) -> float | None:
-    khz = _read(path)
-    return int(khz) / 1000 if khz is not None and khz.isdigit() else None
+    return int(khz) / 1000 if (khz := _read(path)) is not None and khz.isdigit() else None
 
 
 def _boost(cpus: Path) -> bool | None:
@@ -255,7 +256,7 @@ def _read(path: Path) -> str | None:
 def _cgroup_folders(root: Path, own: str | None) -> list[Path]:
     """The control groups this process is in, innermost first: every one of them can set a limit."""
     inside = next((line[3:].strip("/") for line in (own or "").splitlines() if line.startswith("0::")), "")
-    parts = [part for part in inside.split("/") if part]
+    parts = [*filter(None, inside.split("/"))]
     return [root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
 
 
@@ -281,6 +282,10 @@ def _cgroup_memory(root: Path) -> int | None:
     return min(limits, default=None)
 
 
+def _available() -> int:
+    return min(available_bytes(), _cgroup_memory(CGROUPS) or maxsize)
+
+
 # The installation
 
 
@@ -292,12 +297,13 @@ def installed(package: str) -> str | None:
     return None
 
 
-def _providers() -> tuple[str, ...]:
+def _runtime() -> tuple[tuple[str, ...], Literal["off"] | None]:
+    """The providers of the installed onnxruntime, and what became of its telemetry."""
     try:
-        import onnxruntime
+        from slimheads.onnx_runtime import TELEMETRY, onnxruntime
     except ImportError:
-        return ()
-    return tuple(onnxruntime.get_available_providers())
+        return (), None
+    return tuple(onnxruntime.get_available_providers()), TELEMETRY
 
 
 def requirements() -> list[Requirement]:
@@ -348,7 +354,7 @@ def _check_absent(package: str) -> Check:
 
 
 def _check_providers() -> Check:
-    found = _providers()
+    found, _ = _runtime()
     ok = "CPUExecutionProvider" in found
     hint = None if ok else "reinstall onnxruntime; for a GPU onnxruntime-gpu, and never both together"
     return Check(
@@ -372,10 +378,8 @@ def _check_temp() -> Check:
         with tempfile.TemporaryFile() as file:
             file.write(b"slimheads")
     except OSError as error:
-        found = error.strerror or type(error).__name__
-        return Check(
-            name="temporary folder", ok=False, found=found, expected="writable", hint="set TMPDIR to a writable folder"
-        )
+        found, hint = error.strerror or type(error).__name__, "set TMPDIR to a writable folder"
+        return Check(name="temporary folder", ok=False, found=found, expected="writable", hint=hint)
     return Check(name="temporary folder", ok=True, found="writable", expected="writable", hint=None)
 
 

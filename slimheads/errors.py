@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 
 class SlimheadsError(Exception):
     """A failure with a known cause.
@@ -10,17 +12,19 @@ class SlimheadsError(Exception):
         what: what went wrong, in one sentence without a full stop.
         where: the file, line, tensor or link it concerns, if there is one.
         hint: what the user can do about it.
+        keys: the recipe's keys that it is about, the one to blame first; `Recipe.located` makes `where` of them.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, *, where: str | None = None, hint: str) -> None:
-        self.what, self.where, self.hint = what, where, hint
+    def __init__(self, what: str, *, where: str | None = None, hint: str, keys: tuple[str, ...] = ()) -> None:
+        self.what, self.where, self.hint, self.keys = what, where, hint, keys
         super().__init__(what)
 
     def __str__(self) -> str:
         """The failure as one line: `where: what; hint`."""
-        line = f"{self.where}: {self.what}; {self.hint}" if self.where else f"{self.what}; {self.hint}"
+        where = self.where or next(iter(self.keys), None)
+        line = f"{where}: {self.what}; {self.hint}" if where else f"{self.what}; {self.hint}"
         return " ".join(line.split())
 
 
@@ -58,6 +62,17 @@ class GateError(SlimheadsError):
     """A gate of the recipe was not met."""
 
     exit_code = 7
+
+
+def require_known(key: str, value: object, known: Collection[object]) -> None:
+    """Refuses a name that is not among the known ones.
+
+    Raises:
+        UsageError: about the recipe's key `key`, with all known names.
+    """
+    if value not in known:
+        names = ", ".join(map(str, known))
+        raise UsageError(f"{value!r} is not known", keys=(key,), hint=f"use one of {names}")
 
 
 def in_short(error: Exception) -> str:

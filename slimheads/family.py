@@ -90,7 +90,7 @@ class SiteRow(_Strict):
     units: str | int | None = Field(
         default=None, description="where it differs from the family's; 1 in a multi-query block without a key for it"
     )
-    heads: str | None = Field(default=None, description="where it differs from the family's")
+    heads: str | None = Field(default=None, description="where it differs from the family's, or from the row's units")
     projections: tuple[ProjectionRow, ...]
     tables: tuple[TableRow, ...] = ()
     keep: tuple[str, ...] = ()
@@ -98,6 +98,17 @@ class SiteRow(_Strict):
     adapter: str | None = Field(default=None, description="what data cannot say: a function of slimheads.adapters")
     closed: bool = Field(
         default=False, description="whether weights are read past their modules, unlike in the adapter's forward"
+    )
+
+
+class Positions(_Strict):
+    """How many positions the models of a family have."""
+
+    key: str | None = Field(
+        default="max_position_embeddings", description="config key, perhaps dotted; null: there is no limit"
+    )
+    after_padding: tuple[str, ...] = Field(
+        default=(), description="model types whose table of positions starts after the padding token's index"
     )
 
 
@@ -110,6 +121,7 @@ class Family(_Strict):
     heads: str | None = Field(default=None, description="config key with the number of query heads, where it differs")
     reload: Reload | None = Field(default=None, description="what lets the stock library rebuild the smaller modules")
     inputs: Inputs = Field(default="text", description="what the models are fed")
+    positions: Positions = Positions()
     refuse: tuple[Refusal, ...] = ()
     sites: tuple[SiteRow, ...]
     untouched: tuple[str, ...] = Field(default=(), description="globs of attention modules that keep all heads")
@@ -118,6 +130,8 @@ class Family(_Strict):
     def _names_units(self) -> Family:
         if self.units is None and any(row.units is None for row in self.sites):
             raise ValueError("neither the family nor each of its sites names units")
+        if self.heads is not None and self.units is None:
+            raise ValueError("heads of the family belong to units of the family, and it names none")
         return self
 
     def rows(self, config: PretrainedConfig) -> tuple[SiteRow, ...]:
@@ -126,8 +140,8 @@ class Family(_Strict):
 
     def keys(self, row: SiteRow) -> tuple[str | int, str | int]:
         """The config keys (or the numbers) of a row's units (heads, or KV heads) and of its query heads."""
-        own = row if row.units else self
-        return cast(str, own.units), cast(str, own.heads or own.units)
+        units = cast("str | int", row.units or self.units)
+        return units, row.heads or (None if row.units else self.heads) or units
 
     @property
     def count_keys(self) -> tuple[str, ...]:
@@ -154,27 +168,41 @@ def refused_types() -> Mapping[str, str]:
     return {model_type: row.reason for row in table.refused for model_type in row.model_types}
 
 
+def covered_types() -> Mapping[str, str]:
+    """The name of the family that covers a model type, by model type."""
+    return {model_type: name for name, family in families().items() for model_type in family.model_types}
+
+
+def family_named(model_type: str) -> tuple[str, Family]:
+    """The family that covers a model type; nothing of transformers is asked.
+
+    Raises:
+        ModelRefusedError: no family covers it or can.
+    """
+    known = covered_types()
+    if model_type in refused_types():
+        raise ModelRefusedError(
+            f"model type '{model_type}' is refused: {refused_types()[model_type]}",
+            where="config.json",
+            hint="see `slimheads families` for what is covered",
+        )
+    if model_type not in known:
+        near = difflib.get_close_matches(model_type, known, n=1, cutoff=0.0)[0]
+        raise ModelRefusedError(
+            f"model type '{model_type}' is not covered (the nearest covered one is '{near}')",
+            where="config.json",
+            hint="see `slimheads families` for what is",
+        )
+    return known[model_type], families()[known[model_type]]
+
+
 def family_of(config: PretrainedConfig) -> tuple[str, Family]:
     """The family that covers a configuration.
 
     Raises:
         ModelRefusedError: no family covers its model type or can, or the family refuses this configuration.
     """
-    known = {model_type: name for name, family in families().items() for model_type in family.model_types}
-    if config.model_type in refused_types():
-        raise ModelRefusedError(
-            f"model type '{config.model_type}' is refused: {refused_types()[config.model_type]}",
-            where="config.json",
-            hint="see `slimheads families` for what is covered",
-        )
-    if config.model_type not in known:
-        near = difflib.get_close_matches(str(config.model_type), known, n=1, cutoff=0.0)[0]
-        raise ModelRefusedError(
-            f"model type '{config.model_type}' is not covered (the nearest covered one is '{near}')",
-            hint="see `slimheads families` for what is",
-        )
-    name = known[config.model_type]
-    family = families()[name]
+    name, family = family_named(str(config.model_type))
     for refusal in family.refuse:
         if _says(config, refusal.key, refusal.value):
             raise ModelRefusedError(
@@ -240,7 +268,7 @@ def check_head_counts(config: PretrainedConfig, family: Family) -> None:
     """
 
     def refuse(what: str) -> None:
-        raise ModelRefusedError(what, where="config.json", hint="the configuration is damaged: fetch the model again")
+        raise ModelRefusedError(what, where="config.json", hint="correct it, or use the config.json of these weights")
 
     for row in family.rows(config):
         units_key, heads_key = family.keys(row)

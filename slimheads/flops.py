@@ -50,7 +50,9 @@ def flops(model: PreTrainedModel, batch: int, length: int = 1, past: int = 0) ->
             cache = getattr(model(**earlier, use_cache=True), "past_key_values", None)
         if cache is None or model.config.is_encoder_decoder:
             raise UsageError(
-                f"the model keeps no cache to hold {past} tokens in", where="bench.shapes", hint="name [batch, length]"
+                f"the model keeps no cache to hold {past} tokens in",
+                keys=("bench.shapes",),
+                hint="name [batch, length]",
             )
         feed |= {"input_ids": feed["input_ids"][:, past:], "past_key_values": cache, "use_cache": True}
     return _counted(partial(model, **feed), batch, length, past)
@@ -101,7 +103,7 @@ def _no_shape(why: str, batch: int, length: int, past: int) -> UsageError:
     after = f" after {past}" if past else ""
     return UsageError(
         f"the model does not run on [{batch}, {length}] tokens{after} ({why})",
-        where="bench.shapes",
+        keys=("bench.shapes",),
         hint="name shorter shapes",
     )
 

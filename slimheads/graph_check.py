@@ -4,8 +4,7 @@ Link 4: did every targeted tensor shrink by what the plan says, and nothing else
 module it came from (`/encoder/layer.0/attention/self/query/MatMul`), and that ties tensors to sites even where it
 renamed the weights (`onnx::MatMul_185`).
 
-Link 3 of an int8 or q4 graph: is every weight its float32 one, rounded? Outputs alone cannot tell: on MiniLM, moving
-the queries of one site to another head costs 0.09 to 0.28 of the largest output, and honest rounding up to 0.15.
+Link 3 of an int8 or q4 graph: is every weight its float32 one, rounded?
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from slimheads.attention import Projection, Site
 from slimheads.errors import UsageError
-from slimheads.export.graph_files import save_graph
 from slimheads.interface import nodes_of
+from slimheads.rounded import four_bit_steps
 from slimheads.selection import Plan
 from slimheads.surgery import match_plan
 
@@ -154,23 +153,31 @@ def quantized_faults(source: Path, quantized: Path) -> Iterator[str]:
 
 
 def _rounding_fault(name: str, array: np.ndarray, made: Mapping[str, np.ndarray]) -> str | None:
+    """A tensor that several nodes read may be there twice: as it was, and rounded; each must be right."""
+    faults: list[str | None] = []
     for stored, expected in ((name, array), (f"{name}_Transposed", array.T)):
         if stored in made:
             same = np.array_equal(made[stored], expected, equal_nan=expected.dtype.kind == "f")
-            return None if same else "is not what the float32 graph has"
+            faults.append(None if same else "is not what the float32 graph has")
         if f"{stored}_quantized" in made:
-            steps, scale, zero = (made[f"{stored}_{part}"] for part in ("quantized", "scale", "zero_point"))
-            if steps.shape != expected.shape:
-                return f"is {_words([steps.shape])} where the float32 graph has {_words([expected.shape])}"
-            return None if _is_rounded(expected, steps, scale, zero) else _NOT_ROUNDED
+            faults.append(_step_fault(expected, *(made[f"{stored}_{p}"] for p in ("quantized", "scale", "zero_point"))))
         if f"{stored}_Q4" in made:
-            packed, scales = made[f"{stored}_Q4"], made[f"{stored}_scales"]
-            inputs, outputs = expected.shape
-            held, blocks, half = packed.shape
-            if (held, blocks) != (outputs, math.ceil(inputs / (2 * half))) or scales.size != held * blocks:
-                return f"is {_words([packed.shape])} in 4 bits where the float32 graph has {_words([expected.shape])}"
-            return None if _is_rounded_in_blocks(expected, packed, scales.reshape(held, blocks)) else _NOT_ROUNDED
-    return "is missing"
+            faults.append(_block_fault(expected, made[f"{stored}_Q4"], made[f"{stored}_scales"]))
+    return next((fault for fault in faults if fault), None) if faults else "is missing"
+
+
+def _step_fault(expected: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> str | None:
+    if steps.shape != expected.shape:
+        return f"is {_words([steps.shape])} where the float32 graph has {_words([expected.shape])}"
+    return None if _is_rounded(expected, steps, scale, zero) else _NOT_ROUNDED
+
+
+def _block_fault(expected: np.ndarray, packed: np.ndarray, scales: np.ndarray) -> str | None:
+    inputs, outputs = expected.shape
+    held, blocks, half = packed.shape
+    if (held, blocks) != (outputs, math.ceil(inputs / (2 * half))) or scales.size != held * blocks:
+        return f"is {_words([packed.shape])} in 4 bits where the float32 graph has {_words([expected.shape])}"
+    return None if _is_rounded_in_blocks(expected, packed, scales.reshape(held, blocks)) else _NOT_ROUNDED
 
 
 def _is_rounded(exact: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> bool:
@@ -196,7 +203,7 @@ def _is_rounded_in_blocks(exact: np.ndarray, packed: np.ndarray, scales: np.ndar
     columns = max(1, _BLOCK // (packed.shape[1] * size))
     for start in range(0, len(packed), columns):
         part = slice(start, start + columns)
-        steps, scale = _steps(packed[part]), scales[part, :, None].astype(np.float64)
+        steps, scale = four_bit_steps(packed[part]), scales[part, :, None].astype(np.float64)
         whole = np.zeros((len(steps), steps.shape[1] * size))
         whole[:, : len(exact)] = exact[:, part].T
         blocks = whole.reshape(steps.shape)
@@ -208,32 +215,6 @@ def _is_rounded_in_blocks(exact: np.ndarray, packed: np.ndarray, scales: np.ndar
         if not (rounded.all() and (np.abs(8 * np.abs(scale) - largest) <= 1e-6 * largest).all()):
             return False
     return True
-
-
-def _steps(packed: np.ndarray) -> np.ndarray:
-    """Multiples of a block's scale, float64 [outputs, blocks, size], from [outputs, blocks, size / 2]."""
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1) - 8.0
-
-
-def write_rounded(source: Path, quantized: Path, target: Path) -> None:
-    """Writes the float32 graph with each weight that a q4 file holds in 4 bits as what these stand for.
-
-    Args:
-        source, quantized: as `quantized_faults` takes them.
-        target: an ONNX file in an existing folder.
-    """
-    proto = _load(source, weights=True)
-    made = {t.name: onnx.numpy_helper.to_array(t) for t in _read(quantized, weights=True).initializer}
-    for tensor in proto.graph.initializer:
-        shape = tuple(tensor.dims)
-        for stored, turned in ((tensor.name, False), (f"{tensor.name}_Transposed", True)):
-            if f"{stored}_Q4" in made:
-                packed = made[f"{stored}_Q4"]
-                scales = made[f"{stored}_scales"].reshape(*packed.shape[:2], 1)
-                weight = (_steps(packed) * scales).reshape(len(packed), -1)[:, : shape[1 if turned else 0]]
-                weight = np.ascontiguousarray(weight if turned else weight.T, dtype=np.float32)
-                tensor.CopyFrom(onnx.numpy_helper.from_array(weight, tensor.name))
-    save_graph(proto, target)
 
 
 class _Graph:

@@ -138,7 +138,8 @@ def read_inputs(path: Path, config: PretrainedConfig) -> dict[str, torch.Tensor]
 
     def refuse(what: str) -> UsageError:
         wanted = " and ".join(make_inputs(config, 1, 1, np.random.default_rng(0)))
-        return UsageError(what, where=str(path), hint=f"give a safetensors file with {wanted}, as many of each")
+        hint = f"give a safetensors file with {wanted}, as many of each"
+        return UsageError(f"{path}: {what}", keys=("verify.inputs",), hint=hint)
 
     try:
         arrays = safetensors.numpy.load_file(path)

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from slimheads.errors import UsageError
+from slimheads.onnx_runtime import onnxruntime
 
 Array = NDArray[Any]
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from slimheads.certificate import CandidateProof, Certificate, Link, SkippedLink
+from slimheads.certificate import CandidateProof, Certificate, LeftOut, Link, SkippedLink
 from slimheads.checkpoint import Source
+from slimheads.errors import ModelRefusedError
 from slimheads.export import FILES, Candidate, Precision, client_names, file_name, parts_of
 from slimheads.export.graph_files import graph_files
 from slimheads.latency_table import LatencyTable
@@ -33,6 +34,7 @@ class Job:
     recipe: Recipe
     source: Source
     tell: Callable[[str], None]  # a line of progress within a stage
+    notices: list[str] = field(default_factory=list)  # what was told so far
     measures: bool = True  # latency tables that a step asks for and that are not stored
     records: dict[str, Record] = field(default_factory=dict)
     _tables: dict[Shape, LatencyTable] | None = None
@@ -44,11 +46,16 @@ class Job:
 
     def dense(self) -> PreTrainedModel:
         """The untouched model, in float32."""
-        return self._model("dense", self.source.folder)
+        return self._model("dense", self.source.folder, self.source.asked)
 
     def slim(self) -> PreTrainedModel:
         """The slim model as reloaded from what the prune stage wrote, in float32."""
-        return self._model("slim", self.slim_folder)
+        try:
+            return self._model("slim", self.slim_folder, self.source.task)
+        except ModelRefusedError as error:
+            error.what = f"the slim model made of it cannot be loaded: {error.what}"
+            error.where, error.hint = str(self.source.folder), f"run again with --debug and report it ({error.hint})"
+            raise
 
     @property
     def slim_folder(self) -> Path:
@@ -94,6 +101,11 @@ class Job:
         """What the verify stage found."""
         return certificate_of(self.result("verify"))
 
+    def precisions(self) -> list[Precision]:
+        """The precisions that ship: those of the recipe but for those that the certificate left out as weak."""
+        left_out = {one.precision for one in self.certificate().left_out} if "verify" in self.records else set()
+        return [precision for precision in self.recipe.export.precisions if precision not in left_out]
+
     def proven_candidates(self) -> list[Candidate]:
         """The candidate graphs that were built and that the certificate did not refuse."""
         return [proof.candidate for proof in self.certificate().candidates if proof.passed]
@@ -117,18 +129,22 @@ class Job:
     def published_graphs(self, side: str) -> dict[str, Path]:
         """The files of one side's onnx/ as published, by name: the shipped graph, and each under all of its names."""
         files = {path.name: path for path in sorted(self.onnx_folder(side).iterdir())}
-        plain = FILES["fp32"]
+        plain, parts = FILES["fp32"], parts_of(self.dense().config)
+        left_out = set(self.recipe.export.precisions) - set(self.precisions())
+        for part, precision in product(parts, left_out):
+            for path in graph_files(self.onnx(side, precision, part)):
+                del files[path.name]
         if (shipped := self.shipped()) != PLAIN:
             files = {name: path for name, path in files.items() if not name.startswith(plain)}
             files |= {path.name: path for path in graph_files(self.onnx(side, "fp32", candidate=shipped))}
-        for part, precision in product(parts_of(self.dense().config), self.recipe.export.precisions):
+        for part, precision in product(parts, self.precisions()):
             own = file_name(part, precision)
             files |= dict.fromkeys(client_names(part, precision), files[own])
         return files
 
-    def _model(self, side: str, folder: Path) -> PreTrainedModel:
+    def _model(self, side: str, folder: Path, task: str) -> PreTrainedModel:
         if side not in self._models:
-            self._models[side] = load(folder, self.source.task).float()
+            self._models[side] = load(folder, task).float()
         return self._models[side]
 
 
@@ -143,4 +159,5 @@ def certificate_of(result: Mapping[str, Any]) -> Certificate:
         tuple(Link.model_validate(link) for link in result["links"]),
         tuple(SkippedLink.model_validate(link) for link in result["skipped"]),
         tuple(CandidateProof.model_validate(proof) for proof in result["candidates"]),
+        tuple(LeftOut.model_validate(one) for one in result["left_out"]),
     )

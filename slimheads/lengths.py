@@ -14,7 +14,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 from transformers import PretrainedConfig
 
+from slimheads.family import family_of
 from slimheads.inputs import has_length, takes_text, text_config
+from slimheads.limits import UNLIMITED, position_limit
 from slimheads.wording import listing, whole
 
 USUAL = 128  # the longest input that every model is tried with
@@ -74,31 +76,28 @@ class Lengths(BaseModel):
         return text + "".join(f"; the model takes up to {whole(one.length)} ({one.key})" for one in ends)
 
 
-def lengths(config: PretrainedConfig, limit: int) -> Lengths | None:
-    """What is tried of a model and what is not; None where inputs have no length.
-
-    Args:
-        limit: the longest input that the model takes.
-    """
-    if not (has_length(config) or config.is_encoder_decoder):
+def lengths(config: PretrainedConfig) -> Lengths | None:
+    """What is tried of a model and what is not; None where inputs have no length."""
+    if not (has_length(config) or _has_tokens(config)):
         return None
-    changes = tuple(_changes(config, limit))
-    end = min([limit, *(change.length for change in changes if change.wrong_past == "graph")])
-    return Lengths(tried=max([min(USUAL, end), *(change.tried or 0 for change in changes)]), changes=changes)
+    changes = tuple(_changes(config))
+    return Lengths(
+        tried=max([min(USUAL, right_up_to(config)), *(change.tried or 0 for change in changes)]), changes=changes
+    )
 
 
-def right_up_to(config: PretrainedConfig, limit: int) -> int:
-    """The longest input that the exported graph is right for."""
-    return min([limit, *(length for length, _, _ in _frozen(text_config(config)))])
+def right_up_to(config: PretrainedConfig) -> int:
+    """The longest input that the model takes and that its exported graph is right for."""
+    return min([position_limit(config), *(length for length, _, _ in _frozen(text_config(config)))])
 
 
-def _changes(config: PretrainedConfig, limit: int) -> Iterator[Change]:
+def _changes(config: PretrainedConfig) -> Iterator[Change]:
     """In order of length."""
     found: list[tuple[int, str, str, WrongPast | None]] = [(*one, None) for one in _windows(config)]
     found += [(*one, "graph") for one in _frozen(text_config(config))]
-    end = right_up_to(config, limit)
+    end = right_up_to(config)
     if table := _table(config):
-        found.append((limit, table, "there are no positions", "model"))
+        found.append((position_limit(config), table, "there are no positions", "model"))
     for length, key, what, wrong in sorted(found, key=lambda one: one[0]):
         if wrong is None and length >= end:
             continue  # never reached
@@ -115,13 +114,17 @@ def affordable(config: PretrainedConfig, length: int) -> bool:
     return length <= _FREE_TOKENS or (length <= _MOST_TOKENS and 2 * weights * length <= _MOST_FLOPS)
 
 
+def _has_tokens(config: PretrainedConfig) -> bool:
+    """Whether a model reads or writes text."""
+    return takes_text(config) or bool(config.is_encoder_decoder)
+
+
 def _table(config: PretrainedConfig) -> str:
     """The key that sizes the position table, where there is one."""
     text = text_config(config)
-    if hasattr(text, "rope_theta") or not (takes_text(config) or config.is_encoder_decoder):
+    if hasattr(text, "rope_theta") or position_limit(config) == UNLIMITED or not _has_tokens(config):
         return ""
-    names = ("max_target_positions", "max_position_embeddings", "max_seq_len")  # Whisper's, most models', MPT's
-    return next((name for name in names if getattr(text, name, None)), "")
+    return str(family_of(config)[1].positions.key)
 
 
 def _windows(config: PretrainedConfig) -> Iterator[tuple[int, str, str]]:

@@ -42,7 +42,7 @@ def fenced(value: str) -> Verbatim:
 def front_matter(report: Report) -> Verbatim:
     """The model card's YAML: only keys with known values. JSON strings are YAML strings: none can break out."""
     model = report.model
-    keys: dict[str, object] = {}
+    keys: dict[str, object] = {**model.terms}
     if model.hub_id:
         keys["base_model"] = model.hub_id
     tags = ["slimheads", "attention-head-pruning", "onnx"]

@@ -14,12 +14,12 @@ from math import ceil
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from slimheads.binding import BoundRun, Feed, Shape, bind, feed_for
 from slimheads.errors import UsageError
 from slimheads.interface import read_interface
+from slimheads.onnx_runtime import onnxruntime
 from slimheads.sessions import ORT_ERRORS, open_session
 from slimheads.wording import shape_text
 
@@ -153,8 +153,9 @@ def _failing(runs: Sequence[BoundRun], files: Sequence[Path]) -> str:
 
 def _cannot_run(file: str, shape: Shape, error: Exception) -> UsageError:
     return UsageError(
-        f"ONNX Runtime cannot run the shape ({' '.join(str(error).split())[:200]})",
-        where=f"{file}, shape {list(shape)}",
+        f"ONNX Runtime cannot run the shape {list(shape)} ({' '.join(str(error).split())[:200]})",
+        where=file,
+        keys=("bench.shapes",),
         hint="give a shape that every file accepts",
     )
 

@@ -1,17 +1,26 @@
-"""This process's memory: what is resident now, its peak over a stretch of work, and what of it is mapped files."""
+"""Memory: the machine's, what of this process is resident now, its peak over some work, and what of it is mapped files.
+
+Windows has no `resource`. Where a Python on Linux has none either, psutil cannot be imported, and /proc says the same.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import os
-import resource
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
+try:
+    import resource
+except ImportError:
+    resource = None  # type: ignore[assignment]
+try:
+    import psutil
+except ImportError:
+    psutil = None  # type: ignore[assignment]
 
 
 class PeakMemory:
@@ -23,18 +32,41 @@ class PeakMemory:
 
     def megabytes(self) -> float:
         """The peak since the start, in MiB."""
-        status = Path("/proc/self/status")
-        if status.exists():
-            for line in status.read_text(encoding="ascii").splitlines():
-                if line.startswith("VmHWM:"):
-                    return round(int(line.split()[1]) / 1024, 1)
-        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return round(usage / (2**20 if sys.platform == "darwin" else 2**10), 1)
+        if (peak := _proc("self/status", "VmHWM")) is not None:
+            return round(peak / 2**20, 1)
+        if resource is not None:
+            usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return round(usage / (2**20 if sys.platform == "darwin" else 2**10), 1)
+        found = psutil.Process().memory_info()
+        return round(getattr(found, "peak_wset", found.rss) / 2**20, 1)
+
+
+def total_bytes() -> int:
+    """The machine's memory."""
+    return int(psutil.virtual_memory().total) if psutil else _proc("meminfo", "MemTotal") or 0
+
+
+def available_bytes() -> int:
+    """What of it could be taken now without swapping."""
+    return int(psutil.virtual_memory().available) if psutil else _proc("meminfo", "MemAvailable") or 0
 
 
 def resident_megabytes() -> float:
     """What is resident now, in MiB."""
-    return round(psutil.Process().memory_info().rss / 2**20, 1)
+    resident = psutil.Process().memory_info().rss if psutil else _proc("self/status", "VmRSS") or 0
+    return round(resident / 2**20, 1)
+
+
+def physical_cores() -> int | None:
+    """The machine's cores, each counted once; None where the system does not tell."""
+    return psutil.cpu_count(logical=False) if psutil else None
+
+
+def _proc(file: str, name: str) -> int | None:
+    """A line `name: 123 kB` of a file below /proc, in bytes; None where there is none."""
+    path = Path("/proc", file)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
 class MappedFiles:

@@ -6,27 +6,31 @@ than completed with random numbers.
 
 from __future__ import annotations
 
-import math
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from slimheads.attention import Site, find_sites
-from slimheads.checkpoint import find, read_config, side_files, weight_files
+from slimheads.checkpoint import Source, find, read_config, weight_files
 from slimheads.disk import new_folder, remove
 from slimheads.errors import ModelRefusedError, UsageError
-from slimheads.family import PLAN_KEY, family_of, is_projection
+from slimheads.family import PLAN_KEY, family_of
+from slimheads.generation import settings_left_alone, settings_of, write_settings
+from slimheads.heads import account_for_unused
 from slimheads.memory import MappedFiles
+from slimheads.quiet import quiet_transformers
 from slimheads.selection import Plan
+from slimheads.side_files import copy_side_files, side_files
+from slimheads.side_json import strip_code
 from slimheads.surgery import record_plan, recorded_plan, shrink
+from slimheads.weights import check_loaded, refused_loading, tensor_files
 
 # What transformers raises, among asserts and plain mistakes, when a config and the weights do not make a model.
 _LOADING_FAILURES = (
@@ -49,7 +53,7 @@ def load(source: str | Path, task: str = "auto", *, attn_implementation: str | N
     found = find(str(source), task)
     config = read_config(found.folder)
     build = _load_slim if hasattr(config, PLAN_KEY) else _from_pretrained
-    model = build(getattr(transformers, found.architecture), found.folder, config, attn_implementation)
+    model = build(getattr(transformers, found.architecture), found, config, attn_implementation)
     # A family file that does not describe this model is an error here, not later.
     for site in find_sites(model):
         dtype = model.get_submodule(site.output.module).get_parameter("weight").dtype
@@ -72,44 +76,33 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError("the folder exists and is not empty", where=str(folder), hint="name a new folder")
     # Listed before anything is written, for the folder may lie inside the source. A model made in memory has no source.
-    source = Path(model.name_or_path)
-    beside = list(side_files(source)) if model.name_or_path and source.is_dir() else []
+    source = Path(model.name_or_path) if model.name_or_path and Path(model.name_or_path).is_dir() else None
+    beside = list(side_files(source)) if source else []
     # Written beside and renamed, so that a failure midway leaves no folder that looks like a model.
     draft = new_folder(folder.absolute().parent)
     try:
-        model.save_pretrained(draft, safe_serialization=True)
+        with quiet_transformers(), settings_left_alone(model):
+            model.save_pretrained(draft, safe_serialization=True)
+        write_settings(model, source, draft)
+        for written in draft.glob("*.json"):
+            strip_code(written)
         for weights in weight_files(draft):
             # safetensors writes 0600; a shipped file is as readable as its config
             weights.chmod((draft / "config.json").stat().st_mode)
-        for relative in beside:
-            target = draft / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists():
-                shutil.copyfile(source / relative, target)
+        if source:
+            copy_side_files(source, beside, draft)
         draft.replace(folder)
     finally:
         remove(draft)
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silences what transformers logs and draws while it loads: what matters of it is checked here and raised."""
-    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
-
-
 def _from_pretrained(
-    model_class: Any, folder: Path, config: PretrainedConfig, attn_implementation: str | None
+    model_class: Any, found: Source, config: PretrainedConfig, attn_implementation: str | None
 ) -> PreTrainedModel:
-    files = weight_files(folder)
-    _check_headers(files)
+    folder = found.folder
+    shards = weight_files(folder)
+    files = tensor_files(shards)
+    settings = settings_of(folder, config) if model_class.can_generate() else None
 
     def build(**extra: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         return cast(
@@ -119,6 +112,7 @@ def _from_pretrained(
                 config=config,
                 dtype="auto",
                 attn_implementation=attn_implementation,
+                generation_config=settings,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -130,17 +124,22 @@ def _from_pretrained(
     try:
         with quiet_transformers():
             model, info = build()
-            if info["missing_keys"] and all(key.startswith("pooler.") for key in info["missing_keys"]):
+            if _lacks_pooler(model_class, info):
                 model, info = build(add_pooling_layer=False)
     except _LOADING_FAILURES as error:
-        raise ModelRefusedError(
-            f"transformers cannot load it ({' '.join(str(error).split())[:300]})",
-            where=str(folder),
-            hint="fetch the model again",
-        ) from error
-    _check_loaded(model, info, folder, config)
-    _take_out_of_files(model, files)
+        raise refused_loading(error, model_class, config, files, folder) from error
+    check_loaded(model, info, files, folder, family_of(config)[1])
+    account_for_unused(model, info["unexpected_keys"], files, folder, task_named=found.task_named)
+    _take_out_of_files(model, shards)
     return model
+
+
+def _lacks_pooler(model_class: Any, info: Mapping[str, Any]) -> bool:
+    """Whether all that is missing of what was loaded is a pooler that its class can go without."""
+    missing = info["missing_keys"]
+    # A slim model's class is made of the one that has the parameter.
+    takes = any("add_pooling_layer" in inspect.signature(made_of).parameters for made_of in model_class.__mro__[:2])
+    return bool(missing) and takes and all(key.startswith("pooler.") for key in missing)
 
 
 def _take_out_of_files(model: PreTrainedModel, files: tuple[Path, ...]) -> None:
@@ -157,45 +156,8 @@ def _take_out_of_files(model: PreTrainedModel, files: tuple[Path, ...]) -> None:
             mapped.give_back(in_file.data_ptr(), in_file.numel() * in_file.element_size())
 
 
-def _check_loaded(model: PreTrainedModel, info: dict[str, Any], folder: Path, config: PretrainedConfig) -> None:
-    """Refuses a model that transformers completed with random numbers, cut short, or read NaN into."""
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if missing:
-        raise ModelRefusedError(
-            f"{len(missing)} weights of {type(model).__name__} are not in the checkpoint, first {missing[0]}",
-            where=str(folder),
-            hint="name the task this checkpoint was trained for",
-        )
-    beyond = [key for key in sorted(info["unexpected_keys"]) if is_projection(family_of(config)[1], key)]
-    if beyond:
-        raise ModelRefusedError(
-            f"the checkpoint has an attention block that config.json does not count: {beyond[0]}",
-            where=str(folder),
-            hint="the configuration is damaged: fetch the model again",
-        )
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not _is_finite(tensor):
-            raise ModelRefusedError("the tensor holds NaN or infinity", where=name, hint="the checkpoint is damaged")
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Ten times as fast as `isfinite(tensor).all()`, and makes nothing of the tensor's size; NaN is in both ends."""
-    return tensor.numel() == 0 or all(math.isfinite(end) for end in torch.aminmax(tensor))
-
-
-def _check_headers(files: tuple[Path, ...]) -> None:
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                tensors.keys()
-        except (SafetensorError, OSError) as error:
-            raise ModelRefusedError(
-                f"damaged weights ({error})", where=str(path), hint="fetch the model again"
-            ) from error
-
-
 def _load_slim(
-    model_class: Any, folder: Path, config: PretrainedConfig, attn_implementation: str | None
+    model_class: Any, found: Source, config: PretrainedConfig, attn_implementation: str | None
 ) -> PreTrainedModel:
     """Builds the dense skeleton without weights, applies the same surgery, and lets transformers load the tensors."""
     _, family = family_of(config)
@@ -216,12 +178,12 @@ def _load_slim(
 
     skeleton = type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
     try:
-        model = _from_pretrained(skeleton, folder, config, attn_implementation)
+        model = _from_pretrained(skeleton, found, config, attn_implementation)
     except UsageError as error:
         raise ModelRefusedError(
             f"the recorded plan does not fit the model ({error.where}: {error.what})",
-            where=str(folder / "config.json"),
-            hint="fetch the model again",
+            where=str(found.folder / "config.json"),
+            hint="use the config.json that was saved with these weights",
         ) from error
     model.__class__ = model_class
     record_plan(model.config, family, dense_sites, plan)

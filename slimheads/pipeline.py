@@ -10,24 +10,31 @@ of it is published at once, without slim/ where the certificate failed.
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from slimheads.checkpoint import find
+from slimheads.cpu import cpu_features
 from slimheads.environment import Environment, environment
-from slimheads.errors import UsageError
+from slimheads.errors import SlimheadsError, UsageError
 from slimheads.job import Job
 from slimheads.memory import PeakMemory
-from slimheads.preconditions import require_providers, require_usable
+from slimheads.notices import collected, tell
+from slimheads.output_folder import PUBLISHED
+from slimheads.output_place import require_place
+from slimheads.preconditions import require_providers, require_target, require_usable
 from slimheads.progress import Progress, Silent
+from slimheads.publishing import publish
 from slimheads.recipe import Recipe
 from slimheads.report import Report, StageRecord, append_step_summary
 from slimheads.reporting import assemble, contents
 from slimheads.sessions import session_options_record
 from slimheads.stages import STAGES, Stage, versions
-from slimheads.store import Record, Store, lock, publish, stage_key
+from slimheads.store import Record, Store, lock, stage_key
 
 log = logging.getLogger(__name__)
 
@@ -65,25 +72,42 @@ def run(
     """
     started, memory = time.perf_counter(), PeakMemory()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe, overrides)
-    out, progress = Path(out), progress or Silent()
     check_stage_names(from_stage, until)
+    with recipe.located():
+        return _run(recipe, Path(out), from_stage, until, progress or Silent(), command, started, memory)
+
+
+def _run(
+    recipe: Recipe,
+    out: Path,
+    from_stage: str | None,
+    until: str | None,
+    progress: Progress,
+    command: str | None,
+    started: float,
+    memory: PeakMemory,
+) -> Report | None:
     require_providers(recipe)
-    source = find(recipe.model, recipe.task)
-    require_usable(recipe, source)
-    with lock(out):
-        bench = recipe.bench
-        surroundings = environment({name: session_options_record(name, bench.threads) for name in bench.providers})
-        job = Job(recipe, source, progress.note)
-        timings: list[StageRecord] = []
-        for stage in stages_until(until):
-            timings.append(_do(stage, job, Store(out), from_stage, progress))
-            if stage.name == "verify" and not job.certificate().passed:
-                until = None  # nothing after a broken proof is worth measuring: the report is all that is left
-                break
-        if until not in (None, "report"):
-            _publish_part(job, out)
-            return None
-        return _report(job, out, timings, surroundings, command, started, memory)
+    require_target(recipe)
+    with collected() as notices:
+        source = find(recipe.model, recipe.task)
+        require_usable(recipe, source)
+        require_place(out, source.folder, recipe)
+        with lock(out):
+            bench = recipe.bench
+            options = {str(name): session_options_record(name, bench.threads) for name in bench.providers}
+            surroundings = environment(options, cpu_features())
+            job = Job(recipe, source, progress.note, notices=notices)
+            timings: list[StageRecord] = []
+            for stage in stages_until(until):
+                timings.append(_do(stage, job, Store(out), from_stage, progress))
+                if stage.name == "verify" and not job.certificate().passed:
+                    until = None  # nothing after a broken proof is worth measuring: the report is all that is left
+                    break
+            if until not in (None, "report"):
+                _publish_part(job, out)
+                return None
+            return _report(job, out, timings, surroundings, command, started, memory)
 
 
 def stages_until(until: str | None) -> Iterator[Stage]:
@@ -116,14 +140,20 @@ def dry_run(
         SlimheadsError: what `run` would raise before its first stage.
     """
     check_stage_names(from_stage, until)
-    require_providers(recipe)
-    source = find(recipe.model, recipe.task)
-    require_usable(recipe, source)
-    job = Job(recipe, source, lambda _: None, measures=False)
+    with recipe.located():
+        require_providers(recipe)
+        require_target(recipe)
+        source = find(recipe.model, recipe.task)
+        require_usable(recipe, source)
+        require_place(Path(out), source.folder, recipe)
+        return _foreseen(Job(recipe, source, lambda _: None, measures=False), Path(out), from_stage, until)
+
+
+def _foreseen(job: Job, out: Path, from_stage: str | None, until: str | None) -> dict[str, str]:
     left: dict[str, str] = {}
     found = {}
     for stage in stages_until(until):
-        stored = _reusable(stage, Store(Path(out)), _key(stage, job, left), from_stage)
+        stored = _reusable(stage, Store(out), _key(stage, job, left), from_stage)
         left[stage.name] = _content_of(stored) if stored else "still to be made"
         if stored:
             job.records[stage.name] = stored
@@ -159,6 +189,8 @@ def _do(stage: Stage, job: Job, store: Store, from_stage: str | None, progress: 
     reused = record is not None
     if record is None:
         record = _work(stage, job, store, key, started, memory)
+    for notice in record.notices:
+        tell(notice)
     job.records[stage.name] = record
     progress.finish(stage.name, record.seconds, reused)
     return StageRecord(stage=stage.name, seconds=record.seconds, peak_rss_mb=record.peak_rss_mb or 0.0, reused=reused)
@@ -166,20 +198,33 @@ def _do(stage: Stage, job: Job, store: Store, from_stage: str | None, progress: 
 
 def _work(stage: Stage, job: Job, store: Store, key: str, started: float, memory: PeakMemory) -> Record:
     with store.begin(stage.name, key) as work:
-        result, keep = stage.work(job, work.path)
+        with collected() as told, _inner_files_not_named(stage, store):
+            result, keep = stage.work(job, work.path)
         seconds, peak = time.perf_counter() - started, memory.megabytes()
         if keep:
-            return work.publish(result, seconds, peak)
+            return work.publish(result, seconds, peak, told)
     store.discard(stage.name, key)
     return Record(path=store.out, stage=stage.name, key=key, seconds=seconds, peak_rss_mb=peak, result=result, files={})
+
+
+@contextmanager
+def _inner_files_not_named(stage: Stage, store: Store) -> Iterator[None]:
+    """An error names what a stage made by its place in slim/ or dense/: no user looks below .slimheads."""
+    inside = re.compile(re.escape(str(store.inside)) + r"[/\\](stages[/\\][^/\\]+[/\\])?[^/\\]+[/\\]")
+    try:
+        yield
+    except SlimheadsError as error:
+        error.what = inside.sub("", error.what)
+        if error.where and inside.match(error.where):
+            error.where = f"{inside.sub('', error.where)}, as the {stage.name} stage has it"
+        raise
 
 
 def _publish_part(job: Job, out: Path) -> None:
     """After `--until`: the plan so far. What another recipe or another model left may not stand beside it."""
     wanted = contents(job)
-    same = all((out / name).is_file() and (out / name).read_bytes() == content for name, content in wanted.items())
-    stale = () if same else ("slim", "dense", "scores.json", "plan.json", "report.json", "report.md", "report.html")
-    publish(out, wanted, stale)
+    if not all((out / name).is_file() and (out / name).read_bytes() == content for name, content in wanted.items()):
+        publish(out, wanted, retract=PUBLISHED)
 
 
 def _report(

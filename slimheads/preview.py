@@ -73,10 +73,15 @@ def preview(recipe: Recipe, tell: Callable[[str], None] = lambda line: None) -> 
     Raises:
         SlimheadsError: as `slimheads.run` would up to its prune stage.
     """
+    with recipe.located():
+        return _preview(recipe, tell)
+
+
+def _preview(recipe: Recipe, tell: Callable[[str], None]) -> Preview:
     source = find(recipe.model, recipe.task)
     require_usable(recipe, source)
     tables, reason = _tables(recipe, source, tell)
-    model = load(source.folder, source.task)
+    model = load(source.folder, source.asked)
     plan, selection = choose(score(model, recipe.score.method), recipe, tuple(tables.values()))
     shape = measured_shapes(model.config, recipe.bench.shapes)[-1]
 

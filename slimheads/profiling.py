@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnxruntime
 from transformers import PreTrainedModel
 
 from slimheads.bench import Interval, Latency, bench
@@ -20,7 +19,9 @@ from slimheads.errors import UsageError
 from slimheads.export import export, file_name
 from slimheads.inputs import measured_shapes
 from slimheads.latency_table import Kind, LatencyTable, Measurement, kinds_of, plan_keeping
+from slimheads.limits import require_fit
 from slimheads.model import load
+from slimheads.onnx_runtime import onnxruntime
 from slimheads.recipe import Recipe
 from slimheads.sessions import PROVIDERS
 from slimheads.surgery import prune
@@ -70,6 +71,7 @@ def profile(
         EnvironmentLackError: the provider is missing, or the folder of the tables cannot be written.
     """
     shapes = table_shapes(source, shapes)
+    require_fit(read_config(source.folder), shapes)
     found = {} if again else stored(source, shapes, setting)
     lacking = [shape for shape in shapes if shape not in found]
     if lacking:
@@ -118,13 +120,14 @@ def _measure(
     source: Source, shapes: Sequence[Shape], setting: Setting, min_seconds: float, tell: Callable[[str], None]
 ) -> Iterator[LatencyTable]:
     """One table a shape. All shapes of a point are measured on the same two files."""
-    model = load(source.folder, source.task).float()
+    model = load(source.folder, source.asked).float()
     kinds = kinds_of(model, setting.within_groups)
     wanted = [(index, count) for index, kind in enumerate(kinds) for count in kind.counts(setting.threads)]
     if not wanted:
         raise UsageError(
             "no attention block can lose a unit: there is nothing to measure",
             where=source.given,
+            keys=("select.multiple_of",),
             hint="take a model with several heads",
         )
     found: dict[Shape, list[tuple[int, int, Latency]]] = {shape: [] for shape in shapes}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -20,8 +21,9 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from slimheads.errors import UsageError
-from slimheads.recipe_yaml import KeyPath, Place, Positions, dotted, parse_value, read_yaml, scalar, validate
+from slimheads.errors import SlimheadsError, UsageError
+from slimheads.recipe_dump import dump_value, dump_yaml
+from slimheads.recipe_yaml import KeyPath, Place, Positions, dotted, parse_value, read_yaml, validate
 
 Task = Literal[
     "auto",
@@ -42,6 +44,7 @@ Precision = Literal["fp32", "fp16", "int8", "q4"]
 Candidate = Literal["plain", "optimized", "attention", "fused", "rewritten"]
 Provider = Literal["cpu", "cuda"]
 Item = TypeVar("Item")
+DEFAULT_SHAPES = ((1, 16), (1, 128))
 
 
 def _distinct(items: tuple[Item, ...]) -> tuple[Item, ...]:
@@ -155,8 +158,12 @@ class Export(_Section):
         ("plain", "optimized", "attention", "fused", "rewritten"),
         description="forms of the fp32 graph to try; plain is always made",
     )
-    int8_for: Literal["avx512_vnni", "avx2", "arm64"] = Field(
-        "avx512_vnni", description="CPUs that int8 is for: avx512_vnni, arm64, or avx2 (weights of 7 bits)"
+    int8_for: Literal["any", "avx512_vnni", "avx2", "arm64"] = Field(
+        "any",
+        description="CPUs that int8 is right on: any, avx2 (weights of 7 bits), avx512_vnni, arm64 (8 bits)",
+    )
+    on_weak_precision: Literal["fail", "drop"] = Field(
+        "fail", description="a precision that loses too much: fail ends with code 4, drop leaves it out"
     )
     kv_axes: Literal["symbolic", "static"] = Field(
         "symbolic", description="decoders: symbolic for optimum and transformers.js, static for onnxruntime-genai"
@@ -183,7 +190,7 @@ class Bench(_Section):
     providers: Providers = Field(("cpu",), description="ONNX Runtime providers to measure on: cpu, cuda")
     threads: PositiveInt = Field(2, description="threads inside an operator, at least 1")
     shapes: Shapes = Field(
-        ((1, 16), (1, 128)),
+        DEFAULT_SHAPES,
         description="inputs, [batch, tokens or frames]; decoders also [batch, new tokens, tokens in cache]",
     )
     min_seconds: PositiveFloat = Field(3.0, description="seconds to measure each shape for, above 0")
@@ -205,6 +212,9 @@ class Gates(_Section):
     )
     min_top1_agreement: Share | None = Field(
         None, description="models that write: share of tokens predicted the same, at least this, up to 1"
+    )
+    min_precision_cosine: Share | None = Field(
+        None, description="further precisions: mean cosine of outputs to fp32's, at least this, up to 1"
     )
 
 
@@ -231,8 +241,8 @@ class Recipe(_Section):
             path: a YAML 1.2 file.
             overrides: `key=value` strings, the key dotted (`select.ratio=0.5`), the value YAML; a later one wins.
 
-        A relative `verify.text` or `verify.inputs` is taken from the recipe's folder, or from the working directory
-        when an override gives it; `model` stays as written.
+        A relative `verify.text`, `verify.inputs` or folder in `model` is taken from the recipe's folder, or from the
+        working directory when an override gives it.
 
         Raises:
             UsageError: the first thing wrong, located `path:line:column` or `--set key=value`.
@@ -242,25 +252,61 @@ class Recipe(_Section):
             if isinstance(data, dict):
                 _override(data, positions, override, number)
         recipe = validate(cls, data, positions)
+        recipe._positions = positions
         found: dict[str, str] = {}
         for key in ("text", "inputs"):
             given = getattr(recipe.verify, key)
             if given is not None and not Path(given).is_absolute():
-                overridden = positions.values["verify", key].text.startswith("--set ")
-                found[key] = str((Path() if overridden else Path(path).parent).absolute() / given)
-        recipe = recipe.model_copy(update={"verify": recipe.verify.model_copy(update=found)})
-        recipe._positions = positions
-        return recipe
+                found[key] = str(recipe._base(f"verify.{key}", path) / given)
+        verify, model = recipe.verify.model_copy(update=found), recipe._model_folder(path)
+        return recipe.model_copy(update={"verify": verify, "model": model})
 
-    def where(self, key: str) -> str:
-        """Where a dotted key was given: `minilm.yaml:4:10`, or `--set select.ratio=0.5`.
+    def _base(self, key: str, path: Path | str) -> Path:
+        """What a relative path is taken from: the recipe's folder, or the working one where an override gives it."""
+        return (Path() if self.where(key).startswith("--set ") else Path(path).parent).absolute()
 
-        For a key left to its default: its section's place, else the file. For a recipe made in Python: the key.
+    def _model_folder(self, path: Path | str) -> str:
+        """`model` with a folder's path made whole; a hub id, pkg:// and ~ stay as written."""
+        given, base = self.model, self._base("model", path)
+        if given.startswith(("pkg://", "~")) or Path(given).is_absolute():
+            return given
+        if (base / given).is_dir():
+            return str(base / given)
+        if Path(given).is_dir():
+            beside = os.path.relpath(given, base)
+            raise UsageError(
+                f"'{given}' is a folder of the working folder, and a recipe's paths start at its own",
+                where=self.where("model"),
+                hint=f"write {beside}, or give it as --set model={given}",
+            )
+        return given
+
+    def where(self, *keys: str) -> str:
+        """Where the first of these dotted keys that was given was given: `minilm.yaml:4:10`, `--set select.ratio=0.5`.
+
+        Where all are left to their defaults, the first one's name says so: `minilm.yaml: select.ratio (default)`. For a
+        recipe made in Python: the key.
         """
-        if self._positions is None:
-            return key
-        place = self._positions.nearest(tuple(key.split(".")))
-        return place.text if place else self._positions.source
+        key = next(filter(self._gives, keys), None)
+        if key is None:
+            named = f"{keys[0]} (default)"
+            return f"{self._positions.source}: {named}" if self._positions else named
+        place = self._positions.nearest(tuple(key.split("."))) if self._positions else None
+        return place.text if place else key
+
+    def _gives(self, key: str) -> bool:
+        section, _, name = key.rpartition(".")
+        return name in (getattr(self, section) if section else self).model_fields_set
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Errors about keys of the recipe point at where these were given."""
+        try:
+            yield
+        except SlimheadsError as error:
+            if error.keys:
+                error.where, error.keys = self.where(*error.keys), ()
+            raise
 
     def resolved_yaml(self) -> str:
         """Every key with its value, as YAML that `Recipe.read` reads back equal."""
@@ -313,7 +359,13 @@ _ALL_BUT_DECODERS = frozenset({"gates.min_cosine"})
 
 
 def commented_recipe(
-    model: str, task: str = "auto", is_decoder: bool = False, facts: Sequence[str] = (), *, fed_texts: bool = True
+    model: str,
+    task: str = "auto",
+    is_decoder: bool = False,
+    facts: Sequence[str] = (),
+    *,
+    fed_texts: bool = True,
+    shapes: Sequence[tuple[int, ...]] = DEFAULT_SHAPES,
 ) -> str:
     """A recipe to start from: every section and key with its default and what it is for.
 
@@ -323,9 +375,10 @@ def commented_recipe(
         is_decoder: whether the model generates text; keys that do not concern the model are left out.
         facts: what is known of the model, a line each, for the comment at the top.
         fed_texts: whether texts are all the model takes.
+        shapes: to measure at, where those of every recipe are too long for the model.
 
     Returns:
-        YAML text that `Recipe.read` reads as `Recipe(model=model, task=task)`.
+        YAML text that `Recipe.read` reads as `Recipe(model=model, task=task)` with these shapes.
     """
     left_out = _ALL_BUT_DECODERS if is_decoder else _DECODERS_ONLY
     if task == "text2text-generation":
@@ -342,48 +395,10 @@ def commented_recipe(
         lines.append(f"{name}:")
         for key, field in type(info.default).model_fields.items():
             if f"{name}.{key}" not in left_out:
-                given = f"  {key}: {dump_value(field.default)}"
+                given = f"  {key}: {dump_value(shapes if key == 'shapes' else field.default)}"
                 lines.append(f"{given:<30}  # {field.description}")
     return "\n".join(lines) + "\n"
 
 
 def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text).strip()
-
-
-_PLAIN = re.compile(r"[A-Za-z./][\w./@+-]*(://[\w./@+-]+)?", re.ASCII)
-_OTHER_YAML = frozenset({"y", "n", "yes", "no", "on", "off"})  # YAML 1.1 reads these as booleans
-
-
-def dump_yaml(data: dict[str, Any], indent: str = "") -> str:
-    """Write plain data as YAML that this module reads back equal: mappings as blocks, lists on one line."""
-    lines = []
-    for key, value in data.items():
-        if isinstance(value, dict) and value:
-            lines.append(f"{indent}{dump_value(key)}:\n{dump_yaml(value, indent + '  ')}")
-        else:
-            lines.append(f"{indent}{dump_value(key)}: {dump_value(value)}\n")
-    return "".join(lines)
-
-
-def dump_value(value: Any) -> str:
-    """One value on one line. Text is left plain only where no YAML reader could take it for anything else."""
-    if isinstance(value, str):
-        ambiguous = value.lower() in _OTHER_YAML or not isinstance(scalar(value), str)
-        return value if _PLAIN.fullmatch(value) and not ambiguous else _quoted(value)
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(dump_value(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{dump_value(key)}: {dump_value(item)}" for key, item in value.items()) + "}"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _quoted(text: str) -> str:
-    """Double-quoted YAML; json.dumps will not do, because it writes an emoji as two surrogates."""
-    return '"' + "".join(_escaped(c) for c in text) + '"'
-
-
-def _escaped(c: str) -> str:
-    if " " <= c <= "~":
-        return "\\" + c if c in '"\\' else c
-    return f"\\U{ord(c):08x}" if ord(c) > 0xFFFF else f"\\u{ord(c):04x}"

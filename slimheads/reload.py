@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from slimheads.attention import find_sites
 from slimheads.checkpoint import auto_classes
-from slimheads.model import quiet_transformers
+from slimheads.quiet import quiet_transformers
 
 Tier = Literal["stock", "slimheads"]
 
@@ -35,8 +35,13 @@ def reload_tier(folder: Path, model: PreTrainedModel, task: str) -> tuple[Tier, 
             "slimheads",
             f"Plain transformers does not rebuild these head counts ({first[:120]}): use slimheads.load.",
         )
+    by = f"Plain transformers ({transformers.__version__}) reloads it with {auto}.from_pretrained"
+    made_up = stock.state_dict().keys() - model.state_dict().keys()
+    if made_up and all(name.startswith("pooler.") for name in made_up):
+        stock.pooler = None
+        by += ", all but the pooler, which no file holds: it makes one up unless add_pooling_layer=False is given"
     if same_weights(stock, model) and same_attributes(stock, model):
-        return "stock", f"Plain transformers ({transformers.__version__}) reloads it with {auto}.from_pretrained."
+        return "stock", f"{by}."
     return "slimheads", "Plain transformers loads it with other weights or head counts: use slimheads.load."
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
 
 from slimheads import drawing, markdown, plots, tables, wording
 from slimheads.bench import Latency
-from slimheads.certificate import Link, SkippedLink
+from slimheads.certificate import LeftOut, Link, SkippedLink
 from slimheads.drift import Drift
 from slimheads.environment import Environment
 from slimheads.family import Inputs
@@ -101,7 +101,8 @@ class ModelFacts(_Part):
     heads: Heads
     reload: Reload
     reload_note: str  # one sentence: why it is that
-    sentence_transformers: bool = False  # slim/ holds modules.json
+    sentence_transformers: bool = False  # slim/ embeds, and holds modules.json
+    terms: dict[str, str] = {}  # the licence as the source's card states it: license, license_name, license_link
     encoder_decoder: bool = False  # ships as an encoder's graph and a decoder's
 
 
@@ -199,6 +200,7 @@ class Report(_Part):
     certificate_skipped: tuple[SkippedLink, ...] = ()
     certificate_reason: str | None = None  # why there are no links
     lengths: Lengths | None = None  # that the certificate tried; null where inputs have no length
+    left_out: tuple[LeftOut, ...] = ()  # precisions that were asked for and do not ship
     drift: Drift | None
     drift_reason: str | None = None
     drift_text: Drift | None = None
@@ -211,6 +213,7 @@ class Report(_Part):
     predictions: tuple[Prediction, ...]
     predictions_reason: str | None = None  # why there are none, or why they are by FLOPs
     gates: tuple[GateResult, ...] = ()
+    notices: tuple[str, ...] = ()  # what the user was told on the way: what was repaired or left out
     stages: tuple[StageRecord, ...]
     environment: Environment
     command: str

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimheads.bench import Latency
-from slimheads.chain import lengths_of
+from slimheads.certificate import Link
 from slimheads.checkpoint import read_config
 from slimheads.drift import Drift
 from slimheads.environment import Environment
@@ -19,7 +19,9 @@ from slimheads.inputs import NOUNS
 from slimheads.job import Job
 from slimheads.latency_gate import latency_bound
 from slimheads.latency_table import Predicted, predict
+from slimheads.lengths import lengths
 from slimheads.profiling import command, table_shapes
+from slimheads.publishing import Source
 from slimheads.recipe import Gates
 from slimheads.report import (
     GateResult,
@@ -36,7 +38,7 @@ from slimheads.report import (
     render_markdown,
     render_model_card,
 )
-from slimheads.store import Source
+from slimheads.side_files import stated_terms
 from slimheads.table_store import Setting, stored
 from slimheads.tables import short_name
 from slimheads.treatments import Treatment
@@ -48,6 +50,7 @@ _REMEDIES = {
     "min_cosine": "delete fewer heads, or try scope: layer",
     "max_perplexity_ratio": "delete fewer heads, or try scope: layer",
     "min_top1_agreement": "delete fewer heads, or try scope: layer",
+    "min_precision_cosine": "leave that precision out of export.precisions, or for int8 try another export.int8_for",
 }
 BROKEN_PROOF = "the certificate failed, so nothing after it was measured"
 
@@ -67,7 +70,8 @@ def assemble(
     latency = tuple(Latency.model_validate(row) for row in measured["latency"])
     drift, drift_text = (_drift_of(job, key) for key in ("drift", "drift_text"))
     facts = _facts(job)
-    gates = judge(job.recipe.gates, latency, [d for d in (drift, drift_text) if d], facts.dense, facts.slim)
+    drifts = [d for d in (drift, drift_text) if d]
+    gates = judge(job.recipe.gates, latency, drifts, facts.dense, facts.slim, certificate.links)
     error = certificate.error()
     unmet = [_unmet(gate, job) for gate in gates if not gate.met]
     predictions, no_table = predict_rows(job, latency)
@@ -85,7 +89,8 @@ def assemble(
         plan=PlanTable.model_validate(job.plan().to_json(), strict=False),
         certificate=certificate.links,
         certificate_skipped=certificate.skipped,
-        lengths=lengths_of(job.dense().config),
+        lengths=lengths(job.dense().config),
+        left_out=certificate.left_out,
         drift=drift,
         drift_reason=None if drift else drift_reason,
         drift_text=drift_text,
@@ -98,6 +103,7 @@ def assemble(
         predictions=predictions,
         predictions_reason=no_table if predictions else BROKEN_PROOF,
         gates=gates,
+        notices=tuple(job.notices),
         stages=tuple(stages),
         environment=surroundings,
         command=command,
@@ -190,7 +196,12 @@ def _shareable(report: Report) -> Report:
 
 
 def judge(
-    gates: Gates, latency: Sequence[Latency], drifts: Sequence[Drift], dense: Size, slim: Size
+    gates: Gates,
+    latency: Sequence[Latency],
+    drifts: Sequence[Drift],
+    dense: Size,
+    slim: Size,
+    links: Sequence[Link] = (),
 ) -> tuple[GateResult, ...]:
     """Every gate the recipe sets, against the worst measurement it applies to. What was not measured is not met."""
     found: list[GateResult] = []
@@ -208,7 +219,18 @@ def judge(
         limit = getattr(gates, gate)
         if limit is not None:
             found.append(_at_least(gate, limit, _worst(drifts, figure, min), figure.replace("_", " ")))
+    if gates.min_precision_cosine is not None:
+        found.append(_precision_gate(gates.min_precision_cosine, [link for link in links if link.precision]))
     return tuple(found)
+
+
+def _precision_gate(limit: float, links: Sequence[Link]) -> GateResult:
+    """The file whose rounding costs most; where float32 ships alone there is nothing that could lose anything."""
+    name = "min_precision_cosine"
+    if not links:
+        return GateResult(gate=name, limit=limit, measured=None, met=True, reason="nothing but float32 ships")
+    worst = min(links, key=lambda link: -1.0 if link.cosine is None else link.cosine)
+    return _at_least(name, limit, worst.cosine, f"{worst.precision} ({worst.subject}): mean cosine to float32")
 
 
 def _unmet(gate: GateResult, job: Job) -> GateError:
@@ -288,6 +310,7 @@ def _facts(job: Job) -> ModelFacts:
         reload_note=pruned["reload_note"],
         sentence_transformers=pruned["sentence_transformers"],
         encoder_decoder=config.is_encoder_decoder,
+        terms=stated_terms(job.source.folder),
     )
 
 

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from slimheads.attention import Projection, Site, Unit, find_sites
-from slimheads.errors import ModelRefusedError
+from slimheads.errors import ModelRefusedError, require_known
 
+METHODS = ("magnitude",)
 ROLES = ("query", "key", "value", "output")
 CACHED = 2**17  # elements that a thread widens to float32 at a time: 512 KiB
 
@@ -80,10 +81,10 @@ def score(model: PreTrainedModel, method: str = "magnitude") -> Scores:
         method: "magnitude", the only one so far.
 
     Raises:
+        UsageError: the method is not known.
         ModelRefusedError: the model's family is not covered, or a weight holds NaN or infinity (the tensor is named).
     """
-    if method != "magnitude":
-        raise ValueError(f"unknown scoring method {method!r}")
+    require_known("score.method", method, METHODS)
     modules, sites = dict(model.named_modules()), find_sites(model)
     alike: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:  # layers that are divided alike share their labels, which then are looked at once

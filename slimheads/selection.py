@@ -26,7 +26,7 @@ from itertools import accumulate, count, pairwise
 from typing import Any, Literal, get_args
 
 from slimheads.attention import Unit
-from slimheads.errors import UsageError
+from slimheads.errors import UsageError, require_known
 from slimheads.scoring import Scores, SiteScores
 
 Scope = Literal["global", "layer"]
@@ -147,7 +147,7 @@ class _Chunk:
 class _Ranking:
     """Chunks that compete with each other, in the order in which they go, out of `total` units."""
 
-    where: str | None
+    site: str | None  # None: of all sites together
     total: int
     chunks: tuple[_Chunk, ...]
 
@@ -188,31 +188,28 @@ def select(
         UsageError: the ratio cannot be met under these floors, or would remove nothing although it is above 0; no
             site matches, or none has groups although `within_groups` is set.
     """
-    if not 0 <= ratio < 1:
-        raise UsageError(f"ratio {ratio} is not in [0, 1)", hint="at least one unit stays in every site")
-    if isinstance(multiple_of, str):
-        hint = "give a number here; a recipe with multiple_of: auto has it measured"
-        raise UsageError(f"multiple_of {multiple_of!r} takes a latency table, and scores alone have none", hint=hint)
-    if keep_at_least < 1 or multiple_of < 1:
-        raise UsageError("keep_at_least and multiple_of start at 1", hint="every site keeps at least one unit")
+    _require_rules(ratio, scope, normalize, keep_at_least, multiple_of, counts)
     candidates = _candidates(scores, within_groups)
     eligible = _eligible(candidates, sites)
     chunks = [_chunks(candidate, normalize, keep_at_least, multiple_of) for candidate in eligible]
     totals = [candidate.total for candidate in eligible]
     if counts == "equal" and len(set(totals)) > 1:
-        raise UsageError("counts: equal needs the same number of units in every site", hint="use counts: any")
+        what = "counts: equal needs the same number of units in every site"
+        raise UsageError(what, keys=("select.counts",), hint="use counts: any")
     if scope == "layer" or counts == "equal":
         named = zip(eligible, totals, chunks, strict=True)
         rankings = [_Ranking(c.site, total, tuple(own)) for c, total, own in named]
     else:
         ranked = sorted((chunk for own in chunks for chunk in own), key=lambda c: (c.cost, c.site))
         rankings = [_Ranking(None, sum(totals), tuple(ranked))]
-    removed = {unit for ranking in rankings for unit in _take(ranking, ratio, rankings)}
+    floors = _floors(keep_at_least, multiple_of)
+    removed = {unit for ranking in rankings for unit in _take(ranking, ratio, rankings, floors)}
     if ratio > 0 and not removed:
         works = _working_ratios(rankings)
         hint = _SINGLE if max(totals) == 1 else _LET_GO
         raise UsageError(
             f"ratio {ratio} removes nothing here",
+            keys=("select.ratio", *floors) if works or max(totals) == 1 else floors,
             hint=f"the smallest ratio that removes a unit is {works[0]}; use 0 to change nothing" if works else hint,
         )
     return Plan(
@@ -223,10 +220,40 @@ def select(
     )
 
 
+def _require_rules(
+    ratio: float, scope: str, normalize: str, keep_at_least: int, multiple_of: int | str, counts: str
+) -> None:
+    """What no scores would make right.
+
+    Raises:
+        UsageError: with the key of the recipe that it is about.
+    """
+    for key, value, known in (("scope", scope, Scope), ("normalize", normalize, Normalize), ("counts", counts, Counts)):
+        require_known(f"select.{key}", value, get_args(known))
+    if not 0 <= ratio < 1:
+        hint = "at least one unit stays in every site"
+        raise UsageError(f"ratio {ratio} is not in [0, 1)", keys=("select.ratio",), hint=hint)
+    if isinstance(multiple_of, str):
+        what = f"multiple_of {multiple_of!r} takes a latency table, and scores alone have none"
+        hint = "give a number here; a recipe with multiple_of: auto has it measured"
+        raise UsageError(what, keys=("select.multiple_of",), hint=hint)
+    for key, floor in (("keep_at_least", keep_at_least), ("multiple_of", multiple_of)):
+        if floor < 1:
+            hint = "every site keeps at least one unit"
+            raise UsageError(f"{key} is {floor}, and starts at 1", keys=(f"select.{key}",), hint=hint)
+
+
+def _floors(keep_at_least: int, multiple_of: int) -> tuple[str, ...]:
+    """The keys of the two floors, the stricter one first."""
+    keys = ("select.keep_at_least", "select.multiple_of")
+    return keys if keep_at_least >= multiple_of else keys[::-1]
+
+
 def _candidates(scores: Scores, within_groups: bool) -> list[_Candidate]:
     if within_groups and not any(site.query_heads for site in scores.sites):
         hint = "leave within_groups out: heads are what is deleted here"
-        raise UsageError("within_groups has nothing to act on: no site has several KV groups of query heads", hint=hint)
+        what = "within_groups has nothing to act on: no site has several KV groups of query heads"
+        raise UsageError(what, keys=("select.within_groups",), hint=hint)
     return [_Candidate.of(index, site, within_groups) for index, site in enumerate(scores.sites)]
 
 
@@ -234,7 +261,7 @@ def _eligible(candidates: Sequence[_Candidate], sites: str) -> list[_Candidate]:
     found = [c for c in candidates if fnmatchcase(c.site, sites)]
     if not found:
         hint = f"the first site is {candidates[0].site}, and * stands for any text"
-        raise UsageError(f"no site matches '{sites}'", hint=hint)
+        raise UsageError(f"no site matches '{sites}'", keys=("select.sites",), hint=hint)
     return found
 
 
@@ -275,13 +302,16 @@ def _chunks(site: _Candidate, normalize: Normalize, keep_at_least: int, multiple
     return chunks
 
 
-def _take(ranking: _Ranking, ratio: float, rankings: Sequence[_Ranking]) -> set[tuple[int, int]]:
+def _take(
+    ranking: _Ranking, ratio: float, rankings: Sequence[_Ranking], floors: tuple[str, ...]
+) -> set[tuple[int, int]]:
     wanted = ranking.wanted(ratio)
     if wanted > ranking.possible:
         works = _working_ratios(rankings)
+        units = f"{ranking.total} units" + (f" of {ranking.site}" if ranking.site else "")
         raise UsageError(
-            f"ratio {ratio} means {wanted} of {ranking.total} units, but the floors let only {ranking.possible} go",
-            where=ranking.where,
+            f"ratio {ratio} means {wanted} of {units}, but the floors let only {ranking.possible} go",
+            keys=("select.ratio", *floors) if works else floors,
             hint=f"use a ratio of at most {works[-1]}, or lower the floors" if works else _LET_GO,
         )
     taken: set[tuple[int, int]] = set()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -23,7 +22,9 @@ from slimheads.export import ENCODER, FIRST_DECODER, MERGED_DECODER, NEXT_DECODE
 from slimheads.inputs import make_inputs, takes_text
 from slimheads.interface import read_interface
 from slimheads.lengths import Change
-from slimheads.parity import BATCHES, LENGTHS, PAST, Form, Outputs, Padding, position_limit, tried_changes
+from slimheads.limits import position_limit
+from slimheads.onnx_runtime import onnxruntime
+from slimheads.parity import BATCHES, LENGTHS, PAST, Form, Outputs, Padding, tried_changes
 from slimheads.sessions import open_session
 
 _NO_IDS = np.zeros((1, 0), np.int64)
@@ -84,7 +85,7 @@ def _continued(config: PretrainedConfig, rng: np.random.Generator, change: Chang
 
 
 def _sound_cases(config: PretrainedConfig, rng: np.random.Generator) -> Iterator[Seq2SeqCase]:
-    limit = decoder_limit(config)
+    limit = position_limit(config)
     for past in (0, min(PAST, limit // 2)):
         for batch in BATCHES:
             inputs = make_inputs(config, batch, 1, rng)
@@ -94,7 +95,7 @@ def _sound_cases(config: PretrainedConfig, rng: np.random.Generator) -> Iterator
                 yield Seq2SeqCase(batch, length, "no", past, inputs, ids)
     inputs = make_inputs(config, 1, 1, rng)
     del inputs["decoder_input_ids"]
-    for change in tried_changes(config, limit):
+    for change in tried_changes(config):
         case = Seq2SeqCase(1, change.length, "no", 0, inputs, rng.integers(0, config.vocab_size, (1, change.length)))
         yield case
         yield _continued(config, rng, change, case)
@@ -115,11 +116,6 @@ def decoder_start(model: PreTrainedModel) -> int:
         for source in (model.generation_config, model.config)
     )
     return next((token for token in named if isinstance(token, int)), 0)
-
-
-def decoder_limit(config: PretrainedConfig) -> int:
-    """Longest text that the decoder takes."""
-    return int(getattr(config, "max_target_positions", None) or position_limit(config))
 
 
 def outputs_of(part: str) -> Callable[[str], bool]:
@@ -164,9 +160,9 @@ class Files:
 
         return cls(path(ENCODER), path(FIRST_DECODER, MERGED_DECODER), path(NEXT_DECODER, MERGED_DECODER))
 
-    def open(self) -> Decoding:
-        """Sessions on them."""
-        sessions = {path: open_session(path) for path in {self.encoder, self.first, self.following}}
+    def open(self, *, optimize: bool = True) -> Decoding:
+        """Sessions on them, with or without ONNX Runtime's own fusions."""
+        sessions = {path: open_session(path, optimize=optimize) for path in {self.encoder, self.first, self.following}}
         return Decoding(sessions[self.encoder], sessions[self.first], sessions[self.following])
 
 

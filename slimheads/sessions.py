@@ -11,10 +11,10 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import onnx
-import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from slimheads.errors import EnvironmentLackError, UsageError
+from slimheads.errors import EnvironmentLackError, UsageError, require_known
+from slimheads.onnx_runtime import onnxruntime
 
 Provider = Literal["cpu", "cuda"]
 
@@ -60,7 +60,7 @@ def open_session(
     """
     path, wanted = Path(path), _provider_name(provider)
     if threads < 1:
-        raise UsageError(f"{threads} threads were asked for", where="threads", hint="give 1 or more")
+        raise UsageError(f"{threads} threads were asked for", keys=("bench.threads",), hint="give 1 or more")
     require_provider(provider)
     if not path.is_file():
         raise UsageError("there is no such ONNX file", where=str(path), hint="check the path")
@@ -79,6 +79,7 @@ def open_session(
         raise EnvironmentLackError(
             f"{wanted} could not be started: the session runs on {real}",
             where=str(path),
+            keys=("bench.providers",),
             hint="check the driver and the libraries that this provider needs",
         )
     return session
@@ -95,7 +96,7 @@ def require_provider(provider: str) -> None:
     if wanted not in available:
         raise EnvironmentLackError(
             f"this onnxruntime ({onnxruntime.__version__}) has no {wanted}, only {', '.join(available)}",
-            where=f"provider {provider}",
+            keys=("bench.providers",),
             hint="install the onnxruntime package that has it, or name another provider",
         )
 
@@ -180,8 +181,7 @@ def _with_cpu(provider: str) -> list[str]:
 
 
 def _provider_name(provider: str) -> str:
-    if provider not in PROVIDERS:
-        raise UsageError(f"provider {provider!r} is not known", hint=f"choose one of {', '.join(PROVIDERS)}")
+    require_known("bench.providers", provider, PROVIDERS)
     return PROVIDERS[provider]
 
 

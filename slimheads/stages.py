@@ -6,6 +6,7 @@ A stage's key covers what the stages it reads left, so it changes when anything 
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -15,32 +16,34 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 import slimheads
 from slimheads import flops
 from slimheads.bench_stage import bench_section, bench_work
 from slimheads.certificate import verify
-from slimheads.checkpoint import side_files, weight_files
+from slimheads.checkpoint import weight_files
+from slimheads.cpu import cpu_features
 from slimheads.disk import sha256_file
 from slimheads.drift import Drift, drift_on_inputs, measure_drift
 from slimheads.environment import installed
-from slimheads.errors import SlimheadsError
 from slimheads.export import Candidate, build_candidate, export, file_name
 from slimheads.gating import gated
 from slimheads.inputs import NOUNS, inputs_kind, read_inputs
+from slimheads.intake import judged_config
 from slimheads.job import Job, candidate_folder
 from slimheads.latency_table import LatencyTable
 from slimheads.model import load, save
-from slimheads.pooling import pooling_of
+from slimheads.pooling import embedding_of
 from slimheads.profiling import setting_of, table_shapes
 from slimheads.recipe import Recipe
 from slimheads.reload import reload_tier
 from slimheads.scoring import Scores, score
 from slimheads.selection import Plan, random_plan, select
+from slimheads.sentence_modules import MODULES
+from slimheads.side_files import side_files
 from slimheads.snapping import Selection, choose_step
 from slimheads.surgery import prune
 from slimheads.texts import read_texts
+from slimheads.tokenizing import load_tokenizer
 
 CONTROL_SEEDS = (1, 2, 3)
 _VERSIONED = (
@@ -122,19 +125,16 @@ def _select(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
 
 
 def choose(scores: Scores, recipe: Recipe, tables: Sequence[LatencyTable] = ()) -> tuple[Plan, Selection]:
-    """`select` by the recipe; its error names the recipe's line.
+    """`select` by the recipe; its error points at the recipe's key.
 
     Args:
         tables: of the model at the recipe's shapes; only `multiple_of: auto` needs them.
     """
     asked, rules = recipe.select.multiple_of, _dump(recipe.select)
-    try:
+    with recipe.located():
         if asked == "auto" and tables:
             return choose_step(scores, rules, tables)
         return select(scores, **rules), Selection(asked=asked, multiple_of=asked)
-    except SlimheadsError as error:
-        error.where = recipe.where("select.ratio")
-        raise
 
 
 # prune
@@ -142,7 +142,7 @@ def choose(scores: Scores, recipe: Recipe, tables: Sequence[LatencyTable] = ()) 
 
 def _prune(job: Job, folder: Path) -> tuple[dict[str, Any], bool]:
     plan, out = job.plan(), folder / "slim"
-    model = prune(load(job.source.folder, job.source.task), plan)
+    model = prune(load(job.source.folder, job.source.asked), plan)
     save(model, out)
     if plan.removed == 0:
         # Ratio 0 changes nothing: the weights that ship are the source's own files, byte for byte.
@@ -155,7 +155,8 @@ def _prune(job: Job, folder: Path) -> tuple[dict[str, Any], bool]:
             shutil.copyfile(index, out / index.name)
     tier, note = reload_tier(out, model, job.source.task)
     facts = {"reload": tier, "reload_note": note, "parameters": flops.parameters(model)}
-    return facts | {"sentence_transformers": (out / "modules.json").is_file()}, True
+    embeds = job.source.task == "feature-extraction" and (out / MODULES).is_file()
+    return facts | {"sentence_transformers": embeds}, True
 
 
 # recover
@@ -168,9 +169,14 @@ def _recover(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
 # export
 
 
+def _export_section(job: Job) -> dict[str, Any]:
+    """What the graphs depend on; which of them may ship is the certificate's affair."""
+    return {key: value for key, value in _dump(job.recipe.export).items() if key != "on_weak_precision"}
+
+
 def _export(job: Job, folder: Path) -> tuple[dict[str, Any], bool]:
     section = job.recipe.export
-    options = _dump(section)
+    options = _export_section(job)
     del options["candidates"]
     for side, model in (("dense", job.dense), ("slim", job.slim)):
         job.tell(f"{side} to ONNX ({', '.join(section.precisions)})")
@@ -200,8 +206,9 @@ def _candidate(job: Job, exported: Path, candidate: Candidate) -> str | None:
 
 def _beside_graphs(job: Job, folder: Path) -> None:
     """optimum's and transformers.js's clients look for config.json beside onnx/."""
-    for side, source in (("dense", job.source.folder), ("slim", job.slim_folder)):
-        shutil.copyfile(source / "config.json", folder / side / "config.json")
+    dense = json.dumps(judged_config(job.source.folder), indent=2, ensure_ascii=False) + "\n"
+    (folder / "dense" / "config.json").write_text(dense, encoding="utf-8")
+    shutil.copyfile(job.slim_folder / "config.json", folder / "slim" / "config.json")
     generation = job.slim_folder / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, folder / "slim" / generation.name)
@@ -217,7 +224,8 @@ def _verify_section(job: Job) -> dict[str, Any]:
     )
     content["inputs"] = sha256_file(Path(section.inputs)) if section.inputs else None
     export = job.recipe.export
-    return _dump(section) | content | {"precisions": list(export.precisions), "candidates": list(export.candidates)}
+    keys = ("precisions", "candidates", "int8_for", "on_weak_precision")
+    return _dump(section) | content | {key: _dump(export)[key] for key in keys} | {"cpu": cpu_features()}
 
 
 def _verify(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
@@ -234,6 +242,8 @@ def _verify(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
         precisions=job.recipe.export.precisions,
         atol=job.recipe.verify.atol,
         rtol=job.recipe.verify.rtol,
+        int8_for=job.recipe.export.int8_for,
+        on_weak_precision=job.recipe.export.on_weak_precision,
         candidates={candidate: candidate_folder(exported.path, candidate) for candidate in built},
         on_progress=job.tell,
     )
@@ -241,6 +251,7 @@ def _verify(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
         "links": [link.model_dump(mode="json") for link in certificate.links],
         "skipped": [link.model_dump(mode="json") for link in certificate.skipped],
         "candidates": [proof.model_dump(mode="json") for proof in certificate.candidates],
+        "left_out": [one.model_dump(mode="json") for one in certificate.left_out],
         "drift": None,
         "drift_text": None,
     }
@@ -262,11 +273,11 @@ def _drift(job: Job, name: str, text: Path | None) -> dict[str, Any]:
         job.dense(),
         job.slim(),
         _controls(job),
-        _tokenizer(job.source.folder),
+        load_tokenizer(job.source.folder, job.dense().config),
         read_texts(text),
         task=job.source.task,
         sample_name=name,
-        pooling=pooling_of(job.source.folder),
+        embedding=embedding_of(job.source.folder),
     )
     return drift.model_dump(mode="json")
 
@@ -291,22 +302,13 @@ def _controls(job: Job) -> list[tuple[int, Callable[[], AbstractContextManager[A
     return [(seed, partial(gated, job.dense(), plan)) for seed, plan in plans]
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
-        return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
-    return tokenizer
-
-
 STAGES: tuple[Stage, ...] = (
     Stage("load", (), _content, _load),
     Stage("score", ("load",), lambda job: _dump(job.recipe.score), _score),
     Stage("select", ("score",), _select_section, _select),
     Stage("prune", ("load", "select"), lambda _: {}, _prune),
     Stage("recover", ("prune",), lambda job: _dump(job.recipe.recover), _recover),
-    Stage("export", ("load", "recover"), lambda job: _dump(job.recipe.export), _export),
+    Stage("export", ("load", "recover"), _export_section, _export),
     Stage("verify", ("select", "recover", "export"), _verify_section, _verify),
     Stage("bench", ("export",), bench_section, bench_work),
 )

@@ -1,8 +1,8 @@
-"""What a stage left: keyed by content, published by rename.
+"""What a stage left: keyed by content, in its place by one rename.
 
     OUT/.slimheads/lock                       held by the one run that may write in OUT
     OUT/.slimheads/holder                     its process id, for the message to the one that is refused
-    OUT/.slimheads/published.json             the names in OUT that are ours to replace
+    OUT/.slimheads/published.json             the files in OUT that are ours to replace (`output_folder`)
     OUT/.slimheads/stages/STAGE/KEY/          one finished stage: record.json and its files
     OUT/.slimheads/tmp-*                      work under way; left over only by a killed run
 
@@ -16,11 +16,9 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
@@ -29,35 +27,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from slimheads.disk import (
     disk_full_named,
     files_below,
-    is_there,
-    move_all,
     new_folder,
     remove,
+    sha256_file,
     sync,
     sync_folders,
     unwritable_named,
     write,
 )
-from slimheads.disk import (
-    sha256_file as sha256_file,
-)
-from slimheads.errors import OutputBusyError, UsageError
+from slimheads.errors import OutputBusyError
+from slimheads.output_folder import PUBLISHED, refuse_foreign, refuse_links
+from slimheads.publishing import OWN_FOLDER, undo
 
 log = logging.getLogger(__name__)
-
-PUBLISHED = (
-    "slim",
-    "dense",
-    "recipe.yaml",
-    "scores.json",
-    "plan.json",
-    "report.json",
-    "report.md",
-    "report.html",
-)
-
-Content = Path | bytes
-Source = Content | Mapping[str, Content]
 
 
 class Stamp(BaseModel):
@@ -80,6 +62,7 @@ class Record(BaseModel):
     peak_rss_mb: float | None
     result: dict[str, Any]
     files: dict[str, Stamp]
+    notices: list[str] = []  # what the stage told, to be told again where its result is reused
 
 
 def stage_key(stage: str, section: Mapping[str, Any], upstream: Sequence[str], versions: Mapping[str, str]) -> str:
@@ -107,13 +90,17 @@ def _json(data: object) -> bytes:
 def lock(folder: Path) -> Iterator[None]:
     """Hold an output folder, made if need be, for one run; a killed run's hold ends with it.
 
+    What a killed run left half published is undone, and then what it left over is cleared.
+
     Raises:
         OutputBusyError: another run holds it.
-        UsageError: it cannot be made or written, or holds files of somebody else's under the names of ours.
-        EnvironmentLackError: the disk is full.
+        UsageError: it cannot be made or written, holds files of somebody else's under the names of ours, or our own
+            folder in it leads elsewhere.
+        EnvironmentLackError: the disk is full, or fails.
     """
     inside = folder / ".slimheads"
     with unwritable_named(folder):
+        refuse_links(inside)
         inside.mkdir(parents=True, exist_ok=True)
         held = FileLock(inside / "lock")
         try:
@@ -124,9 +111,11 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         with unwritable_named(folder):
             holder.write_text(str(os.getpid()), encoding="ascii")
+        if undo(folder):
             for left_over in inside.glob("tmp-*"):
-                remove(left_over)
-        _refuse_foreign(folder, PUBLISHED)
+                if OWN_FOLDER.fullmatch(left_over.name):
+                    remove(left_over)
+        refuse_foreign(folder, PUBLISHED)
         yield
     finally:
         with suppress(OSError):
@@ -153,7 +142,7 @@ class Store:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._inside = out / ".slimheads"
+        self.inside = out / ".slimheads"
 
     def find(self, stage: str, key: str) -> Record | None:
         """The finished stage with this key, every file checked against its hash; None if there is none.
@@ -177,7 +166,7 @@ class Store:
     @contextmanager
     def begin(self, stage: str, key: str) -> Iterator[Work]:
         """A folder to work in. It becomes the stage's record with `publish`, or else is gone when the block ends."""
-        path = new_folder(self._inside)
+        path = new_folder(self.inside)
         try:
             with disk_full_named(self.out):
                 yield Work(path, stage, key, self._folder(stage, key))
@@ -189,7 +178,7 @@ class Store:
         remove(self._folder(stage, key))
 
     def _folder(self, stage: str, key: str) -> Path:
-        return self._inside / "stages" / stage / key
+        return self.inside / "stages" / stage / key
 
 
 class Work:
@@ -199,13 +188,16 @@ class Work:
         self.path = path
         self._stage, self._key, self._target = stage, key, target
 
-    def publish(self, result: Mapping[str, Any], seconds: float, peak_rss_mb: float | None) -> Record:
+    def publish(
+        self, result: Mapping[str, Any], seconds: float, peak_rss_mb: float | None, notices: Sequence[str] = ()
+    ) -> Record:
         """Make what was written the stage's record, in place of every earlier one of that stage.
 
         Args:
             result: the stage's result as JSON types, without NaN.
             seconds: wall-clock time it took.
             peak_rss_mb: the process's peak resident memory in MiB, if known.
+            notices: what the stage told.
         """
         files = {}
         for file in files_below(self.path):
@@ -222,6 +214,7 @@ class Work:
             peak_rss_mb=None if peak_rss_mb is None else float(peak_rss_mb),
             result=json.loads(_json(result)),
             files=files,
+            notices=list(notices),
         )
         content = record.model_dump(mode="json")
         write(self.path / "record.json", _json({**content, "digest": _digest(content)}))
@@ -260,113 +253,3 @@ def _check_files(record: Record) -> None:
             raise ValueError(f"{name} has {size} bytes, not {stamp.bytes}")
         if sha256_file(there[name]) != stamp.sha256:
             raise ValueError(f"{name} was changed")
-
-
-def publish(out: Path, wanted: Mapping[str, Source], retract: Iterable[str] = ()) -> None:
-    """Make the output folder show one run: each wanted name whole, each retracted one gone.
-
-    Everything is assembled aside first. Then all old names are moved away and the new ones moved in, in the given
-    order. So a reader, or a crash between two renames, finds a name whole or not at all, and never a mix of two runs.
-    Files of stage records are hard-linked but for ONNX external data; others are copied: an edit of the output must not
-    reach the user's sources.
-
-    Args:
-        out: the output folder; the caller holds its lock.
-        wanted: name -> a file or folder, bytes, or a folder's content as relative path -> file, folder or bytes.
-        retract: names to remove; those that are wanted stay.
-
-    Raises:
-        UsageError: a name is taken by something that no run of ours made.
-        EnvironmentLackError: the disk is full; nothing was changed.
-    """
-    names = list(dict.fromkeys([*wanted, *retract]))
-    _refuse_foreign(out, names)
-    with disk_full_named(out):
-        aside = new_folder(out / ".slimheads")
-        try:
-            new, old = aside / "new", aside / "old"
-            new.mkdir()
-            old.mkdir()
-            for name, source in wanted.items():
-                _assemble(new, name, source, own=out / ".slimheads")
-            sync_folders(new)
-            _write_ours(out, _ours(out) | set(wanted))
-            moves = [(out / name, old / name) for name in names if is_there(out / name)]
-            move_all(moves + [(new / name, out / name) for name in wanted])
-            sync(out)
-            _write_ours(out, _ours(out) - (set(retract) - set(wanted)))
-        finally:
-            remove(aside)
-
-
-def _assemble(folder: Path, name: str, source: Source, own: Path) -> None:
-    """Put one name together below `folder`."""
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or not relative.parts or ".." in relative.parts:
-        raise ValueError(f"{name!r} does not stay inside its folder")
-    target = folder / relative
-    if isinstance(source, Mapping):
-        target.mkdir(parents=True)
-        for below, content in source.items():
-            _assemble(target, below, content, own)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_file():
-        raise ValueError(f"{name} is given twice")
-    if isinstance(source, bytes):
-        write(target, source)
-    elif source.is_dir():
-        target.mkdir(exist_ok=True)
-        for file in sorted(path for path in source.rglob("*") if path.is_file()):
-            if not (_is_own(source, own) and file == source / "record.json"):
-                _assemble(target, file.relative_to(source).as_posix(), file, own)
-    else:
-        _link_or_copy(source, target, own)
-
-
-def _is_own(source: Path, own: Path) -> bool:
-    return own.resolve() in source.resolve().parents
-
-
-def _link_or_copy(source: Path, target: Path, own: Path) -> None:
-    # onnx reads no weights beside a graph that have a second name: they could be those of somebody else.
-    if _is_own(source, own) and not source.name.endswith(".onnx_data"):
-        try:
-            os.link(source, target)
-        except OSError:  # a filesystem without hard links, or their limit reached
-            log.debug("%s cannot be linked, copying it", source)
-        else:
-            return
-    shutil.copyfile(source, target)
-    sync(target)
-
-
-def _ours(out: Path) -> set[str]:
-    """The names that runs of ours published in `out`."""
-    try:
-        names = json.loads((out / ".slimheads" / "published.json").read_bytes())["names"]
-        return {name for name in names if isinstance(name, str)}
-    except FileNotFoundError:
-        return set()
-    except (ValueError, KeyError, TypeError) as error:
-        log.warning("published.json is damaged: %s", " ".join(str(error).split()))
-        return set()
-
-
-def _write_ours(out: Path, names: set[str]) -> None:
-    path = out / ".slimheads" / "published.json"
-    draft = path.with_name(f"tmp-{uuid.uuid4().hex}")
-    write(draft, _json({"format": 1, "names": sorted(names)}))
-    draft.replace(path)
-
-
-def _refuse_foreign(out: Path, names: Iterable[str]) -> None:
-    """A folder of the user's own that happens to be called `slim` must not be replaced."""
-    ours = _ours(out)
-    for name in names:
-        if name not in ours and is_there(out / name):
-            raise UsageError(
-                "was not made by slimheads, and a run would replace it",
-                where=str(out / name),
-                hint="move it away, or choose another folder with --out",
-            )

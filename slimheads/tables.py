@@ -174,7 +174,10 @@ def largest(link: Link) -> str:
 def allowed(link: Link) -> str:
     """The tolerance a link was held to: atol + rtol x |reference|, or rtol of the largest output."""
     if link.atol is None:
-        return "no deviation" if link.rtol is None else f"{w.percent(link.rtol)} of the largest output"
+        if link.rtol is None:
+            return "no deviation"
+        share = w.percent(link.rtol) if link.rtol >= 1e-3 else w.tolerance(link.rtol)
+        return f"{share} of the largest output"
     return w.tolerance(link.atol) + (f" + {w.tolerance(link.rtol)} relative" if link.rtol else "")
 
 
@@ -299,6 +302,7 @@ def environment_table(report: Report) -> Table:
     rows += [
         ("Platform", env.platform),
         ("CPU", env.cpu),
+        ("CPU features", hidden if env.cpu_features is None else ", ".join(env.cpu_features)),
         ("Cores", f"{cores}, {env.cores_usable:g} usable"),
         ("CPU governor", env.cpu_governor or hidden),
     ]

@@ -15,6 +15,7 @@ from slimheads.environment import Check
 from slimheads.preview import Preview, plan_of
 from slimheads.profiling import Profile
 from slimheads.scoring import Scores
+from slimheads.streams import SteadyConsole
 
 _AGAIN = "profile with --again on a machine that does nothing else"
 _UNWRAPPED = 100_000  # columns: a line a row, however long, for grep and its like
@@ -22,8 +23,8 @@ _UNWRAPPED = 100_000  # columns: a line a row, however long, for grep and its li
 
 def stdout() -> Console:
     """Plain, unwrapped text where stdout is a file or a pipe."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_UNWRAPPED)
+    console = SteadyConsole(highlight=False)
+    return console if console.is_terminal else SteadyConsole(highlight=False, width=_UNWRAPPED)
 
 
 def print_scores(scores: Scores) -> None:

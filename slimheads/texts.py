@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimheads.errors import UsageError
 from slimheads.export import seq2seq_generate
-from slimheads.seq2seq import decoder_limit, decoder_start
+from slimheads.limits import position_limit
+from slimheads.seq2seq import decoder_start
 
 
 def read_texts(path: Path | None) -> tuple[str, ...]:
@@ -29,15 +30,17 @@ def read_texts(path: Path | None) -> tuple[str, ...]:
             data = path.read_bytes()
         except OSError as error:
             hint = "name a UTF-8 text file with one text a line"
-            raise UsageError(f"the texts cannot be read ({error.strerror})", where=where, hint=hint) from error
+            what = f"{where}: the texts cannot be read ({error.strerror})"
+            raise UsageError(what, keys=("verify.text",), hint=hint) from error
     try:
         lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError("the texts are not UTF-8", where=f"{where}:{line}", hint="save the file as UTF-8") from error
+        what = f"{where}:{line}: the texts are not UTF-8"
+        raise UsageError(what, keys=("verify.text",), hint="save the file as UTF-8") from error
     texts = tuple(text for line in lines if (text := line.strip()))
     if not texts:
-        raise UsageError("the file has no text", where=where, hint="write one text a line")
+        raise UsageError(f"{where}: the file has no text", keys=("verify.text",), hint="write one text a line")
     return texts
 
 
@@ -59,7 +62,7 @@ def text_batches(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, size: int
 ) -> Iterator[TextBatch]:
     """Texts of like length together. Padded here and not by the tokenizer, which may have no pad token, or pad left."""
-    limit = min(max_length, tokenizer.model_max_length, _positions(model))
+    limit = min(max_length, tokenizer.model_max_length, position_limit(model.config))
     encoded: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
     rows = sorted((row for row in encoded if row), key=len)
     candidates = (tokenizer.pad_token_id, getattr(model.config, "pad_token_id", None), tokenizer.eos_token_id)
@@ -74,17 +77,9 @@ def text_batches(
         yield TextBatch(ids, mask, lengths)
 
 
-def _positions(model: PreTrainedModel) -> int:
-    """The longest text the position table holds; RoBERTa's kind starts counting after the padding index."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(module.num_embeddings - module.padding_idx - 1)
-    return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
-
-
 def answered(model: PreTrainedModel, batch: TextBatch, new_tokens: int = 32) -> TextBatch:
     """The texts with an encoder-decoder's own greedy answer to each, up to its end or to `new_tokens`."""
-    start, room = decoder_start(model), min(new_tokens, decoder_limit(model.config) - 1)
+    start, room = decoder_start(model), min(new_tokens, position_limit(model.config) - 1)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     answer = seq2seq_generate(model, inputs, start, room)
     named = getattr(model.generation_config or model.config, "eos_token_id", None)

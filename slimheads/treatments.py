@@ -12,11 +12,11 @@ from math import exp, log
 from pathlib import Path
 from typing import Literal
 
-import psutil
 from pydantic import BaseModel, ConfigDict
 
 from slimheads.bench import Interval, Latency, Verdict
 from slimheads.export import Candidate, graph_bytes
+from slimheads.memory import available_bytes
 from slimheads.treated import TreatedLatency
 from slimheads.wording import size
 
@@ -71,7 +71,7 @@ def lacking_memory(files: Sequence[Path]) -> str | None:
     ONNX Runtime keeps the weights as they are read and, for matrix products, packed for the CPU besides.
     """
     needed = 2 * sum(map(graph_bytes, (*files, files[0])))
-    free = psutil.virtual_memory().available
+    free = available_bytes()
     if needed <= free:
         return None
     return f"five sessions of this model need about {size(needed)} of memory, and {size(free)} are free"

@@ -155,7 +155,11 @@ class Headline(NamedTuple):
 def headline(report: Report) -> Headline:
     """A report in words, most important first."""
     drifts = (report.drift, report.drift_text)
-    warnings = [lost for drift in drifts if (lost := _lost_to_random(report, drift))]
+    warnings = [
+        f"{one.precision} was left out, as export.on_weak_precision: drop asks: {one.reason}."
+        for one in report.left_out
+    ]
+    warnings += [lost for drift in drifts if (lost := _lost_to_random(report, drift))]
     warnings += report.lengths.limits() if report.lengths else []
     lines = [_removed(report)]
     if report.latency:
@@ -174,6 +178,7 @@ def headline(report: Report) -> Headline:
         lines.append(_drift(report.drift_text, None, report.scores.method))
     lines.insert(len(lines) if report.proven else 0, _certificate(report))
     lines += [f"Lengths: {report.lengths}."] if report.lengths and report.proven else []
+    lines += [f"Note: {notice}." for notice in report.notices]
     return Headline(_one_stop(_verdict(report)), warnings, [_one_stop(line) for line in lines])
 
 
@@ -322,7 +327,8 @@ def _drift(drift: Drift | None, reason: str | None, method: str) -> str:
 def sample_size(drift: Drift) -> str:
     """125 texts, 3,104 tokens; or 64 images."""
     tokens = "" if drift.tokens is None else f", {whole(drift.tokens)} tokens"
-    return plural(drift.texts, drift.noun) + tokens
+    embedded = "" if drift.embedding in (None, "mean") else f", embedded by {drift.embedding}"
+    return plural(drift.texts, drift.noun) + tokens + embedded
 
 
 def _sample(drift: Drift) -> str:

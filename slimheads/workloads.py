@@ -11,7 +11,7 @@ from slimheads import flops
 from slimheads.binding import Shape
 from slimheads.export import ENCODER, MERGED_DECODER
 from slimheads.inputs import measured_shapes, takes_text
-from slimheads.seq2seq import decoder_limit
+from slimheads.limits import position_limit
 
 
 @dataclass(frozen=True)
@@ -44,4 +44,4 @@ def loaded_graphs(config: PretrainedConfig) -> tuple[str, ...]:
 def _step(config: PretrainedConfig, batch: int, length: int) -> Shape:
     """[batch, new tokens, tokens in the cache, encoder's positions]."""
     positions = length if takes_text(config) else config.max_source_positions
-    return batch, 1, min(length, decoder_limit(config) - 1), positions
+    return batch, 1, min(length, position_limit(config) - 1), positions

@@ -13,7 +13,7 @@ import onnx
 from transformers import PreTrainedModel
 
 from slimheads.certificate import Certificate, verify
-from slimheads.export import Candidate, KvAxes, Precision, export
+from slimheads.export import Candidate, Int8For, KvAxes, Precision, export
 from slimheads.model import load, save
 from slimheads.selection import Plan
 from slimheads.surgery import prune
@@ -50,7 +50,9 @@ class Shipped:
         shutil.copytree(self.root, root, dirs_exist_ok=True)
         return replace(self, root=root, slim=copy.deepcopy(self.slim))
 
-    def certificate(self, *precisions: Precision, candidates: Mapping[Candidate, Path] | None = None) -> Certificate:
+    def certificate(
+        self, *precisions: Precision, candidates: Mapping[Candidate, Path] | None = None, int8_for: Int8For = "any"
+    ) -> Certificate:
         """The certificate over fp32, these precisions and these candidates."""
         return verify(
             self.dense,
@@ -60,6 +62,7 @@ class Shipped:
             self.dense_onnx.parent,
             task=self.task,
             precisions=("fp32", *precisions),
+            int8_for=int8_for,
             candidates=candidates or {},
         )
 

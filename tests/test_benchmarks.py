@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from whole_runs import checkpoint
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FEW = ("--sets", "2", "--rounds", "1")
@@ -61,6 +62,12 @@ def test_memory_is_measured_in_a_process_of_its_own_and_held_to_the_limit(tmp_pa
 def test_export_is_compared_with_bare_optimum() -> None:
     [row] = rows("export_overhead.py", "--sizes", "1M", "--layouts", "llama", *FEW)
     assert row["optimum s"] > 0 and row["slimheads s"] > 0
+
+
+def test_int8_of_7_bits_is_compared_with_8() -> None:
+    found = rows("int8.py", "--model", str(checkpoint()), "--length", "8", "--threads", "1", "--seconds", "0.05")
+    assert [row["weights"] for row in found] == ["signed 7", "signed 8", "unsigned 8"]
+    assert found[0]["1 - mean cosine"] > found[1]["1 - mean cosine"]
 
 
 @pytest.mark.slow

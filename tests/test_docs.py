@@ -43,7 +43,8 @@ def test_the_readme_lists_every_command_and_every_option() -> None:
 
 
 def test_the_readme_lists_every_exit_code() -> None:
-    codes = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type)}
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    codes = {kind.exit_code for kind in kinds}
     listed = {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", README, flags=re.M) for code in row.split(",")}
     assert listed == codes | {0, 130, 143}
 

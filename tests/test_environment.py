@@ -158,7 +158,7 @@ def test_doctor_sees_what_is_missing_old_and_dangerous(monkeypatch: pytest.Monke
     versions = {"kernels": "0.4.0", "torch": "2.1.0", "onnx": None}
     monkeypatch.setattr(module, "installed", lambda name: versions.get(name, "1.0"))
     monkeypatch.setattr(metadata, "requires", lambda _: ["torch>=2.6", "onnx>=1.21", "pytest>=8; extra == 'dev'"])
-    monkeypatch.setattr(module, "_providers", lambda: ())
+    monkeypatch.setattr(module, "_runtime", lambda: ((), None))
     monkeypatch.setattr(module, "usable_cores", lambda: 0.5)
     monkeypatch.setattr(module, "MIN_DISK", 2**70)
     monkeypatch.setattr(module.tempfile, "TemporaryFile", _refuse)

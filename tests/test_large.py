@@ -17,7 +17,6 @@ from transformers import AutoModel, PreTrainedModel
 from whole_runs import checkpoint, report_of, slimheads, steady, visible, write_recipe
 
 from slimheads.attention import find_sites
-from slimheads.certificate import PRECISION_TOLERANCES
 from slimheads.checkpoint import read_config
 from slimheads.export import FILES, Precision, export, file_name, graph_files, parts_of
 from slimheads.export.precisions import to_fp16, to_int8
@@ -25,6 +24,7 @@ from slimheads.graph_check import quantized_faults
 from slimheads.memory import PeakMemory
 from slimheads.model import load
 from slimheads.parity import cases, compare_all, onnx_form
+from slimheads.precision_proof import FUSED_TOLERANCE, TOLERANCES
 from slimheads.selection import Plan
 from slimheads.sessions import open_session
 
@@ -179,7 +179,8 @@ def assert_it_becomes_smaller_and_stays_itself(out: Path, precision: Precision, 
     assert made.stat().st_size == pytest.approx(shrunk, rel=0.01)
     over = [case for case in cases(read_config(out / "slim"), "feature-extraction") if case.length == 8]
     forms = (onnx_form(open_session(path), ()) for path in (plain, made))
-    found = compare_all(*forms, over, None, PRECISION_TOLERANCES[precision])
+    tolerance = {"fp16": TOLERANCES["fp16"], "int8": FUSED_TOLERANCE}[precision]
+    found = compare_all(*forms, over, None, tolerance)
     assert len(found) == 3 and all(outcome.passed for outcome in found)
     if precision == "int8":
         assert not list(quantized_faults(plain, made))

@@ -17,6 +17,7 @@ from slimheads import load, parity, prune, save, score, select, seq2seq, stages
 from slimheads.export import export
 from slimheads.export.kv_cache import kv_shapes
 from slimheads.lengths import lengths
+from slimheads.limits import position_limit
 from slimheads.sessions import open_session
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 2, "long_factor": [40.0] * 2}
@@ -56,7 +57,7 @@ def test_the_lengths_of_change_of_a_configuration(
     kind: str, changes: dict[str, Any], expected: list[tuple[int, str, int | None]]
 ) -> None:
     config = config_of(kind, **changes)
-    found = lengths(config, parity.position_limit(config))
+    found = lengths(config)
     assert found is not None
     ends = [one for one in found.changes if one.wrong_past == "model"]
     assert [(one.length, one.key, one.tried) for one in found.changes if one not in ends] == expected
@@ -67,11 +68,11 @@ def test_the_lengths_of_change_of_a_configuration(
 def test_a_position_table_is_tried_up_to_its_end() -> None:
     for kind in ("bert", "gpt2", "opt", "mpt"):
         config = config_of(kind)
-        limit = parity.position_limit(config)
+        limit = position_limit(config)
         tried = parity.cases(config, "text-generation" if kind != "bert" else "feature-extraction")
         assert limit > 128 and max(case.past + case.length for case in tried) == limit
     config = config_of("whisper")
-    assert max(case.decoder_ids.shape[1] for case in seq2seq.cases(config)) == seq2seq.decoder_limit(config)
+    assert max(case.decoder_ids.shape[1] for case in seq2seq.cases(config)) == position_limit(config)
 
 
 def reached(tried: Sequence[parity.Case], change: int) -> set[str]:

@@ -26,6 +26,7 @@ from whole_runs import (
 from slimheads import stages
 from slimheads.certificate import Certificate
 from slimheads.errors import UsageError
+from slimheads.notices import tell
 from slimheads.pipeline import STAGE_NAMES, dry_run, run, stages_until
 from slimheads.recipe import Recipe
 from slimheads.report import Report
@@ -224,11 +225,17 @@ def test_a_result_that_may_not_be_reused_replaces_one_that_might(
     assert would_run(mine) == [stage]
 
 
-def test_an_edit_of_the_output_is_replaced_by_the_next_run(mine: Path) -> None:
-    whole = (mine / "out" / "slim" / "onnx" / "model.onnx").read_bytes()
-    (mine / "out" / "slim" / "onnx" / "model.onnx").write_bytes(b"edited in place")
+def test_an_edit_of_the_output_is_refused_by_name_until_it_is_moved_away(mine: Path) -> None:
+    edited = mine / "out" / "slim" / "onnx" / "model.onnx"
+    whole = edited.read_bytes()
+    edited.write_bytes(b"edited in place")
+    with pytest.raises(UsageError, match="was changed after slimheads made it") as caught:
+        again(mine)
+    assert caught.value.where == str(edited)
+    assert edited.read_bytes() == b"edited in place"
+    edited.rename(mine / "edited.onnx")
     assert again(mine).verdict.ok
-    assert (mine / "out" / "slim" / "onnx" / "model.onnx").read_bytes() == whole
+    assert edited.read_bytes() == whole
 
 
 @pytest.mark.parametrize("verdict", ["inconclusive", "not measured"])
@@ -427,3 +434,29 @@ def test_peak_memory_and_time_of_a_run_are_at_least_those_of_its_parts(done: Pat
     assert report["peak_rss_mb"] >= max(stage["peak_rss_mb"] for stage in report["stages"]) > 50
     assert report["seconds"] >= sum(stage["seconds"] for stage in report["stages"]) - 0.5
     assert torch.get_num_threads() >= 1
+
+
+def test_an_error_names_no_file_of_the_store(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged(*given: Any, **_: Any) -> Certificate:
+        file = given[3] / "onnx" / "model.onnx"
+        raise UsageError(f"{file} cannot be read", where=str(file), hint="export it again")
+
+    monkeypatch.setattr("slimheads.stages.verify", damaged)
+    with pytest.raises(UsageError) as failed:
+        again(mine, "verify.atol=1e-3")
+    assert str(failed.value).startswith("slim/onnx/model.onnx, as the verify stage has it: slim/onnx/model.onnx cannot")
+
+
+def test_what_a_stage_told_is_told_again_where_it_is_reused(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = stages.verify
+
+    def telling(*given: Any, **options: Any) -> Certificate:
+        tell("a layer was left out")
+        return real(*given, **options)
+
+    monkeypatch.setattr("slimheads.stages.verify", telling)
+    assert again(mine, "verify.atol=1e-3").notices == ("a layer was left out",)
+    monkeypatch.undo()
+    steady(monkeypatch)
+    report = again(mine, "verify.atol=1e-3")
+    assert ran(report) == [] and report.notices == ("a layer was left out",)

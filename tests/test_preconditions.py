@@ -16,8 +16,9 @@ from slimheads.recipe import Recipe
 def test_a_missing_provider_is_told_with_its_line_unless_it_may_be_skipped(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("model: m\nbench:\n  providers: [cpu, cuda]\n")
-    with pytest.raises(EnvironmentLackError) as caught:
-        require_providers(Recipe.read(path))
+    recipe = Recipe.read(path)
+    with pytest.raises(EnvironmentLackError) as caught, recipe.located():
+        require_providers(recipe)
     assert caught.value.where == f"{path}:3:14"
     require_providers(Recipe.read(path, ["bench.on_missing=skip"]))
     require_providers(Recipe.read(path, ["bench.providers=[cpu]"]))
@@ -60,6 +61,6 @@ def test_a_past_is_for_decoders_and_as_long_as_their_positions(
     if said is None:
         require_usable(recipe, source)
         return
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError) as caught, recipe.located():
         require_usable(recipe, source)
     assert said in str(caught.value) and caught.value.where == f"{path}:3:11"

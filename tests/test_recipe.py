@@ -24,9 +24,9 @@ from slimheads.recipe import (
     Task,
     Verify,
     commented_recipe,
-    dump_yaml,
     recipe_schema,
 )
+from slimheads.recipe_dump import dump_yaml
 from slimheads.recipe_yaml import parse_yaml
 
 FULL = """\
@@ -82,7 +82,8 @@ def test_the_contracts_defaults(written: Any) -> None:
         "export": {
             "precisions": ["fp32"],
             "candidates": ["plain", "optimized", "attention", "fused", "rewritten"],
-            "int8_for": "avx512_vnni",
+            "int8_for": "any",
+            "on_weak_precision": "fail",
             "kv_axes": "symbolic",
         },
         "verify": {"atol": 1e-4, "rtol": 1e-4, "text": None, "inputs": None},
@@ -94,7 +95,14 @@ def test_the_contracts_defaults(written: Any) -> None:
             "on_missing": "fail",
         },
         "gates": dict.fromkeys(
-            ("latency_ratio", "size_ratio", "min_cosine", "max_perplexity_ratio", "min_top1_agreement")
+            (
+                "latency_ratio",
+                "size_ratio",
+                "min_cosine",
+                "max_perplexity_ratio",
+                "min_top1_agreement",
+                "min_precision_cosine",
+            )
         ),
     }
 
@@ -291,14 +299,16 @@ def test_where_a_key_was_given(written: Any) -> None:
     recipe = Recipe.read(path, ["gates.min_cosine=0.8"])
     places = {
         "select.ratio": f"{path}:4:10",
-        "select.counts": f"{path}:3:1",  # a default: its section
+        "select.counts": f"{path}: select.counts (default)",  # its section is there, and the key is not
         "bench.shapes": f"{path}:8:11",
-        "verify.atol": str(path),  # a default, and no section: the file
+        "verify.atol": f"{path}: verify.atol (default)",
         "gates.min_cosine": "--set gates.min_cosine=0.8",
         "gates.latency_ratio": f"{path}:9:24",
     }
     assert {key: recipe.where(key) for key in places} == places
-    assert Recipe(model="m").where("select.ratio") == "select.ratio"
+    assert recipe.where("select.counts", "select.ratio") == f"{path}:4:10", "what was given comes before defaults"
+    assert Recipe(model="m").where("select.ratio") == "select.ratio (default)"
+    assert Recipe.model_validate({"model": "m", "select": {"ratio": 0.5}}).where("select.ratio") == "select.ratio"
 
 
 def test_where_is_no_part_of_the_value(written: Any) -> None:
@@ -307,6 +317,36 @@ def test_where_is_no_part_of_the_value(written: Any) -> None:
     assert hash(one) == hash(other)
     assert one.model_dump() == other.model_dump()
     assert one != Recipe(model="n")
+
+
+def test_a_folder_in_model_is_beside_the_recipe_and_on_the_command_line_in_the_working_folder(
+    written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    for folder in (tmp_path / "models" / "mine", elsewhere / "models" / "yours", tmp_path / "both", elsewhere / "both"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+
+    def model(named: str, *overrides: str) -> str:
+        return Recipe.read(written(f"model: {named}\n"), overrides).model
+
+    for named in ("models/mine", "./models/mine", "../" + tmp_path.name + "/models/mine"):
+        assert Path(model(named)).samefile(tmp_path / "models" / "mine") and Path(model(named)).is_absolute()
+    assert Path(model("both")) == tmp_path / "both"
+    assert Path(model("m", "model=both")) == elsewhere / "both"
+    assert Path(model("m", "model=models/yours")) == elsewhere / "models" / "yours"
+    for as_written in ("org/name", "pkg://package/folder", "~/m", "./nowhere", str(tmp_path / "both")):
+        assert model(as_written) == as_written
+    with pytest.raises(UsageError) as caught:
+        model("models/yours")
+    assert caught.value.where == f"{tmp_path / 'r.yaml'}:1:8"
+    assert "elsewhere/models/yours" in caught.value.hint and "--set model=models/yours" in caught.value.hint
+
+
+@pytest.mark.parametrize("key", ["text", "inputs"])
+def test_a_sample_may_be_given_with_its_whole_section(written: Any, tmp_path: Path, key: str) -> None:
+    read = Recipe.read(written("model: m\n"), [f"verify={{{key}: mine}}"])
+    assert getattr(read.verify, key) == str(Path("mine").absolute())
 
 
 @pytest.mark.parametrize("key", ["text", "inputs"])
@@ -397,7 +437,9 @@ def test_the_commented_recipe_is_the_default_one(
     model: str, task: str, is_decoder: bool, facts: list[str], written: Any
 ) -> None:
     text = commented_recipe(model, task, is_decoder, facts)
-    assert Recipe.read(written(text)).model_dump() == Recipe(model=model, task=task).model_dump()  # type: ignore[arg-type]
+    read = Recipe.read(written(text))
+    assert read.model_copy(update={"model": model}) == Recipe(model=model, task=task)  # type: ignore[arg-type]
+    assert read.model == model or Path(read.model).samefile(read.where("model").partition(":")[0] + "/../" + model)
 
 
 def test_the_commented_recipe_explains_what_concerns_the_model() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny import task_of
 from transformers import AutoModel, PreTrainedModel
 
@@ -121,3 +122,21 @@ def test_trying_leaves_transformers_as_loud_as_it_was(
     reload_tier(tmp_path / "slim", slim, "text-generation")
     assert (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()) == before
     assert before[1]
+
+
+def test_a_pooler_that_no_file_holds_is_said_to_be_made_up(
+    tiny: Callable[..., PreTrainedModel], equal: Callable[..., Plan], tmp_path: Path
+) -> None:
+    tiny("bert", task="feature-extraction").save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("pooler.")}
+    save_file(kept, file, {"format": "pt"})
+    model = load(tmp_path / "dense")
+    save(prune(model, equal(model, 2)), tmp_path / "slim")
+    tier, note = reload_tier(tmp_path / "slim", model, "feature-extraction")
+    ids = torch.arange(4, 12)[None]
+    plain, info = AutoModel.from_pretrained(tmp_path / "slim", output_loading_info=True)
+    assert set(info["missing_keys"]) == {"pooler.dense.weight", "pooler.dense.bias"}
+    assert torch.equal(plain.eval()(ids).last_hidden_state, model(ids).last_hidden_state)
+    assert tier == "stock" and "all but the pooler" in note
+    assert AutoModel.from_pretrained(tmp_path / "slim", add_pooling_layer=False).pooler is None

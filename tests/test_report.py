@@ -404,6 +404,13 @@ def test_losing_to_random_is_said_right_after_the_verdict(name: str) -> None:
         assert "did not beat random" in page(make_report(drift=lost))
 
 
+def test_every_page_has_what_the_user_was_told() -> None:
+    told = make_report(notices=["generation_config.json: the key `top_k` was left out"])
+    assert headline(told)[-1] == "Note: generation_config.json: the key `top_k` was left out."
+    for page in (render_markdown, render_html, render_model_card):
+        assert "top_k" in page(told) and "top_k" not in page(make_report())
+
+
 def test_close_figures_are_not_rounded_into_a_tie() -> None:
     line = headline(make_report(drift=make_drift(0.89401, (0.8942, 0.8942, 0.8942))))[1]
     assert "0.8940," in line and "0.8942 " in line

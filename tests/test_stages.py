@@ -51,11 +51,15 @@ def test_versions_name_every_library_that_a_result_comes_from() -> None:
     assert all(found.values())
 
 
-def test_a_ratio_that_cannot_be_met_names_the_place_of_the_ratio(tmp_path: Path) -> None:
+def test_a_ratio_that_cannot_be_met_names_the_place_of_the_ratio_or_of_the_floor(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text(f"model: {checkpoint()}\nselect: {{keep_at_least: 4}}\n")
+    path.write_text(f"model: {checkpoint()}\nselect: {{keep_at_least: 3}}\n")
     scores = score(load(checkpoint()))
-    for overrides, where in ((["select.ratio=0.9"], "--set select.ratio=0.9"), ([], f"{path}:2:1")):
+    for overrides, where in (
+        (["select.ratio=0.9"], "--set select.ratio=0.9"),
+        (["select.keep_at_least=4"], "--set select.keep_at_least=4"),
+        (["select.ratio=0.9", "select.multiple_of=8"], "--set select.multiple_of=8"),
+    ):
         with pytest.raises(UsageError) as caught:
             choose(scores, Recipe.read(path, overrides))
         assert caught.value.where == where

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from slimheads import store as store_module
+from slimheads import output_folder
+from slimheads.disk import sha256_file
 from slimheads.errors import UsageError
-from slimheads.store import Record, Source, Store, lock, publish, sha256_file, stage_key
+from slimheads.publishing import Source, publish
+from slimheads.store import Record, Store, lock, stage_key
 
 KEY = "a" * 64
 OTHER_KEY = "b" * 64
@@ -235,28 +237,6 @@ def test_a_folder_of_the_users_own_is_not_replaced(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"slim/thesis.tex": b"years of work"}
 
 
-@pytest.mark.parametrize("at", range(6))
-@pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt])
-def test_an_interrupted_publish_leaves_the_run_before_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, failure: type[BaseException]
-) -> None:
-    before: dict[str, Source] = {"slim": {"a": b"1"}, "dense": {"b": b"1"}, "report.json": b"1"}
-    publish(tmp_path, before)
-    shown = tree(tmp_path)
-    rename, calls = Path.rename, iter(range(100))
-
-    def failing(self: Path, target: Path) -> Path:
-        if next(calls) == at:
-            raise failure
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(failure):
-        publish(tmp_path, {"slim": {"a": b"2"}, "dense": {"b": b"2"}, "report.json": b"2"})
-    assert tree(tmp_path) == shown
-    assert left_over(tmp_path) == []
-
-
 def test_readers_never_see_a_half_made_folder(tmp_path: Path) -> None:
     names = sorted(f"{i:02}" for i in range(20))
     stop, seen, wrong = threading.Event(), [0], []
@@ -296,7 +276,7 @@ def test_a_damaged_list_of_published_names_protects_what_is_there(
 ) -> None:
     publish(tmp_path, {"slim": {"a": b"1"}})
     (tmp_path / ".slimheads" / "published.json").write_text("{")
-    with caplog.at_level(logging.WARNING, logger=store_module.__name__), pytest.raises(UsageError):
+    with caplog.at_level(logging.WARNING, logger=output_folder.__name__), pytest.raises(UsageError):
         publish(tmp_path, {"slim": {"a": b"2"}})
     assert tree(tmp_path) == {"slim/a": b"1"}
     assert "published.json is damaged" in caplog.text

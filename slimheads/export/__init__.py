@@ -6,13 +6,15 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from slimheads.adapters import opened
 from slimheads.attention import find_sites
+from slimheads.checkpoint import SEQ2SEQ_TASKS, TASKS
+from slimheads.errors import require_known
 from slimheads.export.candidates import Candidate, build_candidate
 from slimheads.export.graph_files import graph_bytes
 from slimheads.export.kv_cache import KvAxes, label_cache
@@ -96,7 +98,7 @@ def export(
     task: str,
     precisions: Sequence[Precision] = ("fp32",),
     kv_axes: KvAxes = "symbolic",
-    int8_for: Int8For = "avx512_vnni",
+    int8_for: Int8For = "any",
 ) -> tuple[Graph, ...]:
     """Exports a model to `folder`: model.onnx, and model_fp16.onnx, model_int8.onnx, model_q4.onnx where asked for.
 
@@ -109,11 +111,17 @@ def export(
         task: what the graph computes, as `slimheads.checkpoint` names tasks.
         precisions: "fp32" is always made: the others start from it.
         kv_axes: whether the cache's head axes are free ("symbolic", for optimum) or fixed ("static", for genai).
-        int8_for: the instructions of the CPU that "int8" is made for.
+        int8_for: the CPUs that "int8" is made for; "any" is right on every x86-64 and ARM CPU.
 
     Raises:
+        UsageError: a name is not known.
         ModelRefusedError: optimum has no export for this model type and task, or the graph no weight for "q4".
     """
+    for precision in precisions:
+        require_known("export.precisions", precision, FILES)
+    require_known("export.kv_axes", kv_axes, get_args(KvAxes))
+    require_known("export.int8_for", int8_for, get_args(Int8For))
+    require_known("task", task, TASKS | SEQ2SEQ_TASKS)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if model.dtype != torch.float32:

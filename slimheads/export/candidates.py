@@ -20,7 +20,6 @@ from types import MappingProxyType
 from typing import Literal
 
 import onnx
-import onnxruntime
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 from transformers import PretrainedConfig
@@ -29,6 +28,7 @@ from slimheads.errors import in_short
 from slimheads.export import graph_files
 from slimheads.export.quiet import quiet
 from slimheads.interface import nodes_of
+from slimheads.onnx_runtime import onnxruntime
 
 Candidate = Literal["plain", "optimized", "attention", "fused", "rewritten"]
 

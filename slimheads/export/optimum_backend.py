@@ -17,6 +17,7 @@ from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForSeq2SeqLM, ORTMo
 from optimum.utils.input_generators import Dinov2DummyInputGenerator, DummyVisionInputGenerator
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 
+import slimheads.onnx_runtime  # noqa: F401 - telemetry off
 from slimheads.errors import ModelRefusedError
 from slimheads.export.graph_files import graph_files, remove_graph, share_data
 from slimheads.export.kv_cache import KvAxes, kv_shapes, label_cache, seq2seq_kv_shapes, true_cache_config
@@ -50,6 +51,8 @@ def to_onnx(model: PreTrainedModel, folder: Path, task: str, axes: KvAxes) -> No
     custom: dict[str, Any] = {}
     if Dinov2DummyInputGenerator in constructor.func.DUMMY_INPUT_GENERATOR_CLASSES:
         custom["model"] = _of_configured_size(constructor.func)(model.config, **constructor.keywords)
+    elif task == "feature-extraction" and "position_ids" in constructor(model.config).inputs:
+        custom["model"] = _without_positions(constructor.func)(model.config, **constructor.keywords)
     if with_cache:
         config_class = true_cache_config(constructor.func, own, cross)
         options = constructor.keywords | {"task": task, "use_past": True, "use_past_in_inputs": not two_halves}
@@ -105,6 +108,17 @@ def merge_decoders(first: Path, following: Path, target: Path) -> None:
 def _of_configured_size(config_class: type[Any]) -> type[Any]:
     """DINOv2's dummy images have the size that the source's preprocessor crops to: a model in memory has none."""
     return type(config_class.__name__, (config_class,), {"DUMMY_INPUT_GENERATOR_CLASSES": (DummyVisionInputGenerator,)})
+
+
+def _without_positions(config_class: type[Any]) -> type[Any]:
+    """A decoder that embeds counts its own positions, as in torch: clients of embeddings pass none."""
+
+    class OwnPositions(config_class):  # type: ignore[misc]
+        @property
+        def inputs(self) -> dict[str, dict[int, str]]:
+            return {name: axes for name, axes in super().inputs.items() if name != "position_ids"}
+
+    return OwnPositions
 
 
 def greedy_tokens(folder: Path, input_ids: torch.Tensor, attention_mask: torch.Tensor, new_tokens: int) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -18,15 +17,17 @@ from onnxruntime.quantization.registry import IntegerOpsRegistry
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
+import slimheads.onnx_runtime  # noqa: F401 - telemetry off
 from slimheads.errors import ModelRefusedError
 from slimheads.export import graph_files
 from slimheads.export.half import join_float32, norm_nodes
 from slimheads.export.quiet import quiet
 
-Int8For = Literal["avx512_vnni", "avx2", "arm64"]
+Int8For = Literal["any", "avx512_vnni", "avx2", "arm64"]
 # Weights are signed, symmetric and per output channel, activations unsigned. Without VNNI, x86 adds pairs of products
-# in 16 bits, which full-range weights overflow: there weights have 7 bits. ARM64's kernels add in 32 bits.
-_SEVEN_BITS = MappingProxyType({"avx512_vnni": False, "avx2": True, "arm64": False})
+# in 16 bits, which full-range weights overflow: what may run there has weights of 7 bits, -64 to 64. Tables that are
+# only looked up have 8 bits (unsigned) all the same.
+SIXTEEN_BITS: frozenset[Int8For] = frozenset({"any", "avx2"})
 # Convolutions stay: a weight that the graph computes (wav2vec 2.0 normalizes one) cannot be quantized beforehand.
 _QUANTIZED = sorted(IntegerOpsRegistry.keys() - {"Conv"})
 # 4 bits in symmetric blocks of 32 along the input axis, as transformers.js converts by default; activations are
@@ -51,12 +52,12 @@ def to_fp16(source: Path, target: Path) -> None:
     graph_files.save_graph(made.model, target)
 
 
-def to_int8(source: Path, target: Path, int8_for: Int8For = "avx512_vnni") -> None:
+def to_int8(source: Path, target: Path, int8_for: Int8For = "any") -> None:
     """int8 weights per output channel, activations quantized as they come (per tensor lost 4% of cosine on MiniLM).
 
     Args:
-        int8_for: the instructions of the CPU that it is for; it runs on all, but "avx512_vnni" and "arm64" may
-            overflow where there is AVX2 alone.
+        int8_for: the CPUs that it is for. Made for "any" or "avx2" it is right on all; for "avx512_vnni" or "arm64",
+            sums overflow on x86 without VNNI.
     """
     with quiet(), tempfile.TemporaryDirectory(dir=target.parent, prefix=".int8-") as scratch:
         made = Path(scratch) / target.name
@@ -65,7 +66,7 @@ def to_int8(source: Path, target: Path, int8_for: Int8For = "avx512_vnni") -> No
             str(made),
             op_types_to_quantize=_QUANTIZED,
             per_channel=True,
-            reduce_range=_SEVEN_BITS[int8_for],
+            reduce_range=int8_for in SIXTEEN_BITS,
             weight_type=QuantType.QInt8,
             use_external_data_format=graph_files.graph_bytes(source) > graph_files.ONE_FILE,
         )
@@ -91,7 +92,7 @@ def to_q4(source: Path, target: Path) -> None:
     if not any(node.op_type == "MatMulNBits" for node in made.graph.node):
         raise ModelRefusedError(
             "4-bit weights are for matrix products by a constant, and the graph has none",
-            where="export.precisions",
+            keys=("export.precisions",),
             hint="leave out q4",
         )
     graph_files.save_graph(made, target)

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from slimheads.errors import EnvironmentLackError, OutputBusyError, UsageError
-from slimheads.store import Store, lock, publish
+from slimheads.publishing import publish
+from slimheads.store import Store, lock
 
 KEY = "c" * 64
 

@@ -1,0 +1,62 @@
+"""Systems that lack what Linux has: the modules `resource` and `fcntl`, and flushing a folder to the disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from whole_runs import write_recipe
+
+from slimheads import disk, memory
+
+WITHOUT = "import sys; sys.modules.update(dict.fromkeys(('resource', 'fcntl')))"  # None: importing it fails
+
+
+def slimheads(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in a Python that has neither module."""
+    code = f"{WITHOUT}; from slimheads.cli import main; main()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+
+
+def test_a_plan_a_run_and_a_bench_do_without_resource_and_fcntl(tmp_path: Path) -> None:
+    recipe, out = write_recipe(tmp_path / "r.yaml"), tmp_path / "out"
+    graphs = [out / side / "onnx" / "model.onnx" for side in ("dense", "slim")]
+    for arguments in (
+        ("plan", recipe),
+        ("run", recipe, "--out", out),
+        ("bench", *graphs, "--shape", "1x8", "--min-seconds", "0.05", "--threads", "1"),
+    ):
+        ended = slimheads(*arguments)
+        assert ended.returncode == 0, ended.stderr
+    assert (out / "report.json").is_file()
+
+
+def test_memory_is_told_without_resource_and_psutil(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = memory.total_bytes(), memory.resident_megabytes()
+    monkeypatch.setattr(memory, "resource", None)
+    assert memory.PeakMemory().megabytes() > 10
+    monkeypatch.setattr(memory, "psutil", None)
+    assert memory.total_bytes() == told[0]
+    assert memory.available_bytes() <= told[0]
+    assert memory.resident_megabytes() == pytest.approx(told[1], rel=0.1)
+
+
+def test_a_folder_that_cannot_be_flushed_is_passed_over_and_a_file_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    file = tmp_path / "file"
+    file.write_bytes(b"x")
+    for name in ("open", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, refused)
+            disk.sync(tmp_path)
+            with pytest.raises(OSError, match="Invalid argument"):
+                disk.sync(file)
