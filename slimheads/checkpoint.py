@@ -62,7 +62,7 @@ class Source:
     family: str
     architecture: str  # the transformers class that is built
     from_hub: bool = False
-    task_named: bool = False  # by the recipe or the user, rather than guessed
+    task_named: bool = False  # by the user, or by modules.json, rather than guessed
 
     @property
     def asked(self) -> str:
@@ -95,9 +95,10 @@ def find(source: str, task: str = "auto") -> Source:
             where=str(folder / MODULES),
             hint=f"remove {MODULES} to slim the whole model",
         )
+    if task == "auto" and of_modules and rules.inputs == "text":
+        task = of_modules
     named = task != "auto"
-    if not named:
-        task = of_modules if of_modules and rules.inputs == "text" else _task_of(config)
+    task = task if named else _task_of(config)
     if task not in TASKS | SEQ2SEQ_TASKS:
         known = ", ".join(TASKS | SEQ2SEQ_TASKS)
         raise UsageError(f"unknown task '{task}'", keys=("task",), hint=f"use auto or one of {known}")

@@ -46,7 +46,11 @@ def settings_of(folder: Path, config: PretrainedConfig) -> GenerationConfig:
                 where=str(folder / "config.json"),
                 hint="correct it, or remove it to generate with the default",
             ) from error
-        return fallback if kept is None else GenerationConfig.from_dict(dict(kept))
+        if kept is None:
+            return fallback
+        settings = GenerationConfig.from_dict(dict(kept))
+        settings._original_object_hash = hash(settings)  # as from_pretrained does: `generate` asks for it
+        return settings
 
 
 def kept_settings(folder: Path) -> dict[str, Any] | None:

@@ -128,6 +128,8 @@ def _from_pretrained(
                 model, info = build(add_pooling_layer=False)
     except _LOADING_FAILURES as error:
         raise refused_loading(error, model_class, config, files, folder) from error
+    if settings is not None:
+        model.generation_config = settings  # from_pretrained took a copy without what `generate` asks of it
     check_loaded(model, info, files, folder, family_of(config)[1])
     account_for_unused(model, info["unexpected_keys"], files, folder, task_named=found.task_named)
     _take_out_of_files(model, shards)
