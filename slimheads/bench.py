@@ -85,6 +85,7 @@ class Latency(BaseModel):
     graph: str | None = None  # which file's, where a model is more than one: "encoder_model"
     precision: str
     candidate: str = "plain"  # which form of the float32 graph
+    ships: bool | None = None  # in a run: whether the slim file is one of those that ship
     shape: tuple[int, ...]
     dense: Timing | None = None
     slim: Timing | None = None

@@ -117,10 +117,22 @@ class Job:
         built, certificate = self.result("export")["candidates"], self.certificate()
         tried = {proof.candidate: proof.reason for proof in certificate.candidates}
         refused = tried if certificate.passed else None
-        measured = self.result("bench")["treatments"] if "bench" in self.records else ()
-        rows = [Treatment.model_validate(row) for row in measured]
+        measured = self.result("bench") if "bench" in self.records else {"treatments": (), "again": ()}
         decides = self.recipe.bench.providers[0]
-        return choices(built, refused, [row for row in rows if row.provider == decides])
+        rows, again = (
+            [row for row in map(Treatment.model_validate, measured[key]) if row.provider == decides]
+            for key in ("treatments", "again")
+        )
+        return choices(built, refused, rows, again)
+
+    def treatments(self) -> tuple[Treatment, ...]:
+        """What each treatment gave; of the graph that ships, when it was measured again."""
+        if "bench" not in self.records:
+            return ()
+        chosen, again = (
+            [Treatment.model_validate(row) for row in self.result("bench")[key]] for key in ("treatments", "again")
+        )
+        return (*again, *(row for row in chosen if row.treatment not in {one.treatment for one in again}))
 
     def shipped(self) -> Candidate:
         """Which float32 graph ships as model.onnx; the plain one stands for it where none does."""

@@ -153,7 +153,7 @@ class GateResult(_Part):
 
 
 class Prediction(_Part):
-    """What was expected of one float32 row of `latency`, from the plan alone, beside what was measured."""
+    """What the plan alone foretold of one row of `latency`, of a plain float32 graph, beside what was measured."""
 
     provider: str
     threads: int
@@ -250,6 +250,11 @@ class Report(_Part):
             if not math.isfinite(number):
                 raise ValueError(f"{path} is {number}: give null and a reason")
         return self
+
+    @property
+    def shipped_latency(self) -> tuple[Latency, ...]:
+        """The measurements of the files that ship; the plain graph is measured beside another form that does."""
+        return tuple(row for row in self.latency if row.ships is not False)
 
     @property
     def proven(self) -> bool:

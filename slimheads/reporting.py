@@ -41,7 +41,7 @@ from slimheads.report import (
 from slimheads.side_files import stated_terms
 from slimheads.table_store import Setting, stored
 from slimheads.tables import short_name
-from slimheads.treatments import Treatment
+from slimheads.treatments import PLAIN
 from slimheads.workloads import loaded_graphs
 
 _REMEDIES = {
@@ -66,12 +66,19 @@ def assemble(
 ) -> Report:
     """Puts the report together, judges the gates and gives the verdict."""
     certificate = job.certificate().with_candidate(job.shipped())
-    measured = job.result("bench") if "bench" in job.records else {"latency": [], "treatments": []}
+    measured = job.result("bench") if "bench" in job.records else {"latency": []}
     latency = tuple(Latency.model_validate(row) for row in measured["latency"])
     drift, drift_text = (_drift_of(job, key) for key in ("drift", "drift_text"))
     facts = _facts(job)
     drifts = [d for d in (drift, drift_text) if d]
-    gates = judge(job.recipe.gates, latency, drifts, facts.dense, facts.slim, certificate.links)
+    gates = judge(
+        job.recipe.gates,
+        [row for row in latency if row.ships is not False],
+        drifts,
+        facts.dense,
+        facts.slim,
+        certificate.links,
+    )
     error = certificate.error()
     unmet = [_unmet(gate, job) for gate in gates if not gate.met]
     predictions, no_table = predict_rows(job, latency)
@@ -98,7 +105,7 @@ def assemble(
         latency=latency,
         latency_reason=None if latency else BROKEN_PROOF,
         candidates=job.graphs(),
-        treatments=tuple(Treatment.model_validate(row) for row in measured["treatments"]),
+        treatments=job.treatments(),
         selection=job.selection(),
         predictions=predictions,
         predictions_reason=no_table if predictions else BROKEN_PROOF,
@@ -113,13 +120,13 @@ def assemble(
 
 
 def predict_rows(job: Job, latency: Sequence[Latency]) -> tuple[tuple[Prediction, ...], str | None]:
-    """Every float32 row predicted from the plan, and why a row is predicted by FLOPs.
+    """Every row of the plain float32 graphs predicted from the plan, and why a row is predicted by FLOPs.
 
     With the tables that are stored now: a table is of the dense model, so none was made with this plan's latency known.
     """
     found, reason = [], None
     for row in latency:
-        if row.precision == "fp32":
+        if row.precision == "fp32" and row.candidate == PLAIN:  # tables are made of plain graphs
             by_table, lacking = _by_table(job, row)
             reason = reason or lacking
             found.append(_prediction(row, by_table))
@@ -206,7 +213,7 @@ def judge(
     """Every gate the recipe sets, against the worst measurement it applies to. What was not measured is not met."""
     found: list[GateResult] = []
     if gates.latency_ratio is not None:
-        found.append(_latency_gate(gates.latency_ratio, latency))
+        found.append(_latency_gate(gates.latency_ratio, [row for row in latency if row.ships is not False]))
     if gates.size_ratio is not None:
         ratio = slim.bytes / dense.bytes if slim.bytes and dense.bytes else None
         found.append(

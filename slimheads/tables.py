@@ -116,7 +116,7 @@ def key_figures(report: Report) -> list[KeyFigure]:
         ),
         KeyFigure(w.change(dense.bytes, slim.bytes), files, f"{_size(dense.bytes)} to {_size(slim.bytes)}"),
     ]
-    measured = [row for row in report.latency if row.speedup is not None]
+    measured = [row for row in report.shipped_latency if row.speedup is not None]
     if measured:
         row = max(measured, key=lambda one: one.shape)
         note = f"at {w.latency_place(row)}, {w.latency_setup(row)}"

@@ -163,8 +163,8 @@ def headline(report: Report) -> Headline:
     warnings += report.lengths.limits() if report.lengths else []
     lines = [_removed(report)]
     if report.latency:
-        same = len({latency_setup(row) for row in report.latency}) == 1
-        lines += [f"Latency: {latency_line(row, setup=not same)}." for row in report.latency]
+        same = len({latency_setup(row) for row in report.shipped_latency}) == 1
+        lines += [f"Latency: {latency_line(row, setup=not same)}." for row in report.shipped_latency]
     else:
         lines.append(f"Latency: not measured: {report.latency_reason}.")
     if len(report.candidates) > 1:
@@ -216,6 +216,7 @@ def latency_setup(row: Latency) -> str:
     """fp32, cpu, 2 threads; before that the graph, where there are several."""
     graph = f"{row.graph}, " if row.graph else ""
     form = "" if row.candidate == "plain" else f" ({row.candidate})"
+    form = " (plain, does not ship)" if row.ships is False else form
     return f"{graph}{row.precision}{form}, {row.provider}, {plural(row.threads, 'thread')}"
 
 

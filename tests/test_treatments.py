@@ -9,10 +9,12 @@ from typing import Any
 import onnx
 import psutil
 import pytest
-from whole_runs import checkpoint, report_of, slimheads, steady, write_recipe
+from whole_runs import checkpoint, measured, report_of, slimheads, steady, write_recipe
 
+from slimheads import bench_stage
 from slimheads.bench import Interval
 from slimheads.interface import nodes_of
+from slimheads.treated import Ratio
 from slimheads.treatments import MIN_GAIN, Treatment, choices, choose, lacking_memory
 
 
@@ -99,20 +101,57 @@ def test_the_graph_that_gains_most_ships_with_its_own_proof_and_is_compared_with
         path = out / side / "onnx" / "model.onnx"
         assert "Attention" in operators(path) and "SkipLayerNormalization" not in operators(path)
         assert report["model"][side]["bytes"] == path.stat().st_size == report["files"][f"{side}/onnx/model.onnx"]
-    assert [(row["precision"], row["candidate"]) for row in report["latency"]] == [
-        ("fp32", "attention"),
-        ("int8", "plain"),
+    assert [(row["precision"], row["candidate"], row["ships"]) for row in report["latency"]] == [
+        ("fp32", "attention", True),
+        ("fp32", "plain", False),
+        ("int8", "plain", True),
     ]
     assert [(row["treatment"], row["kind"]) for row in report["treatments"]] == [
-        ("int8", "precision"),
         ("attention", "candidate"),
+        ("int8", "precision"),
         ("fused", "candidate"),
     ]
     subjects = {link["subject"] for link in report["certificate"]}
     assert {"onnx/model.onnx (attention)", "dense/onnx/model.onnx (attention)", "onnx/model.onnx (plain)"} <= subjects
     page = (out / "report.md").read_text()
-    assert "Graph: the attention one ships: 1.200x the plain graph's speed." in page
-    assert "fp32 (attention), cpu, 1 thread" in page
+    said = (
+        "Graph: the attention one ships: 1.200x the plain graph's speed when it was chosen, 1.200x when measured again."
+    )
+    assert said in page
+    assert "fp32 (attention), cpu, 1 thread" in page and "fp32 (plain, does not ship), cpu, 1 thread" in page
+
+
+def test_the_graph_that_ships_is_reported_and_judged_by_a_measurement_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fused graph is lucky when it is chosen; what counts is how it does afterwards."""
+    steady(monkeypatch, estimate=1.10, gains={"fused": 1.30})
+    lucky, times = bench_stage.bench_treated, list[Path]()
+
+    def sobering(*files: Path, **options: Any) -> Any:
+        found = lucky(*files, **options)
+        times.append(files[3])
+        if len(times) % 2:
+            return [one.model_copy(update={"latency": measured("faster", 1.90)}) for one in found]
+        less = Ratio(interval=Interval(estimate=1.02, low=1.01, high=1.03), verdict="faster")
+        return [one.model_copy(update={"latency": measured("faster", 1.20), "on_slim": less}) for one in found]
+
+    monkeypatch.setattr(bench_stage, "bench_treated", sobering)
+    export, out = {"candidates": ["plain", "fused"]}, tmp_path / "out"
+    recipe = write_recipe(tmp_path / "r.yaml", export=export, gates={"latency_ratio": 1 / 1.15})
+    ended = slimheads("run", recipe, "--out", out)
+    assert ended.code == 0, ended.err  # the plain graph's 1.10 would not do
+    assert len(times) == 2 and len(set(times)) == 1
+    report = report_of(out)
+    rows = [(row["candidate"], row["ships"], row["speedup"]["estimate"]) for row in report["latency"]]
+    assert rows == [("fused", True, 1.20), ("plain", False, 1.10)]
+    (given,) = report["treatments"]
+    assert given["on_slim"]["estimate"] == 1.02
+    (foreseen,) = report["predictions"]
+    assert foreseen["measured"] == 1.10, "tables are made of plain graphs, so predictions are held against those"
+    assert "1.300x the plain graph's speed when it was chosen, 1.020x" in (out / "report.md").read_text()
+    recipe = write_recipe(tmp_path / "r.yaml", export=export, gates={"latency_ratio": 1 / 1.25})
+    assert slimheads("run", recipe, "--out", out).code == 7  # the lucky 1.90 is not what counts
 
 
 def test_a_graph_that_the_certificate_refuses_is_not_even_measured(
