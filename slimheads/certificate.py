@@ -363,9 +363,11 @@ def _first_other_token(generation: Generation) -> str | None:
 
 
 def _failure(link: Link) -> str:
-    size = f", largest difference {link.max_abs:.3g}" if link.max_abs is not None else ""
     case = f" at {link.worst_case}" if link.worst_case else ""
-    return f"{link.name} failed{case}: {link.reason}{size}"
+    said = f"differs by {link.max_abs:.3g}" if link.max_abs is not None else ""
+    reason = link.reason or "beyond the tolerance"
+    size = f", largest difference {link.max_abs:.3g}" if said and said not in reason else ""
+    return f"{link.name} failed{case}: {reason}{size}"
 
 
 def _shown(path: Path) -> str:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -35,8 +36,17 @@ from slimheads.export.precisions import SIXTEEN_BITS
 from slimheads.graph_check import fused_faults, graph_faults, merged_faults
 from slimheads.integer_products import overflow_faults, product_weights
 from slimheads.interface import read_interface
+from slimheads.lengths import right_up_to
 from slimheads.limits import position_limit
-from slimheads.parity import AnyCase, Form, cases, onnx_form, onnx_greedy, torch_form
+from slimheads.parity import (
+    AnyCase,
+    Form,
+    cases,
+    onnx_form,
+    onnx_greedy,
+    torch_form,
+    tried_changes,
+)
 from slimheads.rounded import write_losses, write_rounded
 from slimheads.selection import Plan
 from slimheads.sessions import open_session
@@ -234,28 +244,34 @@ class OneFile:
     def generations(self) -> list[Generation]:
         if not self._with_cache:
             return []
-        slim, path, limit = (
-            self._shipped.slim,
-            self._shipped.onnx / FILES["fp32"],
-            position_limit(self._shipped.dense.config),
-        )
-        fresh = [case for case in self.cases if case.padding in ("no", "left") and not case.past]
-        length = max(case.length for case in fresh if case.length <= min(PROMPT_TOKENS, limit // 2))
-        new_tokens = min(NEW_TOKENS, limit - length)
-        options = greedy_options(new_tokens)
+        slim, path = self._shipped.slim, self._shipped.onnx / FILES["fp32"]
 
-        def found(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        def found(ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
             if fixed_cache_axes(path):
                 shapes = kv_shapes(slim)
                 return torch.from_numpy(onnx_greedy(open_session(path), shapes, ids.numpy(), mask.numpy(), new_tokens))
             return greedy_tokens(self._shipped.folder, ids, mask, new_tokens)
 
         made = []
-        for case in (case for case in fresh if case.length == length):
-            ids, mask = torch.from_numpy(case.ids), torch.from_numpy(case.mask)
-            expected = partial(slim.generate, input_ids=ids, attention_mask=mask, **options)
-            made.append(Generation(path, str(case), new_tokens, expected, partial(found, ids, mask)))
+        for shown, *prompt, new_tokens in self._prompts():
+            ids, mask = (torch.from_numpy(array) for array in prompt)
+            expected = partial(slim.generate, input_ids=ids, attention_mask=mask, **greedy_options(new_tokens))
+            made.append(Generation(path, shown, new_tokens, expected, partial(found, ids, mask, new_tokens)))
         return made
+
+    def _prompts(self) -> Iterator[tuple[str, np.ndarray, np.ndarray, int]]:
+        """What is continued, as (its name, ids, mask, new tokens): a short text, and one across each change."""
+        config = self._shipped.dense.config
+        limit = right_up_to(config)
+        fresh = [case for case in self.cases if case.padding in ("no", "left") and not case.past]
+        length = max(case.length for case in fresh if case.length <= min(PROMPT_TOKENS, limit // 2))
+        for case in (case for case in fresh if case.length == length):
+            yield str(case), case.ids, case.mask, min(NEW_TOKENS, limit - length)
+        longest = max((case for case in fresh if case.batch == 1), key=lambda case: case.length)
+        for change in tried_changes(config):
+            length = max(1, change.length - (NEW_TOKENS if change.wrong_past else NEW_TOKENS // 2))
+            ids, mask = (array[:, :length] for array in (longest.ids, longest.mask))
+            yield f"batch 1, length {length}, no padding", ids, mask, min(NEW_TOKENS, limit - length)
 
 
 class _FourFiles:

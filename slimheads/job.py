@@ -111,17 +111,20 @@ class Job:
         return [proof.candidate for proof in self.certificate().candidates if proof.passed]
 
     def graphs(self) -> tuple[GraphChoice, ...]:
-        """The float32 graphs that could ship, one of which does; before anything was measured, only the plain one."""
-        built = self.result("export")["candidates"]
-        refused = {proof.candidate: proof.reason for proof in self.certificate().candidates}
+        """The float32 graphs that could ship. One of them does, the plain one before anything was measured; none where
+        the certificate failed.
+        """
+        built, certificate = self.result("export")["candidates"], self.certificate()
+        tried = {proof.candidate: proof.reason for proof in certificate.candidates}
+        refused = tried if certificate.passed else None
         measured = self.result("bench")["treatments"] if "bench" in self.records else ()
         rows = [Treatment.model_validate(row) for row in measured]
         decides = self.recipe.bench.providers[0]
         return choices(built, refused, [row for row in rows if row.provider == decides])
 
     def shipped(self) -> Candidate:
-        """Which float32 graph ships as model.onnx."""
-        return next(graph.candidate for graph in self.graphs() if graph.ships)
+        """Which float32 graph ships as model.onnx; the plain one stands for it where none does."""
+        return next((graph.candidate for graph in self.graphs() if graph.ships), PLAIN)
 
     def published_graphs(self, side: str) -> dict[str, Path]:
         """The files of one side's onnx/ as published, by name: the shipped graph, and each under all of its names."""

@@ -1,6 +1,7 @@
 """Parity: the same inputs through two forms of a model, compared at every position that is not padding.
 
-Cases are batch {1, 4} x length {1, 8, 128}; batches of four have rows of different lengths, padded left and right;
+Cases are batch {1, 4} x length {1, 8, 128}, and one input past every length at which the model changes its computation
+(lengths.py says which); batches of four have rows of different lengths, padded left and right;
 decoders also continue a cache of seven positions. Each form builds its own cache by running the first seven positions
 itself, so the cache inputs and outputs of an ONNX file are part of what is compared. Images and spectrograms have one
 size, and waveforms no padding: the exported graphs take no mask for them.
@@ -9,7 +10,7 @@ size, and waveforms no padding: the exported graphs take no mask for them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
@@ -20,12 +21,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from slimheads.errors import in_short
 from slimheads.inputs import has_length, make_inputs, takes_padding, takes_text, text_config, to_torch
-from slimheads.limits import position_limit as position_limit
+from slimheads.lengths import PAST_IT, USUAL, Change, lengths, right_up_to
 from slimheads.onnx_runtime import onnxruntime
 from slimheads.sessions import ORT_ERRORS
 
 Padding = Literal["no", "left", "right"]
-BATCHES, LENGTHS, PAST = (1, 4), (1, 8, 128), 7
+BATCHES, LENGTHS, PAST = (1, 4), (1, 8, USUAL), 7
 REFUSALS: tuple[type[Exception], ...] = (*ORT_ERRORS, ValueError, IndexError)
 Outputs = dict[str, np.ndarray]
 _NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
@@ -127,15 +128,39 @@ def cases(config: PretrainedConfig, task: str, seed: int = 0) -> tuple[Case, ...
     rng = np.random.default_rng(seed)
     if not has_length(config):
         return tuple(Case(batch, 0, "no", 0, make_inputs(config, batch, 1, rng)) for batch in BATCHES)
-    limit = position_limit(config)
-    pasts = (0, min(PAST, limit // 2)) if task == "text-generation" else (0,)
-    return tuple(
+    limit, decoder = right_up_to(config), task == "text-generation"
+    pasts = (0, min(PAST, limit // 2)) if decoder else (0,)
+    usual = [
         _case(rng, config, batch, length, padding, past)
         for past in pasts
         for batch in BATCHES
         for length in sorted({min(length, limit - past) for length in LENGTHS})
         for padding in (_paddings(batch, length, past) if takes_padding(config) else ("no",))
-    )
+    ]
+    long = dict.fromkeys(pair for change in tried_changes(config) for pair in _around(change, decoder=decoder))
+    return (*usual, *(_case(rng, config, 1, length, "no", past) for length, past in long))
+
+
+def _around(change: Change, *, decoder: bool) -> Iterator[tuple[int, int]]:
+    """(length, past) of the inputs that try a change: whole, across it with a cache, and with all but one token cached.
+
+    Where nothing is right past it, they end there.
+    """
+    longest = change.tried or 0
+    if longest <= max(LENGTHS) and change.wrong_past == "model":
+        return  # the usual inputs end there, with a cache and without
+    if longest > max(LENGTHS) or not change.wrong_past:
+        yield longest, 0
+    if decoder:
+        yield 2 * PAST_IT, longest - 2 * PAST_IT
+        yield 1, longest - 1
+
+
+def tried_changes(config: PretrainedConfig) -> tuple[Change, ...]:
+    """The lengths of change that are reached, of an input long enough to be continued up to there."""
+    found = lengths(config)
+    changes = found.changes if found else ()
+    return tuple(change for change in changes if change.tried and change.length > 2 * PAST_IT)
 
 
 def torch_form(model: PreTrainedModel) -> Form:

@@ -22,6 +22,7 @@ from slimheads.certificate import LeftOut, Link, SkippedLink
 from slimheads.drift import Drift
 from slimheads.environment import Environment
 from slimheads.family import Inputs
+from slimheads.lengths import Lengths
 from slimheads.snapping import Selection
 from slimheads.treatments import GraphChoice, Treatment
 
@@ -198,6 +199,7 @@ class Report(_Part):
     certificate: tuple[Link, ...]
     certificate_skipped: tuple[SkippedLink, ...] = ()
     certificate_reason: str | None = None  # why there are no links
+    lengths: Lengths | None = None  # that the certificate tried; null where inputs have no length
     left_out: tuple[LeftOut, ...] = ()  # precisions that were asked for and do not ship
     drift: Drift | None
     drift_reason: str | None = None
@@ -248,6 +250,11 @@ class Report(_Part):
             if not math.isfinite(number):
                 raise ValueError(f"{path} is {number}: give null and a reason")
         return self
+
+    @property
+    def proven(self) -> bool:
+        """Whether no link failed; where one did, it is what a reader is told first."""
+        return all(link.passed for link in self.certificate)
 
     def to_json(self) -> str:
         """`report.json`, indented, with a final newline; `Report.model_validate_json` reads it back equal."""

@@ -19,6 +19,7 @@ from slimheads.inputs import NOUNS
 from slimheads.job import Job
 from slimheads.latency_gate import latency_bound
 from slimheads.latency_table import Predicted, predict
+from slimheads.lengths import lengths
 from slimheads.profiling import command, table_shapes
 from slimheads.publishing import Source
 from slimheads.recipe import Gates
@@ -88,6 +89,7 @@ def assemble(
         plan=PlanTable.model_validate(job.plan().to_json(), strict=False),
         certificate=certificate.links,
         certificate_skipped=certificate.skipped,
+        lengths=lengths(job.dense().config),
         left_out=certificate.left_out,
         drift=drift,
         drift_reason=None if drift else drift_reason,

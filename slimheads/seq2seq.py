@@ -8,7 +8,7 @@ length and no padding: there the decoder's length varies. Clients give the decod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from slimheads.attention import Site, find_sites
 from slimheads.export import ENCODER, FIRST_DECODER, MERGED_DECODER, NEXT_DECODER, Precision, file_name
 from slimheads.inputs import make_inputs, takes_text
 from slimheads.interface import read_interface
+from slimheads.lengths import Change
 from slimheads.limits import position_limit
 from slimheads.onnx_runtime import onnxruntime
-from slimheads.parity import BATCHES, LENGTHS, PAST, Form, Outputs, Padding
+from slimheads.parity import BATCHES, LENGTHS, PAST, Form, Outputs, Padding, tried_changes
 from slimheads.sessions import open_session
 
+_NO_IDS = np.zeros((1, 0), np.int64)
 ENCODED = "encoder_last_hidden_state"
 
 
@@ -70,6 +72,16 @@ def _text_cases(config: PretrainedConfig, rng: np.random.Generator) -> Iterator[
             ids = rng.integers(0, config.vocab_size, (case.batch, past + 1 if past else case.length))
             inputs = {name: case.inputs[name] for name in ("input_ids", "attention_mask")}
             yield Seq2SeqCase(case.batch, case.length, case.padding, past, inputs, ids)
+    short = next(case for case in encoders if case.batch == 1)
+    for change in tried_changes(config):
+        inputs = {name: short.inputs[name] for name in ("input_ids", "attention_mask")}
+        yield _continued(config, rng, change, Seq2SeqCase(1, short.length, "no", 0, inputs, _NO_IDS))
+
+
+def _continued(config: PretrainedConfig, rng: np.random.Generator, change: Change, like: Seq2SeqCase) -> Seq2SeqCase:
+    """The decoder's last token where the text ends past a change, or at it where nothing is right past it."""
+    length = change.tried or 0
+    return replace(like, past=length - 1, decoder_ids=rng.integers(0, config.vocab_size, (1, length)))
 
 
 def _sound_cases(config: PretrainedConfig, rng: np.random.Generator) -> Iterator[Seq2SeqCase]:
@@ -81,6 +93,12 @@ def _sound_cases(config: PretrainedConfig, rng: np.random.Generator) -> Iterator
             for length in (1,) if past else sorted({min(length, limit) for length in LENGTHS}):
                 ids = rng.integers(0, config.vocab_size, (batch, past + length))
                 yield Seq2SeqCase(batch, length, "no", past, inputs, ids)
+    inputs = make_inputs(config, 1, 1, rng)
+    del inputs["decoder_input_ids"]
+    for change in tried_changes(config):
+        case = Seq2SeqCase(1, change.length, "no", 0, inputs, rng.integers(0, config.vocab_size, (1, change.length)))
+        yield case
+        yield _continued(config, rng, change, case)
 
 
 def encoder_sites(model: PreTrainedModel) -> tuple[Site, ...]:

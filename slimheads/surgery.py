@@ -102,8 +102,20 @@ def record_plan(config: PretrainedConfig, family: Family, sites: Sequence[Site],
         gone = [sorted(set(range(r["total"])) - set(r["kept"])) for r in records]
         config.pruned_heads = {site.layer: heads for site, heads in zip(sites, gone, strict=True) if heads}
     elif family.reload == "head_counts":
-        for key, value in (dense | _equal_head_counts(family, dense, pairs)).items():
+        counts = dense | _equal_head_counts(family, dense, pairs)
+        for key, value in (counts if _takes(config, counts) else dense).items():
             setattr(config, key, value)
+
+
+def _takes(config: PretrainedConfig, counts: Mapping[str, int]) -> bool:
+    """Whether the class builds a configuration with these counts: Phi-3's derives from them how long longrope's lists
+    of factors have to be, and refuses those of the dense model.
+    """
+    try:
+        type(config).from_dict(config.to_dict() | counts)
+    except ValueError:
+        return False
+    return True
 
 
 def _composed(before: Mapping[str, Any] | None, site: Site, kept: tuple[int, ...]) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def candidates(found: Sequence[GraphChoice]) -> Table:
     """The float32 graphs that could ship."""
     rows = []
     for one in found:
-        proven = {None: NONE, True: "proven", False: "refused"}[one.proven]
+        proven = {None: "not tried", True: "proven", False: "refused"}[one.proven]
         rows.append(
             (one.candidate, proven if one.built else "not made", "yes" if one.ships else "no", one.reason or "")
         )

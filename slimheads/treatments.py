@@ -95,15 +95,23 @@ class GraphChoice(BaseModel):
 
 
 def choices(
-    built: Mapping[Candidate, str | None], refused: Mapping[Candidate, str | None], rows: Sequence[Treatment]
+    built: Mapping[Candidate, str | None], refused: Mapping[Candidate, str | None] | None, rows: Sequence[Treatment]
 ) -> tuple[GraphChoice, ...]:
-    """Every float32 graph with its fate; exactly one ships.
+    """Every float32 graph with its fate; exactly one ships, or none where the model's own proof failed.
 
     Args:
         built: the candidates asked for besides the plain graph, each with the reason where it was not made.
-        refused: those that were made, each with the reason where the certificate refused it.
+        refused: those that were made, each with the reason where the certificate refused it; None where the links of
+            the plain graph did not all hold, for no other graph is tried then.
         rows: what was measured of those that were proven, on the provider that decides.
     """
+    if refused is None:
+        plain = GraphChoice(candidate=PLAIN, built=True, proven=False, ships=False, reason="the certificate failed")
+        untried = "not tried, since the certificate had failed"
+        return plain, *(
+            GraphChoice(candidate=name, built=not fault, proven=None, ships=False, reason=fault or untried)
+            for name, fault in built.items()
+        )
     ships, reasons = choose(rows)
     gone = f"{ships} ships, {reasons[ships]}" if ships != PLAIN else "no other graph is shown to be faster"
     found = [GraphChoice(candidate=PLAIN, built=True, proven=True, ships=ships == PLAIN, reason=gone)]

@@ -160,6 +160,7 @@ def headline(report: Report) -> Headline:
         for one in report.left_out
     ]
     warnings += [lost for drift in drifts if (lost := _lost_to_random(report, drift))]
+    warnings += report.lengths.limits() if report.lengths else []
     lines = [_removed(report)]
     if report.latency:
         same = len({latency_setup(row) for row in report.latency}) == 1
@@ -175,14 +176,17 @@ def headline(report: Report) -> Headline:
     lines.append(_drift(report.drift, report.drift_reason, report.scores.method))
     if report.drift_text is not None:
         lines.append(_drift(report.drift_text, None, report.scores.method))
-    lines.append(_certificate(report))
+    lines.insert(len(lines) if report.proven else 0, _certificate(report))
+    lines += [f"Lengths: {report.lengths}."] if report.lengths and report.proven else []
     lines += [f"Note: {notice}." for notice in report.notices]
     return Headline(_one_stop(_verdict(report)), warnings, [_one_stop(line) for line in lines])
 
 
 def _graph(candidates: Sequence[GraphChoice]) -> str:
-    """Which float32 graph ships, and why."""
-    shipped = next(one for one in candidates if one.ships)
+    """Which float32 graph ships, and why; or why none does."""
+    shipped = next((one for one in candidates if one.ships), None)
+    if shipped is None:
+        return f"Graph: none ships: {candidates[0].reason}"
     return f"Graph: the {shipped.candidate} one ships: {shipped.reason}"
 
 

@@ -31,12 +31,13 @@ def test_an_encoder_is_tried_alone_in_batches_and_padded_on_both_sides() -> None
         "batch 4, length 8, right padding",
         "batch 4, length 128, left padding",
         "batch 4, length 128, right padding",
+        "batch 1, length 512, no padding",
     ]
 
 
 def test_a_decoder_is_also_tried_after_a_past() -> None:
     said = [str(case) for case in cases(DECODER, "text-generation")]
-    assert said[:8] == [str(case) for case in cases(ENCODER, "feature-extraction")]
+    assert said[:8] == [str(case) for case in cases(ENCODER, "feature-extraction")][:8]
     assert said[8:] == [
         "batch 1, length 1, no padding, past 7",
         "batch 1, length 8, no padding, past 7",
@@ -44,6 +45,9 @@ def test_a_decoder_is_also_tried_after_a_past() -> None:
         "batch 4, length 1, left padding, past 7",
         "batch 4, length 8, left padding, past 7",
         "batch 4, length 128, left padding, past 7",
+        "batch 1, length 1024, no padding",
+        "batch 1, length 6, no padding, past 1018",
+        "batch 1, length 1, no padding, past 1023",
     ]
 
 

@@ -20,6 +20,7 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 import slimheads.onnx_runtime  # noqa: F401 - telemetry off
 from slimheads.errors import ModelRefusedError
 from slimheads.export import graph_files
+from slimheads.export.half import join_float32, norm_nodes
 from slimheads.export.quiet import quiet
 
 Int8For = Literal["any", "avx512_vnni", "avx2", "arm64"]
@@ -35,11 +36,18 @@ Q4_BLOCK, _Q4_ACCURACY = 32, 4
 
 
 def to_fp16(source: Path, target: Path) -> None:
-    """float16 weights and arithmetic, float32 inputs and outputs (so that clients feed what they fed before)."""
+    """float16 weights and arithmetic, float32 inputs and outputs (so that clients feed what they fed before).
+
+    Root mean square norms are computed in float32: see half.py.
+    """
     # Shapes are inferred before the weights are there: past 2 GiB the inference cannot take them.
     proto = onnx.shape_inference.infer_shapes(onnx.load(str(source), load_external_data=False))
     load_external_data_for_model(proto, str(source.parent))
-    made = OnnxModel(convert_float_to_float16(proto, keep_io_types=True, disable_shape_infer=True))
+    norms = list(norm_nodes(proto.graph))
+    made = OnnxModel(
+        convert_float_to_float16(proto, keep_io_types=True, disable_shape_infer=True, node_block_list=norms)
+    )
+    join_float32(made.model.graph)
     made.topological_sort()  # the converter appends its casts, and a branch of the merged decoder takes no disorder
     graph_files.save_graph(made.model, target)
 
