@@ -1,6 +1,9 @@
 """Models that many tests share, and the covered families: every test that takes `model_type` runs on each of them.
 
 A test that takes `variety` runs on their variants too, and one that takes `variant` on those alone.
+
+`pytest` runs one model type per family file, which is one per layout, one seed, and no slow test. `pytest --whole` runs
+all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,32 +34,52 @@ from slimheads.selection import Plan, SitePlan
 
 pytest_plugins = ["evidence"]
 MODEL_TYPES = sorted(model_type for family in families().values() for model_type in family.model_types)
-VARIETIES = [*MODEL_TYPES, *sorted(VARIANTS)]
-PARAMETERS = {
-    "model_type": MODEL_TYPES,
-    "family_type": [family.model_types[0] for family in families().values()],  # for what the layout alone decides
-    "variety": VARIETIES,
-    "variant": sorted(VARIANTS),
-    "decoder_variety": [v for v in VARIETIES if v in DECODERS],
-    "encoder_type": [m for m in MODEL_TYPES if m in ENCODERS],  # of texts
-    "decoder_type": [m for m in MODEL_TYPES if m in DECODERS],
-    "seq2seq_type": [m for m in MODEL_TYPES if m in SEQ2SEQ],
-    "wordless_type": [m for m in MODEL_TYPES if m in VISION | AUDIO],  # fed images or sound alone
-}
+REPRESENTATIVES = [family.model_types[0] for family in families().values()]
+
+
+def _parameters(model_types: Sequence[str], seeds: Sequence[int]) -> dict[str, Sequence[Any]]:
+    varieties = [*model_types, *sorted(VARIANTS)]
+    return {
+        "model_type": model_types,
+        "family_type": REPRESENTATIVES,  # for what the layout alone decides
+        "variety": varieties,
+        "variant": sorted(VARIANTS),
+        "decoder_variety": [v for v in varieties if v in DECODERS],
+        "encoder_type": [m for m in model_types if m in ENCODERS],  # of texts
+        "decoder_type": [m for m in model_types if m in DECODERS],
+        "seq2seq_type": [m for m in model_types if m in SEQ2SEQ],
+        "wordless_type": [m for m in model_types if m in VISION | AUDIO],  # fed images or sound alone
+        "seed": seeds,
+    }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="all model types, all seeds and the slow tests")
+
+
+def _is_whole(config: pytest.Config) -> bool:
+    """Whether all is run: when it is asked for, and when evidence is gathered."""
+    return bool(config.getoption("--whole") or config.getoption("--evidence"))
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The slow ones first: begun last, one of them would keep a single worker busy long after all others are done."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if not _is_whole(config):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = items[len(slow) :]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     given = [name for mark in metafunc.definition.iter_markers("parametrize") for name in str(mark.args[0]).split(",")]
-    for argument, values in PARAMETERS.items():
+    whole = _is_whole(metafunc.config)
+    parameters = _parameters(MODEL_TYPES, (0, 1)) if whole else _parameters(REPRESENTATIVES, (0,))
+    for argument, values in parameters.items():
         if argument in metafunc.fixturenames and argument not in given:
             metafunc.parametrize(argument, values)
 
