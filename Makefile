@@ -5,13 +5,18 @@ BIN    := $(VENV)/bin
 OUT    ?= runs/minilm
 BENCHMARKS ?= startup scoring surgery memory export_overhead int8 speedup prediction verdict
 
-.PHONY: demo test bench lint types schema families lock clean
+.PHONY: demo test test-all bench lint types schema families lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/slimheads run pipelines/minilm.yaml --out $(OUT)
 
+# One model type per layout, one seed, no slow test.
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+
+# Every covered model type, every seed and the slow tests.
+test-all: lint types
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal --whole
 
 # What docs/performance.md shows: what slimheads itself costs, and what its verdicts, predictions and speedups are worth.
 # Half an hour on a machine that does nothing else, 16 GB of memory and 6 GB of disk. BENCHMARKS= names some of them.
