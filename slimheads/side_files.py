@@ -41,7 +41,14 @@ _TERMS_FOLDERS = {"licenses", "licences"}
 # What is expected beside a checkpoint and never shipped: told of neither.
 _UNSHIPPED = (
     *("config.json", "generation_config.json", "plan.json", "*.index.json", "README*", ".*", "*_results.json"),
-    *("trainer_state.json", "training_args.json", "train_config.json", "adapter_config.json", "quantize_config.json"),
+    *(
+        "trainer_state.json",
+        "training_args.json",
+        "train_config.json",
+        "data_config.json",
+        "adapter_config.json",
+        "quantize_config.json",
+    ),
 )
 _CARD_CHARACTERS = 20_000  # of a model card, in which its head is looked for
 # Keys of sentence_bert_config.json; others would have a client load further files, or a kernel, that they name.
