@@ -7,7 +7,6 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.modeling_utils import no_init_weights
 
-from slimheads.attention import find_sites
-from slimheads.environment import environment
-
-Interval = import_module("slimheads.bench").Interval  # `slimheads.bench` itself is the public function
-ratio_interval = import_module("slimheads.bench").ratio_interval
+from slimheads.families.sites import find_sites
+from slimheads.latency.records import Interval
+from slimheads.runtime.environment import environment
 
 SIZES = {  # millions of parameters, nearly: (width, layers)
     "1M": (64, 2),  # for the benchmarks' own tests

@@ -19,12 +19,12 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from transformers import AutoTokenizer
 
 import slimheads
-from slimheads.checkpoint import find
-from slimheads.cpu import cpu_features
-from slimheads.export.precisions import to_int8
-from slimheads.export.quiet import quiet
-from slimheads.sessions import open_session
-from slimheads.texts import read_texts
+from slimheads.data.texts import read_texts
+from slimheads.exporting.quantize import to_int8
+from slimheads.models.checkpoint import find
+from slimheads.runtime.cpu import cpu_features
+from slimheads.runtime.quiet import quiet
+from slimheads.runtime.sessions import open_session
 
 FORMS = ("signed 7", "signed 8", "unsigned 8")
 

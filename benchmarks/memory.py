@@ -17,11 +17,11 @@ from typing import Any
 
 from common import DTYPES, arguments, bytes_of, model_of, show
 
-from slimheads.memory import PeakMemory, resident_megabytes
-from slimheads.model import load, save
-from slimheads.scoring import score
-from slimheads.selection import select
-from slimheads.surgery import prune
+from slimheads.models.loading import load, save
+from slimheads.pruning.scoring import score
+from slimheads.pruning.select import select
+from slimheads.pruning.surgery import prune
+from slimheads.runtime.memory import PeakMemory, resident_megabytes
 
 SPARE_MB = 300.0
 

@@ -18,20 +18,18 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from slimheads.checkpoint import find
-from slimheads.export import file_name
-from slimheads.latency_table import LatencyTable, predict
-from slimheads.model import load
-from slimheads.profiling import profile
-from slimheads.selection import Plan, SitePlan
-from slimheads.surgery import prune
-from slimheads.table_store import Setting
-
-bench, export = import_module("slimheads.bench").bench, import_module("slimheads.export").export
+from slimheads import bench, export
+from slimheads.exporting.artifacts import file_name
+from slimheads.latency.profile import profile
+from slimheads.latency.table import LatencyTable, predict
+from slimheads.latency.table_store import Setting
+from slimheads.models.checkpoint import find
+from slimheads.models.loading import load
+from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.surgery import prune
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ import argparse
 import copy
 import json
 import tempfile
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import slimheads
-from slimheads import flops
-from slimheads.export import export
-from slimheads.interface import inputs_for, read_interface
-from slimheads.sessions import open_session
-from slimheads.wording import shape_text
+from slimheads import bench, export
+from slimheads.formatting import shape_text
+from slimheads.models import flops
+from slimheads.runtime.onnx_signature import inputs_for, read_interface
+from slimheads.runtime.sessions import open_session
 
-bench = import_module("slimheads.bench").bench
 ENCODER_SHAPES = ((1, 128), (8, 128), (1, 512))
 STEP = (1, 1, 512)
 

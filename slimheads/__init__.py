@@ -6,9 +6,7 @@ Public names are imported on first use, so that `slimheads --help` does not wait
 from __future__ import annotations
 
 import os
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -16,55 +14,44 @@ __version__ = "0.1.0"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime reads it when it is imported; child processes inherit it
 
 if TYPE_CHECKING:
-    from slimheads.bench import bench as bench
-    from slimheads.certificate import verify as verify
-    from slimheads.export import export as export
-    from slimheads.gating import gated as gated
-    from slimheads.model import load as load
-    from slimheads.model import save as save
-    from slimheads.pipeline import run as run
-    from slimheads.recipe import Recipe as Recipe
-    from slimheads.report import Report as Report
-    from slimheads.scoring import Scores as Scores
-    from slimheads.scoring import score as score
-    from slimheads.selection import Plan as Plan
-    from slimheads.selection import select as select
-    from slimheads.surgery import prune as prune
+    from slimheads.exporting.export import export as export
+    from slimheads.latency.bench import bench as bench
+    from slimheads.models.loading import load as load
+    from slimheads.models.loading import save as save
+    from slimheads.pipeline.run import run as run
+    from slimheads.pruning.gates import gated as gated
+    from slimheads.pruning.scoring import Scores as Scores
+    from slimheads.pruning.scoring import score as score
+    from slimheads.pruning.select import Plan as Plan
+    from slimheads.pruning.select import select as select
+    from slimheads.pruning.surgery import prune as prune
+    from slimheads.recipe.recipe import Recipe as Recipe
+    from slimheads.report.model import Report as Report
+    from slimheads.verification.certificate import verify as verify
 
 _HOME = {
-    "Plan": "selection",
-    "Recipe": "recipe",
-    "Report": "report",
-    "Scores": "scoring",
-    "bench": "bench",
-    "export": "export",
-    "gated": "gating",
-    "load": "model",
-    "prune": "surgery",
-    "run": "pipeline",
-    "save": "model",
-    "score": "scoring",
-    "select": "selection",
-    "verify": "certificate",
+    "Plan": "pruning.select",
+    "Recipe": "recipe.recipe",
+    "Report": "report.model",
+    "Scores": "pruning.scoring",
+    "bench": "latency.bench",
+    "export": "exporting.export",
+    "gated": "pruning.gates",
+    "load": "models.loading",
+    "prune": "pruning.surgery",
+    "run": "pipeline.run",
+    "save": "models.loading",
+    "score": "pruning.scoring",
+    "select": "pruning.select",
+    "verify": "verification.certificate",
 }
 
 
-class _Package(ModuleType):
-    """`slimheads.bench` and `slimheads.export` are public functions and also modules: the function keeps the name."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOME:
-            raise AttributeError(f"module 'slimheads' has no attribute {name!r}")
-        value = getattr(import_module(f"slimheads.{_HOME[name]}"), name)
-        setattr(self, name, value)
-        return value
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_HOME})
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'slimheads' has no attribute {name!r}")
+    return getattr(import_module(f"slimheads.{_HOME[name]}"), name)
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -86,9 +86,11 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: prune, export, prove, measure, report."""
-    from slimheads import pipeline, report, terminal
-    from slimheads.preview import preview
-    from slimheads.recipe import Recipe
+    from slimheads import console as terminal
+    from slimheads.pipeline import run as pipeline
+    from slimheads.pipeline.preview import preview
+    from slimheads.recipe.recipe import Recipe
+    from slimheads.report import render
 
     chosen = Recipe.read(recipe, overrides or ())
     out = out or Path("runs", recipe.stem)
@@ -107,7 +109,7 @@ def run(
         print(f"stopped after {until}; what there is so far is in {out}", file=sys.stderr)
         return
     data = made.model_dump(mode="json")
-    _show(as_json, data, lambda: report.print_summary(made, terminal.stdout(), out))
+    _show(as_json, data, lambda: render.print_summary(made, terminal.stdout(), out))
     for reason in made.verdict.reasons:
         _complain(reason)
     raise typer.Exit(made.verdict.exit_code)
@@ -116,9 +118,9 @@ def run(
 @app.command()
 def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show what a recipe would delete: heads, parameters, FLOPs, bytes, predicted latency. Writes no weights."""
-    from slimheads import terminal
-    from slimheads.preview import preview
-    from slimheads.recipe import Recipe
+    from slimheads import console as terminal
+    from slimheads.pipeline.preview import preview
+    from slimheads.recipe.recipe import Recipe
 
     chosen = Recipe.read(recipe, overrides or ())
     with _display("plan") as display:
@@ -133,9 +135,9 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Score every head of a model by weight magnitude."""
-    from slimheads import terminal
-    from slimheads.model import load
-    from slimheads.scoring import score as score_model
+    from slimheads import console as terminal
+    from slimheads.models.loading import load
+    from slimheads.pruning.scoring import score as score_model
 
     scores = score_model(load(model, task))
     _show(as_json, scores.to_json(), lambda: terminal.print_scores(scores))
@@ -160,11 +162,11 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure how much faster one ONNX file runs than another, with an interval and a control."""
-    from slimheads import terminal
-    from slimheads.bench import bench as measure
-    from slimheads.drawing import require_picture
-    from slimheads.latency_gate import require_limit, require_ratio
-    from slimheads.timeline import write_timeline
+    from slimheads import console as terminal
+    from slimheads.latency.bench import bench as measure
+    from slimheads.latency.gate import require_limit, require_ratio
+    from slimheads.report.svg import require_picture
+    from slimheads.report.timeline import write_timeline
 
     wanted = [_shape(text) for text in shapes or ["1x16", "1x128"]]
     if plot:
@@ -200,10 +202,10 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Measure what each count of heads costs, once for a model and machine; plans are predicted from it."""
-    from slimheads import terminal
-    from slimheads.checkpoint import find
-    from slimheads.profiling import profile as measure
-    from slimheads.table_store import Setting
+    from slimheads import console as terminal
+    from slimheads.latency.profile import profile as measure
+    from slimheads.latency.table_store import Setting
+    from slimheads.models.checkpoint import find
 
     wanted = [_shape(text) for text in shapes or ["1x16", "1x128"]]
     with _display("profile") as display:
@@ -221,10 +223,10 @@ def init(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to this new file instead of stdout.")] = None,
 ) -> None:
     """Write a commented recipe for a model."""
-    from slimheads.checkpoint import describe, find, read_config
-    from slimheads.family import families
-    from slimheads.limits import fitting
-    from slimheads.recipe import DEFAULT_SHAPES, commented_recipe
+    from slimheads.families.family import families
+    from slimheads.families.limits import fitting
+    from slimheads.models.checkpoint import describe, find, read_config
+    from slimheads.recipe.recipe import DEFAULT_SHAPES, commented_recipe
 
     source = find(model)
     decoder, fed_texts = source.task == "text-generation", families()[source.family].inputs == "text"
@@ -249,8 +251,8 @@ def families(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/families.md.")] = False,
 ) -> None:
     """List the model families that are covered, and what the tests proved of each."""
-    from slimheads import terminal
-    from slimheads.catalogue import family_rows, render_markdown
+    from slimheads import console as terminal
+    from slimheads.families.support import family_rows, render_markdown
 
     rows = family_rows()
     if markdown:
@@ -262,7 +264,7 @@ def families(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
-    from slimheads.recipe import recipe_schema
+    from slimheads.recipe.recipe import recipe_schema
 
     _show(True, recipe_schema(), lambda: None)
 
@@ -270,8 +272,8 @@ def schema() -> None:
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Check that this machine has what a run needs."""
-    from slimheads import terminal
-    from slimheads.environment import doctor as examine
+    from slimheads import console as terminal
+    from slimheads.runtime.doctor import doctor as examine
 
     checks = examine()
     _show(as_json, [check.model_dump(mode="json") for check in checks], lambda: terminal.print_checks(checks))
@@ -346,7 +348,7 @@ def _still_to_go_on() -> None:
 @contextmanager
 def _display(doing: str | None = None) -> Iterator[Any]:
     """Progress on stderr; of `doing` alone where it is not several stages that say their own names."""
-    from slimheads.progress import Display
+    from slimheads.console import Display
 
     with Display(SteadyConsole(stderr=True), _still_to_go_on) as display:
         if doing:

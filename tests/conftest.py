@@ -26,11 +26,12 @@ import torch
 from tiny import AUDIO, CONFIGS, DECODERS, ENCODERS, SEQ2SEQ, VARIANTS, VISION, tiny_model
 from transformers import PreTrainedModel
 
-from slimheads.attention import find_sites
-from slimheads.family import families
-from slimheads.inputs import has_length, make_inputs, takes_text, to_torch
-from slimheads.model import load
-from slimheads.selection import Plan, SitePlan
+from slimheads.data.inputs import make_inputs, to_torch
+from slimheads.families.config_facts import has_length, takes_text
+from slimheads.families.family import families
+from slimheads.families.sites import find_sites
+from slimheads.models.loading import load
+from slimheads.pruning.select import Plan, SitePlan
 
 pytest_plugins = ["evidence"]
 MODEL_TYPES = sorted(model_type for family in families().values() for model_type in family.model_types)

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from tiny import type_of
 
-from slimheads.catalogue import SECTIONS, Evidence, TypeEvidence, digest
-from slimheads.environment import installed
-from slimheads.family import families
+from slimheads.families.family import families
+from slimheads.families.support import SECTIONS, Evidence, TypeEvidence, digest
+from slimheads.runtime.environment import installed
 
 VERSIONED = ("onnxruntime", "optimum-onnx", "torch", "transformers")
 _SIZES = ("max_abs", "max_rel")  # of several proofs of the same, the largest counts

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from slimheads.bench import Interval
-from slimheads.checkpoint import find
-from slimheads.latency_table import Kind, LatencyTable, Measurement, kinds_of
-from slimheads.model import load
-from slimheads.table_store import Setting, made_for, path_of, store
+from slimheads.latency.records import Interval
+from slimheads.latency.table import Kind, LatencyTable, Measurement, kinds_of
+from slimheads.latency.table_store import Setting, made_for, path_of, store
+from slimheads.models.checkpoint import find
+from slimheads.models.loading import load
 
 STEADY = Interval(estimate=1.0, low=0.99, high=1.01)
 

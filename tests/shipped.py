@@ -12,11 +12,12 @@ import numpy as np
 import onnx
 from transformers import PreTrainedModel
 
-from slimheads.certificate import Certificate, verify
-from slimheads.export import Candidate, Int8For, KvAxes, Precision, export
-from slimheads.model import load, save
-from slimheads.selection import Plan
-from slimheads.surgery import prune
+from slimheads.exporting.export import export
+from slimheads.models.loading import load, save
+from slimheads.names import GraphForm, Int8For, KvAxes, Precision
+from slimheads.pruning.select import Plan
+from slimheads.pruning.surgery import prune
+from slimheads.verification.certificate import Certificate, verify
 
 ALL_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
@@ -51,7 +52,7 @@ class Shipped:
         return replace(self, root=root, slim=copy.deepcopy(self.slim))
 
     def certificate(
-        self, *precisions: Precision, candidates: Mapping[Candidate, Path] | None = None, int8_for: Int8For = "any"
+        self, *precisions: Precision, candidates: Mapping[GraphForm, Path] | None = None, int8_for: Int8For = "any"
     ) -> Certificate:
         """The certificate over fp32, these precisions and these candidates."""
         return verify(

@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from slimheads.adapters import ADAPTERS
-from slimheads.attention import find_sites
 from slimheads.errors import ModelRefusedError
-from slimheads.family import families, family_of
-from slimheads.gating import gated
-from slimheads.parity import cases, torch_form
-from slimheads.selection import Plan
-from slimheads.surgery import prune
+from slimheads.families.adapters import ADAPTERS
+from slimheads.families.family import families, family_of
+from slimheads.families.sites import find_sites
+from slimheads.pruning.gates import gated
+from slimheads.pruning.select import Plan
+from slimheads.pruning.surgery import prune
+from slimheads.verification.parity import cases, torch_form
 
 Tiny = Callable[..., PreTrainedModel]
 Ragged = Callable[..., Plan]

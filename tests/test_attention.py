@@ -15,14 +15,14 @@ from tiny import SEQ2SEQ, TWO_TOWERS
 from transformers import AutoConfig, BertConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from slimheads import family as family_files
-from slimheads.attention import Projection, find_sites, linear_features
 from slimheads.errors import ModelRefusedError, UsageError
-from slimheads.family import Family, ProjectionRow, SiteRow, families, family_of, refused_types
-from slimheads.layout import blocks_of
-from slimheads.scoring import ROLES, score
-from slimheads.selection import select
-from slimheads.surgery import prune
+from slimheads.families import family as family_files
+from slimheads.families.family import Family, ProjectionRow, SiteRow, families, family_of, refused_types
+from slimheads.families.layout import blocks_of
+from slimheads.families.sites import Projection, find_sites, linear_features
+from slimheads.pruning.scoring import ROLES, score
+from slimheads.pruning.select import select
+from slimheads.pruning.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]
 SIZES = {"unit": 4, "member": 2, "dim": 1}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Callable
@@ -16,12 +15,12 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_files import WIDTH, write_decoder
 
 import slimheads
-from slimheads import measuring
-from slimheads.bench import Interval, Latency, Verdict, judge, ratio_interval, timing
 from slimheads.errors import EnvironmentLackError, UsageError
-from slimheads.measuring import SETS
-
-bench_module = importlib.import_module("slimheads.bench")  # the name slimheads.bench is the function
+from slimheads.latency import bench as bench_module
+from slimheads.latency import sampling as measuring
+from slimheads.latency.records import Interval, Latency, Verdict
+from slimheads.latency.sampling import SETS
+from slimheads.latency.statistics import judge, ratio_interval, timing
 
 # ---------------------------------------------------------------------------------------------------------- statistics
 

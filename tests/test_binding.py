@@ -12,14 +12,14 @@ import pytest
 from onnx_files import VOCABULARY, WIDTH, write_decoder, write_encoder
 from transformers import PreTrainedModel
 
-from slimheads import binding
-from slimheads.binding import BoundRun, bind, feed_for
 from slimheads.errors import UsageError
-from slimheads.export import export
-from slimheads.interface import Input, Interface, read_interface
-from slimheads.selection import Plan
-from slimheads.sessions import open_session
-from slimheads.surgery import prune
+from slimheads.exporting.export import export
+from slimheads.pruning.select import Plan
+from slimheads.pruning.surgery import prune
+from slimheads.runtime import io_binding as binding
+from slimheads.runtime.io_binding import BoundRun, bind, feed_for
+from slimheads.runtime.onnx_signature import Input, Interface, read_interface
+from slimheads.runtime.sessions import open_session
 
 PAST = 9
 

@@ -18,15 +18,15 @@ from tiny import DECODERS, config_of, type_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from whole_runs import report_of, slimheads, steady, write_recipe
 
-from slimheads.attention import find_sites
 from slimheads.errors import UsageError
-from slimheads.family import families
-from slimheads.gating import gated
-from slimheads.model import load, save
-from slimheads.reload import reload_tier
-from slimheads.scoring import Scores, SiteScores, score
-from slimheads.selection import Plan, SitePlan, select
-from slimheads.surgery import prune
+from slimheads.families.family import families
+from slimheads.families.sites import find_sites
+from slimheads.models.loading import load, save
+from slimheads.models.reload import reload_tier
+from slimheads.pruning.gates import gated
+from slimheads.pruning.scoring import Scores, SiteScores, score
+from slimheads.pruning.select import Plan, SitePlan, select
+from slimheads.pruning.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]
 GROUPED = sorted(v for v in DECODERS if 1 < kv_heads(config := config_of(v)) < config.num_attention_heads)

@@ -1,4 +1,4 @@
-"""Candidate graphs: what is built of each family, and that a form which computes something else may not ship."""
+"""GraphForm graphs: what is built of each family, and that a form which computes something else may not ship."""
 
 from __future__ import annotations
 
@@ -17,24 +17,28 @@ from tiny import DECODERS, task_of
 from transformers import PreTrainedModel
 from whole_runs import checkpoint, report_of, slimheads, steady, write_recipe
 
-from slimheads import stages
-from slimheads.certificate import Certificate
-from slimheads.checkpoint import find
-from slimheads.export import Candidate, build_candidate, candidates, export, graph_files
-from slimheads.interface import nodes_of, read_interface
-from slimheads.job import Job, certificate_of
-from slimheads.recipe import Recipe
-from slimheads.selection import Plan
-from slimheads.surgery import prune
+from slimheads.exporting import graph_files
+from slimheads.exporting import graph_forms as candidates
+from slimheads.exporting.export import export
+from slimheads.exporting.graph_forms import build_candidate
+from slimheads.models.checkpoint import find
+from slimheads.names import GraphForm
+from slimheads.pipeline.job import Job, certificate_of
+from slimheads.pruning.select import Plan
+from slimheads.pruning.surgery import prune
+from slimheads.recipe.recipe import Recipe
+from slimheads.report.tables import stages
+from slimheads.runtime.onnx_signature import nodes_of, read_interface
+from slimheads.verification.certificate import Certificate
 
-NAMES: tuple[Candidate, ...] = ("optimized", "attention", "fused", "rewritten")
+NAMES: tuple[GraphForm, ...] = ("optimized", "attention", "fused", "rewritten")
 # A spread of how attention, norms, positions and caches are written.
 SPREAD = ("bert", "albert", "megatron-bert", "deberta", "gpt2", "llama", "bloom", "vit", "clip", "wav2vec2")
 # Forms that the tools make and ONNX Runtime does not run at some shape: nobody but the certificate says so.
 BROKEN = (("gemma", "fused"), ("nemotron", "fused"), ("siglip_vision_model", "rewritten"))
 
 
-def build(made: Shipped, name: Candidate) -> dict[str, str | None]:
+def build(made: Shipped, name: GraphForm) -> dict[str, str | None]:
     """Builds a candidate of both sides where a run has it; side -> why there is none."""
     reasons = {}
     for side in ("dense", "slim"):
@@ -46,7 +50,7 @@ def build(made: Shipped, name: Candidate) -> dict[str, str | None]:
     return reasons
 
 
-def prove(made: Shipped, *names: Candidate) -> Certificate:
+def prove(made: Shipped, *names: GraphForm) -> Certificate:
     return made.certificate(candidates={name: made.root / "candidates" / name for name in names})
 
 
@@ -102,7 +106,7 @@ def test_every_form_of_a_graph_is_built_and_holds(model_type: str, shipped: Call
     ],
 )
 def test_attention_is_fused_with_each_layers_own_head_count(
-    model_type: str, name: Candidate, shipped: Callable[..., Shipped]
+    model_type: str, name: GraphForm, shipped: Callable[..., Shipped]
 ) -> None:
     made = shipped(model_type)
     build(made, name)
@@ -118,7 +122,7 @@ def test_attention_is_fused_with_each_layers_own_head_count(
 
 @pytest.mark.parametrize("model_type,name", BROKEN)
 def test_a_form_that_does_not_run_is_refused_and_nothing_else_with_it(
-    model_type: str, name: Candidate, shipped: Callable[..., Shipped]
+    model_type: str, name: GraphForm, shipped: Callable[..., Shipped]
 ) -> None:
     made = shipped(model_type)
     assert build(made, name) == {"dense": None, "slim": None}
@@ -294,7 +298,7 @@ def test_a_run_tries_every_candidate_and_keeps_what_it_found(tmp_path: Path, mon
         "STAGES",
         tuple(stages.Stage(s.name, s.reads, s.section, watched) if s.name == "verify" else s for s in stages.STAGES),
     )
-    monkeypatch.setattr("slimheads.pipeline.STAGES", stages.STAGES)
+    monkeypatch.setattr("slimheads.pipeline.run.STAGES", stages.STAGES)
     recipe = write_recipe(tmp_path / "r.yaml", export={"candidates": ["plain", *NAMES]})
     ended = slimheads("run", recipe, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err

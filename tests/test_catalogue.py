@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from whole_runs import slimheads
 
-from slimheads import catalogue
-from slimheads.catalogue import Evidence, digest, family_rows, render_markdown, shortfall
 from slimheads.errors import UsageError
-from slimheads.family import families
+from slimheads.families import support as catalogue
+from slimheads.families.family import families
+from slimheads.families.support import Evidence, digest, family_rows, render_markdown, shortfall
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parent.parent

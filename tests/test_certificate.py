@@ -18,15 +18,16 @@ from shipped import ALL_PRECISIONS, Shipped, edit_tensor, ship
 from tiny import DECODERS, SEQ2SEQ, task_of, variant_of
 from transformers import PreTrainedModel
 
-from slimheads import certificate, chain
-from slimheads.attention import find_sites
-from slimheads.catalogue import LinkProof
-from slimheads.certificate import Certificate
 from slimheads.errors import CertificateError
-from slimheads.export import export
-from slimheads.model import load
-from slimheads.selection import Plan, SitePlan
-from slimheads.surgery import prune
+from slimheads.exporting.export import export
+from slimheads.families.sites import find_sites
+from slimheads.families.support import LinkProof
+from slimheads.models.loading import load
+from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.surgery import prune
+from slimheads.verification import certificate
+from slimheads.verification import subjects as chain
+from slimheads.verification.certificate import Certificate
 
 HEADS = (
     *(("bert", task) for task in ("fill-mask", "text-classification", "token-classification", "question-answering")),

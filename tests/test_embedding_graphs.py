@@ -8,8 +8,8 @@ import onnxruntime
 import pytest
 from tiny import tiny_model
 
-from slimheads.export import export
-from slimheads.parity import cases, compare_all, onnx_form, torch_form
+from slimheads.exporting.export import export
+from slimheads.verification.parity import cases, compare_all, onnx_form, torch_form
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "gpt_bigcode", "bloom", "phi"])

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from slimheads import environment as module
-from slimheads.environment import Environment, doctor, environment
+from slimheads.runtime import environment as module
+from slimheads.runtime.doctor import doctor
+from slimheads.runtime.environment import Environment, environment
 
 
 def test_record_is_what_the_packages_and_the_system_say() -> None:
@@ -104,7 +105,7 @@ def test_record_names_no_person_host_or_path() -> None:
 
 
 def test_record_does_not_wait_for_torch() -> None:
-    code = "import sys; from slimheads.environment import environment; environment(); print('torch' in sys.modules)"
+    code = "import sys; from slimheads.runtime import environment as e; e.environment(); print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"
 

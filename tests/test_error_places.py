@@ -11,12 +11,12 @@ from ruamel.yaml import YAML
 from whole_runs import checkpoint, slimheads
 
 import slimheads as library
-from slimheads import flops
 from slimheads.errors import SlimheadsError, UsageError
-from slimheads.export.precisions import to_q4
-from slimheads.model import load
-from slimheads.recipe import Recipe
-from slimheads.scoring import Scores, SiteScores
+from slimheads.exporting.quantize import to_q4
+from slimheads.models import flops
+from slimheads.models.loading import load
+from slimheads.pruning.scoring import Scores, SiteScores
+from slimheads.recipe.recipe import Recipe
 
 # The key, a value with which the recipe can be read and the run cannot go on, other lines, and the kind of the model.
 LATE: list[tuple[str, str, dict[str, str], str]] = [

@@ -16,15 +16,19 @@ from onnx import TensorProto
 from tiny import SEQ2SEQ, task_of
 from transformers import GenerationConfig, PreTrainedModel
 
-from slimheads.attention import find_sites
+from slimheads.data.inputs import make_inputs
 from slimheads.errors import ModelRefusedError
-from slimheads.export import FILES, KvAxes, export, file_name, greedy_options
-from slimheads.inputs import has_length, make_inputs
-from slimheads.interface import KV_SHAPES_KEY, inputs_for, read_interface
-from slimheads.parity import cases, compare_all, onnx_form, onnx_greedy, torch_form
-from slimheads.selection import Plan
-from slimheads.sessions import open_session
-from slimheads.surgery import prune
+from slimheads.exporting.artifacts import FILES, file_name
+from slimheads.exporting.export import export
+from slimheads.families.config_facts import has_length
+from slimheads.families.sites import find_sites
+from slimheads.models.generation import greedy_options
+from slimheads.names import KvAxes
+from slimheads.pruning.select import Plan
+from slimheads.pruning.surgery import prune
+from slimheads.runtime.onnx_signature import KV_SHAPES_KEY, inputs_for, read_interface
+from slimheads.runtime.sessions import open_session
+from slimheads.verification.parity import cases, compare_all, onnx_form, onnx_greedy, torch_form
 
 
 @pytest.fixture(scope="module")

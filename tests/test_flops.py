@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from slimheads.errors import UsageError
-from slimheads.flops import flops, parameters, weight_bytes
-from slimheads.selection import Plan
-from slimheads.surgery import prune
+from slimheads.models.flops import flops, parameters, weight_bytes
+from slimheads.pruning.select import Plan
+from slimheads.pruning.surgery import prune
 
 HIDDEN, LAYERS, INNER, VOCABULARY, DIM = 32, 3, 48, 120, 8
 SHAPES = [(1, 1), (1, 16), (4, 9)]

@@ -13,12 +13,12 @@ from tiny import DECODERS, ENCODERS, default_dtype
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from slimheads.attention import find_sites
 from slimheads.errors import UsageError
-from slimheads.gating import gated
-from slimheads.inputs import takes_text
-from slimheads.selection import Plan, SitePlan
-from slimheads.surgery import prune
+from slimheads.families.config_facts import takes_text
+from slimheads.families.sites import find_sites
+from slimheads.pruning.gates import gated
+from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]
 Ragged = Callable[..., Plan]

@@ -11,11 +11,11 @@ import pytest
 from transformers import GenerationConfig, PreTrainedModel
 
 from slimheads.errors import ModelRefusedError
-from slimheads.generation import FILE, kept_settings
-from slimheads.model import load, save
+from slimheads.models.generation import FILE, kept_settings
+from slimheads.models.loading import load, save
 from slimheads.notices import collected
-from slimheads.selection import Plan
-from slimheads.surgery import prune
+from slimheads.pruning.select import Plan
+from slimheads.pruning.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]
 Ragged = Callable[..., Plan]

@@ -11,11 +11,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from slimheads import graph_check
-from slimheads.attention import Projection, Site, Table, Unit
 from slimheads.errors import UsageError
-from slimheads.graph_check import fused_faults, graph_faults, quantized_faults
-from slimheads.selection import Plan, SitePlan
+from slimheads.families.sites import Projection, Site, Table
+from slimheads.names import Unit
+from slimheads.pruning.select import Plan, SitePlan
+from slimheads.verification import structure as graph_check
+from slimheads.verification.structure import fused_faults, graph_faults, quantized_faults
 
 UNITS, DIM, HIDDEN = 4, 2, 6
 PLAN = Plan((SitePlan("m.attn", "head", UNITS, (0, 2, 3)),))

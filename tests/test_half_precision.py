@@ -16,7 +16,7 @@ from tiny import tiny_model
 from transformers import PreTrainedModel
 from whole_runs import report_of, slimheads, steady, write_recipe
 
-from slimheads.model import load
+from slimheads.models.loading import load
 
 DTYPES = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16)}
 

@@ -12,7 +12,7 @@ import transformers
 from test_weights import change, refusal
 from transformers import PreTrainedModel
 
-from slimheads.model import load
+from slimheads.models.loading import load
 from slimheads.notices import collected
 
 Tiny = Callable[..., PreTrainedModel]

@@ -12,10 +12,11 @@ import torch
 from safetensors.numpy import save_file
 from transformers import ASTConfig, BertConfig, CLIPConfig, PreTrainedModel, ViTConfig, Wav2Vec2Config
 
-from slimheads import inputs
+from slimheads.data import inputs
+from slimheads.data.inputs import make_inputs, read_inputs
 from slimheads.errors import UsageError
-from slimheads.inputs import make_inputs, measured_shapes, read_inputs
-from slimheads.parity import cases
+from slimheads.families.config_facts import measured_shapes
+from slimheads.verification.parity import cases
 
 RNG = np.random.default_rng
 

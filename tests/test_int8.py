@@ -19,12 +19,12 @@ from tiny import tiny_model
 from transformers import PreTrainedModel
 from whole_runs import checkpoint, report_of, slimheads, steady, write_recipe
 
-from slimheads import cpu
-from slimheads.export import export
-from slimheads.export.precisions import to_int8
-from slimheads.integer_products import SAFE_WEIGHT, integer_product, overflow_faults, saturating_product
-from slimheads.selection import Plan
-from slimheads.sessions import open_session
+from slimheads.exporting.export import export
+from slimheads.exporting.quantize import to_int8
+from slimheads.pruning.select import Plan
+from slimheads.runtime import cpu
+from slimheads.runtime.sessions import open_session
+from slimheads.verification.integer_products import SAFE_WEIGHT, integer_product, overflow_faults, saturating_product
 
 EXTREMES = np.array([0, 1, 127, 254, 255], np.uint8)
 
@@ -325,7 +325,7 @@ def test_a_weak_precision_is_left_out_by_name_and_the_rest_is_published(
 
 
 def test_all_files_of_a_weak_precision_are_left_out_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slimheads import precision_proof
+    from slimheads.verification import precision_proof
 
     steady(monkeypatch)
     monkeypatch.setattr(precision_proof, "LEAST_COSINE", 1.0)
@@ -342,7 +342,7 @@ def test_a_weight_that_is_wrong_is_no_weak_precision(bert: Shipped, tmp_path: Pa
     """Left out is what rounding spoils; what was built wrongly fails, whatever the recipe says."""
     made = bert.copied(tmp_path)
     damaged(made, one_step)
-    from slimheads.certificate import verify
+    from slimheads.verification.certificate import verify
 
     found = verify(
         copy.deepcopy(made.dense),

@@ -22,11 +22,11 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from whole_runs import slimheads
 
-from slimheads.checkpoint import find, read_config
-from slimheads.config_keys import allowed, is_tokenizer
 from slimheads.errors import ModelRefusedError
-from slimheads.family import covered_types
-from slimheads.model import load, save
+from slimheads.families.family import covered_types
+from slimheads.intake.config_keys import allowed, is_tokenizer
+from slimheads.models.checkpoint import find, read_config
+from slimheads.models.loading import load, save
 
 Tiny = Callable[..., PreTrainedModel]
 Folder = Callable[..., Path]

@@ -12,8 +12,8 @@ from onnx import helper
 from onnx_files import BOOL, FLOAT, INT64, VOCABULARY, assert_one_line, write_encoder, write_model
 
 from slimheads.errors import UsageError
-from slimheads.interface import KV_SHAPES_KEY, inputs_for, read_interface
-from slimheads.sessions import open_session
+from slimheads.runtime.onnx_signature import KV_SHAPES_KEY, inputs_for, read_interface
+from slimheads.runtime.sessions import open_session
 
 
 @pytest.fixture(scope="module")

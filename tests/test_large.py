@@ -16,17 +16,20 @@ from tiny import task_of, tiny_model
 from transformers import AutoModel, PreTrainedModel
 from whole_runs import checkpoint, report_of, slimheads, steady, visible, write_recipe
 
-from slimheads.attention import find_sites
-from slimheads.checkpoint import read_config
-from slimheads.export import FILES, Precision, export, file_name, graph_files, parts_of
-from slimheads.export.precisions import to_fp16, to_int8
-from slimheads.graph_check import quantized_faults
-from slimheads.memory import PeakMemory
-from slimheads.model import load
-from slimheads.parity import cases, compare_all, onnx_form
-from slimheads.precision_proof import FUSED_TOLERANCE, TOLERANCES
-from slimheads.selection import Plan
-from slimheads.sessions import open_session
+from slimheads.exporting import graph_files
+from slimheads.exporting.artifacts import FILES, file_name, parts_of
+from slimheads.exporting.export import export
+from slimheads.exporting.quantize import to_fp16, to_int8
+from slimheads.families.sites import find_sites
+from slimheads.models.checkpoint import read_config
+from slimheads.models.loading import load
+from slimheads.names import Precision
+from slimheads.pruning.select import Plan
+from slimheads.runtime.memory import PeakMemory
+from slimheads.runtime.sessions import open_session
+from slimheads.verification.parity import cases, compare_all, onnx_form
+from slimheads.verification.precision_proof import FUSED_TOLERANCE, TOLERANCES
+from slimheads.verification.structure import quantized_faults
 
 TWO_GB = 2**31
 MEMORY_MB = 16_000  # eight times the weights

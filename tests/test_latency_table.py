@@ -12,13 +12,13 @@ from latency_tables import kind_of, stairs, table_of
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from slimheads.bench import Interval
 from slimheads.errors import UsageError
-from slimheads.flops import flops
-from slimheads.inputs import measured_shapes
-from slimheads.latency_table import LatencyTable, kinds_of, measured_counts, plan_keeping, predict
-from slimheads.selection import Plan, SitePlan
-from slimheads.surgery import prune
+from slimheads.families.config_facts import measured_shapes
+from slimheads.latency.records import Interval
+from slimheads.latency.table import LatencyTable, kinds_of, measured_counts, plan_keeping, predict
+from slimheads.models.flops import flops
+from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]
 

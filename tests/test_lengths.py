@@ -13,12 +13,15 @@ import torch
 from tiny import config_of, tiny_model
 from whole_runs import checkpoint, report_of, slimheads, steady, write_recipe
 
-from slimheads import load, parity, prune, save, score, select, seq2seq, stages
-from slimheads.export import export
-from slimheads.export.kv_cache import kv_shapes
-from slimheads.lengths import lengths
-from slimheads.limits import position_limit
-from slimheads.sessions import open_session
+from slimheads import load, prune, save, score, select
+from slimheads.exporting.export import export
+from slimheads.exporting.kv_cache import kv_shapes
+from slimheads.families.limits import position_limit
+from slimheads.report.tables import stages
+from slimheads.runtime.sessions import open_session
+from slimheads.verification import parity
+from slimheads.verification import parity_seq2seq as seq2seq
+from slimheads.verification.lengths import lengths
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 2, "long_factor": [40.0] * 2}
 

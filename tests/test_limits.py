@@ -11,9 +11,10 @@ import torch
 from tiny import CONFIGS, VARIANTS, config_of, type_of
 from transformers import PreTrainedModel, RobertaConfig
 
+from slimheads.data.inputs import make_inputs, to_torch
 from slimheads.errors import UsageError
-from slimheads.inputs import has_length, make_inputs, takes_text, to_torch
-from slimheads.limits import UNLIMITED, fitting, position_limit, require_fit
+from slimheads.families.config_facts import has_length, takes_text
+from slimheads.families.limits import UNLIMITED, fitting, position_limit, require_fit
 
 FED_TOKENS = [name for name in (*CONFIGS, *VARIANTS) if takes_text(config_of(name)) or name == "whisper"]
 # Rotary positions go on for ever, and so do ALiBi's slopes; M2M100 makes a longer table of sines when it needs one.

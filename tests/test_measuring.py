@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from slimheads.bench import EXTENSION, control_fault, judge, ratio_interval, timing
-from slimheads.measuring import SETS, Effort, Series, add_set, one_round, warm_up
+from slimheads.latency.bench import EXTENSION
+from slimheads.latency.sampling import SETS, Effort, Series, add_set, one_round, warm_up
+from slimheads.latency.statistics import control_fault, judge, ratio_interval, timing
 
 
 @dataclass

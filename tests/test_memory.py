@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from slimheads.memory import MappedFiles, PeakMemory, resident_megabytes
+from slimheads.runtime.memory import MappedFiles, PeakMemory, resident_megabytes
 
 TAKEN = 96  # MiB
 
@@ -39,7 +39,7 @@ def test_a_new_stretch_starts_without_the_last_ones_peak() -> None:
         pytest.skip("this system does not let a process start a new peak")
     # In a process of its own: what other tests left to be cleared away would count too.
     code = (
-        "from slimheads.memory import PeakMemory\n"
+        "from slimheads.runtime.memory import PeakMemory\n"
         f"def take():\n    block = bytearray({TAKEN} * 2**20)\n    block[::4096] = b'x' * len(block[::4096])\n"
         "take(); first = PeakMemory(); low = first.megabytes(); take(); high = first.megabytes()\n"
         "print(low, high, PeakMemory().megabytes())"

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from tiny import task_of, tasks_of
 from transformers import AutoModel, PreTrainedModel
 
-from slimheads.checkpoint import TASKS, find
+from slimheads.data.inputs import make_inputs, to_torch
 from slimheads.errors import EnvironmentLackError, ModelRefusedError, UsageError
-from slimheads.family import families
-from slimheads.inputs import make_inputs, to_torch
-from slimheads.model import load, save
-from slimheads.selection import Plan, SitePlan
-from slimheads.surgery import prune
+from slimheads.families.family import families
+from slimheads.models.checkpoint import TASKS, find
+from slimheads.models.loading import load, save
+from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]
 Ragged = Callable[..., Plan]
@@ -118,8 +118,8 @@ def test_ratio_0_gives_byte_identical_tensors(tiny: Tiny, tmp_path: Path, model_
 
 
 def everything(model: PreTrainedModel) -> Plan:
-    from slimheads.scoring import score
-    from slimheads.selection import select
+    from slimheads.pruning.scoring import score
+    from slimheads.pruning.select import select
 
     return select(score(model), 0)
 
@@ -405,9 +405,9 @@ def test_a_missing_package_lacks_and_a_missing_folder_in_it_is_misused() -> None
 HUB = """
 import sys
 from slimheads.errors import SlimheadsError
-from slimheads.checkpoint import find
-from slimheads.inputs import make_inputs, to_torch
-from slimheads.model import load
+from slimheads.models.checkpoint import find
+from slimheads.data.inputs import make_inputs, to_torch
+from slimheads.models.loading import load
 
 found = find("someone/tiny-bert")
 load("someone/tiny-bert")

@@ -19,14 +19,16 @@ import onnx
 import pytest
 from tiny import task_of, tiny_model
 
-from slimheads.export import Candidate, build_candidate, export
-from slimheads.interface import inputs_for, read_interface
-from slimheads.sessions import ORT_ERRORS, open_session
+from slimheads.exporting.export import export
+from slimheads.exporting.graph_forms import build_candidate
+from slimheads.names import GraphForm
+from slimheads.runtime.onnx_signature import inputs_for, read_interface
+from slimheads.runtime.sessions import ORT_ERRORS, open_session
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 MODELS = ("bert", "gpt2", "llama", "gemma2", "t5")
-CANDIDATES = [name for name in get_args(Candidate) if name != "plain"]
+CANDIDATES = [name for name in get_args(GraphForm) if name != "plain"]
 # What another release may compute otherwise, as a share of the largest output: the order of additions; in float16 also
 # which results are rounded, and in int8 how activations are.
 TOLERANCES = {"fp16": 1e-2, "int8": 2e-2, "q4": 2e-2, "fp32": 1e-4}

@@ -8,8 +8,8 @@ import pytest
 from whole_runs import tree
 
 from slimheads.errors import UsageError
-from slimheads.output_place import require_place
-from slimheads.recipe import Recipe
+from slimheads.output.place import require_place
+from slimheads.recipe.recipe import Recipe
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import BertConfig, GPT2Config, MptConfig, PreTrainedModel, RobertaConfig
 
-from slimheads.parity import Agreement, Case, Form, Outputs, cases, compare, compare_all, torch_form
+from slimheads.verification.parity import Agreement, Case, Form, Outputs, cases, compare, compare_all, torch_form
 
 ENCODER = BertConfig(vocab_size=50, pad_token_id=3)
 DECODER = GPT2Config(vocab_size=50)

@@ -23,13 +23,13 @@ from whole_runs import (
     write_recipe,
 )
 
-from slimheads import stages
-from slimheads.certificate import Certificate
 from slimheads.errors import UsageError
 from slimheads.notices import tell
-from slimheads.pipeline import STAGE_NAMES, dry_run, run, stages_until
-from slimheads.recipe import Recipe
-from slimheads.report import Report
+from slimheads.pipeline import stages
+from slimheads.pipeline.run import STAGE_NAMES, dry_run, run, stages_until
+from slimheads.recipe.recipe import Recipe
+from slimheads.report.model import Report
+from slimheads.verification.certificate import Certificate
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +164,7 @@ def test_the_same_model_in_another_folder_is_the_same(mine: Path) -> None:
 def test_another_version_of_a_library_or_of_our_code_runs_all(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("onnxruntime", "transformers", "slimheads"):
         with monkeypatch.context() as patch:
-            patch.setattr("slimheads.pipeline.versions", lambda name=name: stages.versions() | {name: "another"})
+            patch.setattr("slimheads.pipeline.run.versions", lambda name=name: stages.versions() | {name: "another"})
             assert would_run(done) == list(STAGES)
 
 
@@ -441,7 +441,7 @@ def test_an_error_names_no_file_of_the_store(mine: Path, monkeypatch: pytest.Mon
         file = given[3] / "onnx" / "model.onnx"
         raise UsageError(f"{file} cannot be read", where=str(file), hint="export it again")
 
-    monkeypatch.setattr("slimheads.stages.verify", damaged)
+    monkeypatch.setattr("slimheads.pipeline.stages.verify", damaged)
     with pytest.raises(UsageError) as failed:
         again(mine, "verify.atol=1e-3")
     assert str(failed.value).startswith("slim/onnx/model.onnx, as the verify stage has it: slim/onnx/model.onnx cannot")
@@ -454,7 +454,7 @@ def test_what_a_stage_told_is_told_again_where_it_is_reused(mine: Path, monkeypa
         tell("a layer was left out")
         return real(*given, **options)
 
-    monkeypatch.setattr("slimheads.stages.verify", telling)
+    monkeypatch.setattr("slimheads.pipeline.stages.verify", telling)
     assert again(mine, "verify.atol=1e-3").notices == ("a layer was left out",)
     monkeypatch.undo()
     steady(monkeypatch)

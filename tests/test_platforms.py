@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from whole_runs import write_recipe
 
-from slimheads import disk, memory
+from slimheads import files as disk
+from slimheads.runtime import memory
 
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys(('resource', 'fcntl')))"  # None: importing it fails
 

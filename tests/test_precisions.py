@@ -14,16 +14,18 @@ from shipped import Shipped, edit_tensor, ship
 from tiny import DECODERS, SEQ2SEQ, task_of
 from transformers import PreTrainedModel
 
-from slimheads import graph_check
 from slimheads.errors import ModelRefusedError
-from slimheads.export import Int8For, client_names, export
-from slimheads.export.precisions import Q4_BLOCK, to_int8, to_q4
-from slimheads.graph_check import quantized_faults
-from slimheads.interface import nodes_of, read_interface
-from slimheads.precision_proof import TOLERANCES
-from slimheads.rounded import write_rounded
-from slimheads.selection import Plan
-from slimheads.sessions import open_session
+from slimheads.exporting.artifacts import client_names
+from slimheads.exporting.export import export
+from slimheads.exporting.quantize import Q4_BLOCK, to_int8, to_q4
+from slimheads.names import Int8For
+from slimheads.pruning.select import Plan
+from slimheads.runtime.onnx_signature import nodes_of, read_interface
+from slimheads.runtime.sessions import open_session
+from slimheads.verification import structure as graph_check
+from slimheads.verification.precision_proof import TOLERANCES
+from slimheads.verification.rounded import write_rounded
+from slimheads.verification.structure import quantized_faults
 
 TARGETS: tuple[Int8For, ...] = ("any", "avx512_vnni", "avx2", "arm64")
 # Products as MatMul, as Gemm (GPT-2), as Gemm of a transposed weight (CLIP's projections), and in four files.

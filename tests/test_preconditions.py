@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from whole_runs import checkpoint
 
-from slimheads.checkpoint import find
 from slimheads.errors import EnvironmentLackError, UsageError
-from slimheads.preconditions import require_providers, require_usable
-from slimheads.recipe import Recipe
+from slimheads.models.checkpoint import find
+from slimheads.pipeline.checks import require_providers, require_usable
+from slimheads.recipe.recipe import Recipe
 
 
 def test_a_missing_provider_is_told_with_its_line_unless_it_may_be_skipped(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ import pytest
 from latency_tables import keep_table, stairs
 from whole_runs import checkpoint, measured, report_of, reused, slimheads, steady, write_recipe
 
-from slimheads import profiling, stages
-from slimheads.latency_table import predict
-from slimheads.pipeline import dry_run
-from slimheads.recipe import Recipe
-from slimheads.selection import Plan
-from slimheads.table_store import Setting, folder
+from slimheads.latency import profile as profiling
+from slimheads.latency.table import predict
+from slimheads.latency.table_store import Setting, folder
+from slimheads.pipeline.run import dry_run
+from slimheads.pruning.select import Plan
+from slimheads.recipe.recipe import Recipe
+from slimheads.report.tables import stages
 
 TWO = Setting("cpu", 2)
 SHAPE = (1, 8)

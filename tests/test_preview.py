@@ -9,8 +9,8 @@ import pytest
 from whole_runs import checkpoint, report_of, slimheads, steady, tree, write_recipe
 
 from slimheads.errors import UsageError
-from slimheads.preview import plan_of, preview
-from slimheads.recipe import Recipe
+from slimheads.pipeline.preview import plan_of, preview
+from slimheads.recipe.recipe import Recipe
 
 
 @pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama"])

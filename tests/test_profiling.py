@@ -15,13 +15,15 @@ from latency_tables import keep_table
 from tiny import tiny_model
 from whole_runs import checkpoint, measured, slimheads
 
-from slimheads import profiling, table_store
-from slimheads.bench import Interval, Latency
-from slimheads.checkpoint import find
 from slimheads.errors import EnvironmentLackError, UsageError
-from slimheads.profiling import profile, setting_of, table_shapes
-from slimheads.recipe import Recipe
-from slimheads.table_store import Setting, stored
+from slimheads.latency import profile as profiling
+from slimheads.latency import table_store
+from slimheads.latency.profile import profile, table_shapes
+from slimheads.latency.records import Interval, Latency
+from slimheads.latency.table_store import Setting, stored
+from slimheads.models.checkpoint import find
+from slimheads.pipeline.latency_tables import setting_of
+from slimheads.recipe.recipe import Recipe
 
 SHAPES: tuple[tuple[int, ...], ...] = ((1, 8), (2, 16))
 ONE = Setting("cpu", 1)

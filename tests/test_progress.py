@@ -10,7 +10,8 @@ import re
 import pytest
 from rich.console import Console
 
-from slimheads.progress import Display, Progress, Silent
+from slimheads.console import Display
+from slimheads.pipeline.progress import Progress, Silent
 
 _SEQUENCE = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])")
 

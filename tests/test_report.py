@@ -19,22 +19,24 @@ from pydantic import ValidationError
 from rich.console import Console
 from ruamel.yaml import YAML
 
-from slimheads import plots, tables
-from slimheads.bench import CacheBytes, Interval, Latency, Timing
-from slimheads.certificate import Link, SkippedLink
-from slimheads.drift import Drift, Figures, RandomControl
-from slimheads.environment import Environment, Gpu
-from slimheads.report import (
-    PlanTable,
-    Report,
-    ScoreTable,
+from slimheads.latency.records import CacheBytes, Interval, Latency, Timing
+from slimheads.report import plots, tables
+from slimheads.report.headline import headline
+from slimheads.report.model import PlanTable, Report, ScoreTable
+from slimheads.report.render import (
     append_step_summary,
-    headline,
     print_summary,
     render_html,
     render_markdown,
     render_model_card,
 )
+from slimheads.runtime.environment import Environment, Gpu
+from slimheads.verification.certificate import Link, SkippedLink
+from slimheads.verification.drift import Drift, Figures, RandomControl
+
+
+def lines_of(report: Report) -> list[str]:
+    return headline(report).lines
 
 
 def make_tables(layers: int, units: int, removed: int, unit: str = "head") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -347,7 +349,7 @@ def test_a_gap_without_a_reason_and_a_contradiction_are_refused(fields: dict[str
 
 
 def test_headline_of_a_passed_run_starts_with_the_verdict_and_gives_every_finding() -> None:
-    lines = headline(REPORT)
+    lines = lines_of(REPORT)
     assert lines[0].startswith("Passed")
     text = "\n".join(lines)
     assert "1.12x faster (95% interval 1.10 to 1.14) at 1x128, 97% of what the deleted arithmetic allows." in text
@@ -364,14 +366,14 @@ def test_predictions_are_told_with_their_source_and_worst_error() -> None:
         make_prediction((8, 128), 1.25, 0, measured=None, error=None, reason="too noisy"),
     ]
     report = make_report(predictions=rows)
-    (line,) = [line for line in headline(report) if line.startswith("Prediction")]
+    (line,) = [line for line in lines_of(report) if line.startswith("Prediction")]
     assert "by the latency table is \u22125.0% off what was measured, the worst of 2" in line
     assert "by the FLOPs alone is +0.0% off what was measured at 4x128" in line
     for page in (render_markdown(report), Page(render_html(report)).text):
         assert all(said in page for said in ("1.10x", "1.08 to 1.13", "+1.8%", "latency table", "too noisy"))
         assert str(report.predictions_reason) in page
     silent = make_report(predictions=rows[3:])
-    assert "1.25x at 8x128 by the latency table; nothing conclusive to hold it against" in "\n".join(headline(silent))
+    assert "1.25x at 8x128 by the latency table; nothing conclusive to hold it against" in "\n".join(lines_of(silent))
 
 
 GAIN = {"estimate": 1.031, "low": 1.012, "high": 1.05}
@@ -388,16 +390,16 @@ GAIN = {"estimate": 1.031, "low": 1.012, "high": 1.05}
 )
 def test_what_auto_came_to_is_told_and_no_more_than_the_table_supports(changes: dict[str, Any], said: str) -> None:
     report = make_report(selection={"asked": "auto", "multiple_of": 2} | changes)
-    (line,) = [line for line in headline(report) if line.startswith("Head counts")]
+    (line,) = [line for line in lines_of(report) if line.startswith("Head counts")]
     assert said in line
     assert ("1.03x" in line) is ("reason" not in changes)
-    assert "Head counts" not in "\n".join(headline(REPORT))
+    assert "Head counts" not in "\n".join(lines_of(REPORT))
 
 
 @pytest.mark.parametrize("name", ["cosine", "perplexity_ratio"])
 def test_losing_to_random_is_said_right_after_the_verdict(name: str) -> None:
     lost = make_drift(0.794, name=name) if name == "cosine" else make_drift(1.6, (1.2, 1.3, 1.4), name)
-    lines = headline(make_report(drift=lost))
+    lines = lines_of(make_report(drift=lost))
     assert "did not beat random" in lines[1]
     assert ("0.794" in lines[1] and RANDOM_RANGE in lines[1]) if name == "cosine" else "1.600" in lines[1]
     for page in (render_markdown, render_html, render_model_card):
@@ -406,16 +408,16 @@ def test_losing_to_random_is_said_right_after_the_verdict(name: str) -> None:
 
 def test_every_page_has_what_the_user_was_told() -> None:
     told = make_report(notices=["generation_config.json: the key `top_k` was left out"])
-    assert headline(told)[-1] == "Note: generation_config.json: the key `top_k` was left out."
+    assert lines_of(told)[-1] == "Note: generation_config.json: the key `top_k` was left out."
     for page in (render_markdown, render_html, render_model_card):
         assert "top_k" in page(told) and "top_k" not in page(make_report())
 
 
 def test_close_figures_are_not_rounded_into_a_tie() -> None:
-    line = headline(make_report(drift=make_drift(0.89401, (0.8942, 0.8942, 0.8942))))[1]
+    line = lines_of(make_report(drift=make_drift(0.89401, (0.8942, 0.8942, 0.8942))))[1]
     assert "0.8940," in line and "0.8942 " in line
     edge = make_latency((1, 8), 2.0, 1.02, speedup=Interval(estimate=1.02, low=1.003, high=1.04))
-    assert "interval 1.003 to 1.040" in "\n".join(headline(make_report(latency=[edge])))
+    assert "interval 1.003 to 1.040" in "\n".join(lines_of(make_report(latency=[edge])))
 
 
 def test_headline_names_inconclusive_no_difference_slower_and_not_measured() -> None:
@@ -425,7 +427,7 @@ def test_headline_names_inconclusive_no_difference_slower_and_not_measured() -> 
         make_latency((1, 32), 1.0, 0.9, "slower"),
         NO_GPU,
     ]
-    text = "\n".join(headline(make_report(latency=rows)))
+    text = "\n".join(lines_of(make_report(latency=rows)))
     assert "no difference shown at 1x8" in text
     assert re.search(r"inconclusive at 1x16 .*the control reads 1.05 to 1.09", text)
     assert "slower, 0.90x" in text
@@ -434,7 +436,7 @@ def test_headline_names_inconclusive_no_difference_slower_and_not_measured() -> 
 
 
 def test_headline_of_a_failed_certificate_names_link_case_and_difference() -> None:
-    lines = headline(FAILED)
+    lines = lines_of(FAILED)
     assert lines[0].startswith("Failed (exit code 4): link 1 failed")
     line = next(line for line in lines if line.startswith("Certificate"))
     assert all(part in line for part in ("link 1 FAILED", "2.3e-01", "batch 1, length 8", "stale head count"))
@@ -631,7 +633,7 @@ def test_terminal_summary_says_the_verdict_first_and_where_the_files_are(tmp_pat
         print_summary(report, console, folder)
         assert isinstance(console.file, io.StringIO)
         lines = console.file.getvalue().splitlines()
-        assert lines[0] == headline(report)[0]
+        assert lines[0] == lines_of(report)[0]
         assert str(folder / "report.html") in lines[-1]
         assert ("not published" in lines[-2]) == (report is FAILED)
 

@@ -29,10 +29,10 @@ from whole_runs import (
     write_recipe,
 )
 
-from slimheads.drift import Drift, Figures
-from slimheads.recipe import Gates, Recipe
-from slimheads.report import Report, Size
-from slimheads.reporting import judge
+from slimheads.pipeline.gates import judge
+from slimheads.recipe.recipe import Gates, Recipe
+from slimheads.report.model import Report, Size
+from slimheads.verification.drift import Drift, Figures
 
 SIZE = Size(parameters=10, bytes=1000, flops=1)
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from slimheads.checkpoint import read_config
 from slimheads.errors import ModelRefusedError
-from slimheads.model import load
+from slimheads.models.checkpoint import read_config
+from slimheads.models.loading import load
 
 Tiny = Callable[..., PreTrainedModel]
 

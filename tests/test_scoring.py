@@ -11,11 +11,11 @@ import torch
 from layouts import UnitTensors, unit_tensors
 from transformers import PreTrainedModel
 
-from slimheads.attention import find_sites
 from slimheads.errors import ModelRefusedError
-from slimheads.scoring import Scores, score
-from slimheads.selection import Plan
-from slimheads.surgery import prune
+from slimheads.families.sites import find_sites
+from slimheads.pruning.scoring import Scores, score
+from slimheads.pruning.select import Plan
+from slimheads.pruning.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]
 

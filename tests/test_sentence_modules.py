@@ -12,13 +12,13 @@ from sentence_folders import change, copied, lay_out, write
 from sentence_transformers.models import Dense, LayerNorm, Pooling
 from whole_runs import slimheads, write_recipe
 
-from slimheads.checkpoint import find
 from slimheads.errors import ModelRefusedError
+from slimheads.models.checkpoint import find
 from slimheads.notices import collected
-from slimheads.pooling import MODES, embedding_of, require_embedding
-from slimheads.preconditions import require_side_files
-from slimheads.recipe import Recipe
-from slimheads.sentence_modules import sentence_modules
+from slimheads.pipeline.checks import require_side_files
+from slimheads.recipe.recipe import Recipe
+from slimheads.side_files.embedding import MODES, embedding_of, require_embedding
+from slimheads.side_files.sentence_modules import sentence_modules
 
 MEAN = {"pooling_mode_mean_tokens": True}
 DENSE = {"in_features": 6, "out_features": 4, "activation_function": "torch.nn.modules.activation.Tanh"}

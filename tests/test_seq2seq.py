@@ -16,17 +16,17 @@ from shipped import ALL_PRECISIONS, Shipped, edit_tensor, ship
 from tiny import task_of
 from transformers import PreTrainedModel
 
-from slimheads.attention import find_sites
-from slimheads.certificate import Certificate
-from slimheads.checkpoint import find
 from slimheads.errors import ModelRefusedError, UsageError
-from slimheads.export import export
-from slimheads.flops import encoder_flops, flops, step_flops
-from slimheads.graph_check import merged_faults
-from slimheads.interface import inputs_for, read_interface
-from slimheads.selection import Plan
-from slimheads.sessions import open_session
-from slimheads.surgery import prune
+from slimheads.exporting.export import export
+from slimheads.families.sites import find_sites
+from slimheads.models.checkpoint import find
+from slimheads.models.flops import encoder_flops, flops, step_flops
+from slimheads.pruning.select import Plan
+from slimheads.pruning.surgery import prune
+from slimheads.runtime.onnx_signature import inputs_for, read_interface
+from slimheads.runtime.sessions import open_session
+from slimheads.verification.certificate import Certificate
+from slimheads.verification.structure import merged_faults
 
 Tiny = Callable[..., PreTrainedModel]
 Ragged = Callable[..., Plan]

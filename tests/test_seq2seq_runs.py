@@ -11,9 +11,9 @@ from tiny import task_of
 from transformers import AutoTokenizer
 from whole_runs import Ended, checkpoint, report_of, slimheads, steady, write_recipe
 
-from slimheads.bench import bench
-from slimheads.model import load
-from slimheads.texts import read_texts
+from slimheads.data.texts import read_texts
+from slimheads.latency.bench import bench
+from slimheads.models.loading import load
 
 FILES = ("encoder_model", "decoder_model", "decoder_with_past_model", "decoder_model_merged")
 TYPES = ("bart", "t5", "whisper")

@@ -9,9 +9,9 @@ import pytest
 from sentence_folders import change, copied, lay_out, write
 from tiny import tiny_model
 
-from slimheads.model import load, save
+from slimheads.models.loading import load, save
 from slimheads.notices import collected
-from slimheads.side_files import side_files, stated_terms, tell_what_is_left_out
+from slimheads.side_files.files import side_files, stated_terms, tell_what_is_left_out
 
 TERMS = (
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "License.txt", "licence.md", "LICENSE-MODEL", "LICENSE-2.0", "COPYING"),

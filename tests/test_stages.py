@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,20 @@ from safetensors import safe_open
 from transformers import AutoModel
 from whole_runs import checkpoint, report_of, slimheads, steady, write_recipe
 
-from slimheads import bench_stage, stages
-from slimheads.attention import find_sites
-from slimheads.bench import bench
-from slimheads.checkpoint import find
 from slimheads.errors import UsageError
-from slimheads.job import Job
-from slimheads.model import load
-from slimheads.recipe import Recipe
-from slimheads.scoring import score
-from slimheads.selection import Plan
-from slimheads.snapping import Selection
-from slimheads.stages import CONTROL_SEEDS, STAGES, choose, versions
+from slimheads.families.sites import find_sites
+from slimheads.latency import bench as measuring
+from slimheads.latency.bench import bench
+from slimheads.latency.head_counts import Selection
+from slimheads.models.checkpoint import find
+from slimheads.models.loading import load
+from slimheads.pipeline import bench_stage
+from slimheads.pipeline.job import Job
+from slimheads.pipeline.stages import CONTROL_SEEDS, STAGES, choose, versions
+from slimheads.pruning.scoring import score
+from slimheads.pruning.select import Plan
+from slimheads.recipe.recipe import Recipe
+from slimheads.report.tables import stages
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +152,7 @@ def test_a_decoder_is_measured_at_prefill_and_at_decode_and_the_report_tells_the
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_stage, "bench", partial(bench, min_pairs=10))
-    monkeypatch.setattr(import_module("slimheads.bench"), "EXTENSION", 1)
+    monkeypatch.setattr(measuring, "EXTENSION", 1)
     shapes = {"shapes": [[1, 8], [1, 1, 16]], "min_seconds": 0.05, "threads": 1}
     report = ended_well(write_recipe(tmp_path / "r.yaml", checkpoint("llama"), bench=shapes), tmp_path / "out")
     prefill, decode = report["latency"]

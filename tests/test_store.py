@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from slimheads import output_folder
-from slimheads.disk import sha256_file
 from slimheads.errors import UsageError
-from slimheads.publishing import Source, publish
-from slimheads.store import Record, Store, lock, stage_key
+from slimheads.files import sha256_file
+from slimheads.output import folder as output_folder
+from slimheads.output.publishing import Source, publish
+from slimheads.output.store import Record, Store, lock, stage_key
 
 KEY = "a" * 64
 OTHER_KEY = "b" * 64

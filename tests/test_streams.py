@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from whole_runs import checkpoint, write_recipe
 
-from slimheads.export import export
-from slimheads.model import load
+from slimheads.exporting.export import export
+from slimheads.models.loading import load
 
 COMMAND = [sys.executable, "-m", "slimheads"]
 

@@ -14,13 +14,13 @@ from layouts import unit_tensors
 from tiny import DECODERS, default_dtype, tasks_of, type_of, variant_of
 from transformers import PreTrainedModel
 
-from slimheads.attention import find_sites
 from slimheads.errors import UsageError
-from slimheads.family import families, family_of
-from slimheads.gating import gated
-from slimheads.model import load, save
-from slimheads.selection import Plan, SitePlan
-from slimheads.surgery import prune
+from slimheads.families.family import families, family_of
+from slimheads.families.sites import find_sites
+from slimheads.models.loading import load, save
+from slimheads.pruning.gates import gated
+from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]
 Ragged = Callable[..., Plan]

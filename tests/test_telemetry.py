@@ -12,10 +12,10 @@ import pytest
 from whole_runs import checkpoint, write_recipe
 
 import slimheads as package
-from slimheads.environment import environment
+from slimheads.runtime.environment import environment
 
 HOME = Path(package.__file__).parent
-SPOT = "slimheads.onnx_runtime"
+SPOT = "slimheads.runtime.onnx_runtime"
 # Runs a command, and says in which order telemetry was switched and the first session was opened.
 WATCHED = """
 import sys

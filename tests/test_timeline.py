@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from whole_runs import measured
 
-from slimheads.bench import Samples
 from slimheads.errors import UsageError
-from slimheads.timeline import _points, write_timeline
+from slimheads.latency.records import Samples
+from slimheads.report.timeline import _points, write_timeline
 
 SETS = 4
 

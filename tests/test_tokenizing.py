@@ -14,12 +14,12 @@ from sentence_folders import change, copied, write
 from transformers import AutoTokenizer
 from whole_runs import checkpoint, slimheads, write_recipe
 
-from slimheads import tokenizing
-from slimheads.checkpoint import read_config
 from slimheads.errors import EnvironmentLackError, ModelRefusedError
-from slimheads.model import load, save
+from slimheads.models.checkpoint import read_config
+from slimheads.models.loading import load, save
 from slimheads.notices import collected
-from slimheads.tokenizing import load_tokenizer, require_vocabulary
+from slimheads.side_files import tokenizing
+from slimheads.side_files.tokenizing import load_tokenizer, require_vocabulary
 
 WORDS = "the cat and of"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,15 @@ import numpy as np
 import pytest
 from onnx_files import write_encoder
 
-from slimheads import measuring
-from slimheads.bench import Latency, bench, ratio_interval
 from slimheads.errors import UsageError
-from slimheads.measuring import SETS, Series
-from slimheads.treated import bench_treated
+from slimheads.latency import bench as bench_module
+from slimheads.latency import sampling as measuring
+from slimheads.latency.attribution import bench_treated
+from slimheads.latency.bench import bench
+from slimheads.latency.records import Latency
+from slimheads.latency.sampling import SETS, Series
+from slimheads.latency.statistics import ratio_interval
 
-bench_module = importlib.import_module("slimheads.bench")
 COST = {"dense.onnx": 8.0, "slim.onnx": 6.0, "dense-fused.onnx": 4.0, "slim-fused.onnx": 2.0}
 
 

@@ -11,11 +11,11 @@ import psutil
 import pytest
 from whole_runs import checkpoint, measured, report_of, slimheads, steady, write_recipe
 
-from slimheads import bench_stage
-from slimheads.bench import Interval
-from slimheads.interface import nodes_of
-from slimheads.treated import Ratio
-from slimheads.treatments import MIN_GAIN, Treatment, choices, choose, lacking_memory
+from slimheads.latency.attribution import Ratio
+from slimheads.latency.graph_choice import MIN_GAIN, Treatment, choices, choose, lacking_memory
+from slimheads.latency.records import Interval
+from slimheads.pipeline import bench_stage
+from slimheads.runtime.onnx_signature import nodes_of
 
 
 def row(treatment: str, on_slim: float | None, verdict: str = "faster", **more: Any) -> Treatment:

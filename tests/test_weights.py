@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from slimheads.errors import ModelRefusedError
-from slimheads.model import load
+from slimheads.models.loading import load
 
 Tiny = Callable[..., PreTrainedModel]
 Tensors = dict[str, torch.Tensor]

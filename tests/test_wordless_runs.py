@@ -13,10 +13,10 @@ import transformers
 from safetensors.numpy import save_file
 from whole_runs import CLASSIFIERS, Ended, checkpoint, report_of, reused, slimheads, steady, write_recipe
 
-from slimheads.checkpoint import TASKS
-from slimheads.inputs import make_inputs
-from slimheads.model import load
-from slimheads.recipe import Recipe
+from slimheads.data.inputs import make_inputs
+from slimheads.models.checkpoint import TASKS
+from slimheads.models.loading import load
+from slimheads.recipe.recipe import Recipe
 
 NOUNS = {"vit": "image", "wav2vec2": "recording", "audio-spectrogram-transformer": "recording"}
 

@@ -12,7 +12,6 @@ import signal
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,12 @@ from transformers import (
     Wav2Vec2Processor,
 )
 
-from slimheads import bench_stage, cli
-from slimheads.bench import Interval, Latency, Timing
-from slimheads.pipeline import STAGE_NAMES
-from slimheads.treated import Ratio, TreatedLatency
+from slimheads import cli
+from slimheads.latency import bench as measuring
+from slimheads.latency.attribution import Ratio, TreatedLatency
+from slimheads.latency.records import Interval, Latency, Timing
+from slimheads.pipeline import bench_stage
+from slimheads.pipeline.run import STAGE_NAMES
 
 WORDS = ("[PAD]", "[UNK]", "the", "a", "of", "to", "and", "in", "is", "that", "it", "for", "as", "with", "on")
 BERT_SITES = tuple(f"encoder.layer.{layer}.attention" for layer in range(3))
@@ -210,7 +211,7 @@ def finished(model_type: str = "bert") -> Path:
     recipe = write_recipe(home / "r.yaml", checkpoint(model_type), export={"precisions": ["fp32", "fp16", "int8"]})
     with pytest.MonkeyPatch.context() as patch:
         if model_type == "bert":
-            patch.setattr(import_module("slimheads.bench"), "EXTENSION", 1)
+            patch.setattr(measuring, "EXTENSION", 1)
         else:
             steady(patch)
         ended = slimheads("run", recipe, "--out", home / "out")

@@ -13,7 +13,7 @@ from optimum.onnxruntime import ORTModelForCausalLM
 from tiny import tiny_model
 from whole_runs import report_of, slimheads, steady, write_recipe
 
-from slimheads.model import load
+from slimheads.models.loading import load
 
 
 @pytest.mark.parametrize("head_dim", [2, 6])

@@ -22,9 +22,9 @@ from shipped import Shipped, ship
 from tiny import AUDIO, VISION
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from slimheads.checkpoint import TASKS
-from slimheads.inputs import make_inputs, to_torch
-from slimheads.selection import Plan
+from slimheads.data.inputs import make_inputs, to_torch
+from slimheads.models.checkpoint import TASKS
+from slimheads.pruning.select import Plan
 
 TEXTS = ["Close the file.", "A mapping of names to values that keeps the order of insertion.", "Ünïcode — and 数字 42"]
 

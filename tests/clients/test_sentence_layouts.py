@@ -15,7 +15,7 @@ from sentence_folders import copied, lay_out, write
 from sentence_transformers import SentenceTransformer
 from whole_runs import report_of, slimheads, steady, write_recipe
 
-from slimheads.texts import read_texts
+from slimheads.data.texts import read_texts
 
 POOLING = {"embedding_dimension": 32, "pooling_mode": ["mean", "lasttoken"], "include_prompt": False}
 TEXTS = ["the of and", "a is that it for with on the", "the"]

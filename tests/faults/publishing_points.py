@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from slimheads import publishing
 from slimheads.errors import SlimheadsError
-from slimheads.publishing import Source, publish
-from slimheads.store import lock
+from slimheads.output import publishing
+from slimheads.output.publishing import Source, publish
+from slimheads.output.store import lock
 
 Cut = Literal["kill before", "kill after", "fail once", "fail from then on"]
 CUTS: tuple[Cut, ...] = ("kill before", "kill after", "fail once", "fail from then on")

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from transformers import PreTrainedModel
 
-from slimheads.attention import find_sites
-from slimheads.checkpoint import find
 from slimheads.errors import ModelRefusedError
-from slimheads.model import load, save
-from slimheads.selection import Plan, SitePlan
-from slimheads.surgery import prune
+from slimheads.families.sites import find_sites
+from slimheads.models.checkpoint import find
+from slimheads.models.loading import load, save
+from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.surgery import prune
 
 Checkpoint = Callable[..., Path]
 

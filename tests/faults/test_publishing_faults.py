@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from whole_runs import checkpoint, slimheads, steady, tree, write_recipe
 
-from slimheads import disk, publishing
+from slimheads import files as disk
 from slimheads.errors import EnvironmentLackError, UsageError
-from slimheads.publishing import publish
-from slimheads.store import lock
+from slimheads.output import publishing
+from slimheads.output.publishing import publish
+from slimheads.output.store import lock
 
 POINTS = Path(__file__).with_name("publishing_points.py")
 

@@ -31,16 +31,16 @@ from whole_runs import (
     write_recipe,
 )
 
-from slimheads import stages
-from slimheads.model import save
-from slimheads.recipe import Export
+from slimheads.models.loading import save
+from slimheads.recipe.recipe import Export
+from slimheads.report.tables import stages
 
 AS_SHIPPED = {"candidates": list(Export().candidates)}
 WEIGHT = "encoder.layer.1.attention.self.key.weight"
 HOLDER = """
 import sys, time
 from pathlib import Path
-from slimheads.store import lock
+from slimheads.output.store import lock
 with lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 
 from slimheads.errors import EnvironmentLackError, OutputBusyError, UsageError
-from slimheads.publishing import publish
-from slimheads.store import Store, lock
+from slimheads.output.publishing import publish
+from slimheads.output.store import Store, lock
 
 KEY = "c" * 64
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from slimheads.store import Store, lock
+from slimheads.output.store import Store, lock
 out = Path(sys.argv[1])
 with lock(out), Store(out).begin("prune", "k") as work:
     (work.path / "half").write_bytes(b"x")

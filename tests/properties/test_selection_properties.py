@@ -12,8 +12,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from slimheads.errors import UsageError
-from slimheads.scoring import Scores, SiteScores
-from slimheads.selection import Plan, select
+from slimheads.pruning.scoring import Scores, SiteScores
+from slimheads.pruning.select import Plan, select
 
 settings.register_profile("slimheads", max_examples=80, deadline=None, derandomize=True)
 settings.load_profile("slimheads")

@@ -1,0 +1,122 @@
+"""What a model is fed: texts, images or sound of the kind that its family file names, as arrays by input name.
+
+Texts and waveforms have a length (tokens, or frames after the convolutions). Images and spectrograms have the one size
+that the configuration fixes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from transformers import PretrainedConfig, PreTrainedModel
+
+from slimheads.errors import UsageError
+from slimheads.families.config_facts import inputs_kind, takes_text, text_config
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class Axis(NamedTuple):
+    """Size of an input's axis: `first` at length 1, and `more` for every further token or frame."""
+
+    first: int
+    more: int
+
+
+def float_axes(config: PretrainedConfig) -> dict[str, tuple[Axis, ...]]:
+    """The axes after the batch of each floating-point input of a model, by input name."""
+    kind = inputs_kind(config)
+    if "image" in kind:
+        vision = getattr(config, "vision_config", config)
+        side = vision.image_size
+        height, width = side if isinstance(side, list | tuple) else (side, side)
+        return {"pixel_values": (Axis(vision.num_channels, 0), Axis(height, 0), Axis(width, 0))}
+    if kind == "waveform":
+        # Backwards through the convolutions: how many samples one frame sees, and how far the next one lies.
+        seen = 1
+        for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+            seen = (seen - 1) * stride + kernel
+        return {"input_values": (Axis(seen, math.prod(config.conv_stride)),)}
+    if kind == "spectrogram" and config.is_encoder_decoder:
+        # The convolutions halve the frames.
+        return {"input_features": (Axis(config.num_mel_bins, 0), Axis(2 * config.max_source_positions, 0))}
+    if kind == "spectrogram":
+        return {"input_values": (Axis(config.max_length, 0), Axis(config.num_mel_bins, 0))}
+    return {}
+
+
+def make_inputs(config: PretrainedConfig, batch: int, length: int, rng: np.random.Generator) -> Arrays:
+    """Random inputs without padding: int64 ids [batch, length] with their mask, standard normal images and sound.
+
+    Args:
+        length: tokens, or frames of a waveform; of no effect where inputs have no length. An encoder-decoder's decoder
+            is given as many tokens.
+    """
+    made: Arrays = {}
+    if takes_text(config):
+        words, pad = text_config(config).vocab_size, getattr(text_config(config), "pad_token_id", None)
+        ids = rng.integers(0, words, (batch, length)).astype(np.int64)
+        if pad is not None:
+            ids[ids == pad] = (pad + 1) % words  # RoBERTa derives positions from which ids are padding
+        made = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    for name, axes in float_axes(config).items():
+        sizes = [batch, *(axis.first + axis.more * (length - 1) for axis in axes)]
+        made[name] = rng.standard_normal(sizes, dtype=np.float32)
+    if config.is_encoder_decoder:
+        made["decoder_input_ids"] = rng.integers(0, config.vocab_size, (batch, length)).astype(np.int64)
+    return made
+
+
+def to_torch(arrays: Mapping[str, NDArray[Any]], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The inputs as tensors, floating-point ones in the model's own dtype."""
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def read_inputs(path: Path, config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """A model's own inputs from a safetensors file, as many of each: `pixel_values` [n, 3, 224, 224], say.
+
+    Raises:
+        UsageError: the file is missing or damaged, or does not hold what the model is fed.
+    """
+
+    def refuse(what: str) -> UsageError:
+        wanted = " and ".join(make_inputs(config, 1, 1, np.random.default_rng(0)))
+        hint = f"give a safetensors file with {wanted}, as many of each"
+        return UsageError(f"{path}: {what}", keys=("verify.inputs",), hint=hint)
+
+    try:
+        arrays = safetensors.numpy.load_file(path)
+    except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy lacks
+        raise refuse(f"the inputs cannot be read ({' '.join(str(error).split())[:200]})") from error
+    expected = make_inputs(config, 1, 1, np.random.default_rng(0))
+    if arrays.keys() != expected.keys():
+        raise refuse(f"the file holds {', '.join(sorted(arrays)) or 'nothing'}, the model takes {', '.join(expected)}")
+    for name, array in arrays.items():
+        like, axes = expected[name], _taken(float_axes(config).get(name, (Axis(1, 1),)))
+        if array.ndim != like.ndim or not array.size or not all(map(_fits, array.shape[1:], axes)):
+            raise refuse(f"{name} is {list(array.shape)}, the model takes {['n', *like.shape[1:]]}")
+        if array.dtype.kind != like.dtype.kind:
+            raise refuse(f"{name} holds {array.dtype}, the model takes {like.dtype}")
+        if not np.isfinite(array).all():
+            raise refuse(f"{name} holds a value that is NaN or infinite")
+    if len({len(array) for array in arrays.values()}) > 1:
+        raise refuse(f"{' and '.join(arrays)} hold different numbers of inputs")
+    return {name: torch.from_numpy(array.astype(expected[name].dtype)) for name, array in arrays.items()}
+
+
+def _taken(axes: Sequence[Axis]) -> list[Axis]:
+    """Height and width are left to the model: some take other sizes than the configured one."""
+    return [axes[0], Axis(1, 1), Axis(1, 1)] if len(axes) == 3 else list(axes)
+
+
+def _fits(size: int, axis: Axis) -> bool:
+    return size >= axis.first if axis.more else size == axis.first

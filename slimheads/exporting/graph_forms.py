@@ -1,0 +1,131 @@
+"""GraphForm graphs: other forms of a float32 graph that compute the same, one of which may run faster.
+
+- `optimized`: what ONNX Runtime makes of the plain graph when it opens it, as far as every CPU can run that.
+- `attention`: attention and activation as single operators, by ONNX Runtime's transformers optimizer.
+- `fused`: the same, and each normalization one operator with the addition before it. On CPUs that operator can be
+  slower than the two, hence the other form.
+- `rewritten`: constants folded and patterns rewritten by onnxscript.
+
+None is believed: the certificate holds each against the plain graph, over all cases, before it may ship.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+
+import onnx
+from onnxruntime.transformers.fusion_options import FusionOptions
+from onnxruntime.transformers.optimizer import optimize_model
+from transformers import PretrainedConfig
+
+from slimheads.errors import in_short
+from slimheads.exporting import graph_files
+from slimheads.names import GraphForm
+from slimheads.runtime.onnx_runtime import onnxruntime
+from slimheads.runtime.onnx_signature import nodes_of
+from slimheads.runtime.quiet import quiet
+
+# The optimizer's own kinds of models; most families it fuses as BERT's. GPT-2's also drops the reshapes around a Gemm.
+_FUSED_AS = MappingProxyType({"gpt2": "gpt2"})
+
+
+def build_candidate(name: GraphForm, plain: Path, target: Path, config: PretrainedConfig) -> str | None:
+    """Writes another form of a graph, with the same inputs, outputs and metadata.
+
+    Args:
+        name: any but "plain".
+        plain: the float32 graph as exported.
+        target: a file called as `plain` is, in an existing folder of its own; external data go beside it.
+        config: the configuration of the model.
+
+    Returns:
+        None, or in words why there is no such form; then nothing is written.
+    """
+    if config.is_encoder_decoder:
+        return "an encoder-decoder ships as four graphs, and candidates are made of a model's only one"
+    with quiet(), tempfile.TemporaryDirectory(dir=target.parent, prefix=".candidate-") as scratch:
+        try:
+            made = _BUILDERS[name](plain, Path(scratch) / plain.name, config)
+        # Third-party passes over arbitrary graphs raise all sorts (KeyError, AssertionError, what ONNX Runtime has of
+        # its own); each means that this graph has no such form, and the plain one stays.
+        except Exception as error:
+            return f"it could not be made ({type(error).__name__}: {in_short(error)[:200]})"
+        before = onnx.load(str(plain), load_external_data=False)
+        if _operators(made) == _operators(before):
+            return "it changes nothing in this graph"
+        if not _same_interface(before, made):
+            return "it takes away inputs or outputs of the graph"
+        graph_files.save_graph(made, target)
+    return None
+
+
+def _optimized(plain: Path, scratch: Path, _config: PretrainedConfig) -> onnx.ModelProto:
+    options = onnxruntime.SessionOptions()
+    # One level more would bake in memory layouts of the CPU at hand: such a file runs slowly, or not at all, on others.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(scratch)
+    options.log_severity_level = 4
+    if graph_files.graph_bytes(plain) > graph_files.ONE_FILE:
+        key = "session.optimized_model_external_initializers_file_name"
+        options.add_session_config_entry(key, f"{scratch.name}_data")
+    onnxruntime.InferenceSession(str(plain), options, providers=["CPUExecutionProvider"])
+    return onnx.load(str(scratch))
+
+
+def _fused(plain: Path, _scratch: Path, config: PretrainedConfig, *, norms: bool = True) -> onnx.ModelProto:
+    kind = _FUSED_AS.get(config.model_type, "bert")
+    options = FusionOptions(kind)
+    # By default it sums the mask and takes that many positions from the left: wrong where padding is on the left.
+    options.use_raw_attention_mask()
+    # It takes the smaller table for the positions', where that may be the tokens'.
+    options.enable_embed_layer_norm = False
+    options.enable_skip_layer_norm = norms
+    options.enable_bias_skip_layer_norm = norms
+    # A head count given here would be stamped on every layer: with 0, each is read off its own layer's shapes.
+    made: onnx.ModelProto = optimize_model(
+        str(plain), model_type=kind, num_heads=0, hidden_size=0, optimization_options=options, opt_level=0
+    ).model
+    return made
+
+
+def _rewritten(plain: Path, _scratch: Path, _config: PretrainedConfig) -> onnx.ModelProto:
+    # Not before they are needed: they take as long to import as a small command takes to run.
+    import onnx_ir
+    from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+    # Read with its external data: what onnx_ir reads by itself would go on pointing at the plain graph's.
+    made: onnx.ModelProto = onnx_ir.to_proto(optimize_for_ort(onnx_ir.from_proto(onnx.load(str(plain))))[0])
+    return made
+
+
+_BUILDERS: dict[GraphForm, Callable[[Path, Path, PretrainedConfig], onnx.ModelProto]] = {
+    "optimized": _optimized,
+    "attention": partial(_fused, norms=False),
+    "fused": _fused,
+    "rewritten": _rewritten,
+}
+
+
+def _operators(proto: onnx.ModelProto) -> Counter[tuple[str, str]]:
+    return Counter((node.domain, node.op_type) for node in nodes_of(proto.graph))
+
+
+def _same_interface(before: onnx.ModelProto, made: onnx.ModelProto) -> bool:
+    """Whether inputs and outputs are all there; what is declared of them, and the metadata, become those of before."""
+    for old, new in ((before.graph.input, made.graph.input), (before.graph.output, made.graph.output)):
+        if {value.name for value in old} != {value.name for value in new}:
+            return False
+        del new[:]
+        new.extend(old)
+    del made.metadata_props[:]
+    made.metadata_props.extend(before.metadata_props)
+    used = {"", *(node.domain for node in nodes_of(made.graph)), *(f.domain for f in made.functions)}
+    kept = [opset for opset in made.opset_import if opset.domain in used]  # ONNX Runtime names all that it knows
+    del made.opset_import[:]
+    made.opset_import.extend(kept)
+    return True

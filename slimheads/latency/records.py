@@ -1,0 +1,88 @@
+"""What a latency measurement is: times, intervals, verdicts, as report.json keeps them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from slimheads.runtime.environment import Conditions
+
+Verdict = Literal["faster", "slower", "no difference shown", "inconclusive", "not measured"]
+
+
+class Timing(BaseModel):
+    """Wall-clock times of one session's runs, in milliseconds."""
+
+    model_config = ConfigDict(frozen=True)
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    runs: int
+    tokens_per_second: float | None = None  # of decoders: new tokens of all sequences over the median
+
+
+class Interval(BaseModel):
+    """A ratio of medians with its 95% interval for a repeat (no unit; above 1 means the second is faster)."""
+
+    model_config = ConfigDict(frozen=True)
+    estimate: float
+    low: float
+    high: float
+
+
+class Samples(BaseModel):
+    """Every sample in the order it was taken, in milliseconds a run: a row a session set, a column a round."""
+
+    model_config = ConfigDict(frozen=True)
+    dense: tuple[tuple[float, ...], ...]
+    slim: tuple[tuple[float, ...], ...]
+    control: tuple[tuple[float, ...], ...]
+
+
+class CacheBytes(BaseModel):
+    """Bytes by which a decoder's KV cache grows with each token of a sequence, in all layers together."""
+
+    model_config = ConfigDict(frozen=True)
+    dense: int
+    slim: int
+
+
+class Placement(BaseModel):
+    """How many operators of each file run on which provider of ONNX Runtime."""
+
+    model_config = ConfigDict(frozen=True)
+    dense: dict[str, int]
+    slim: dict[str, int]
+
+
+class Latency(BaseModel):
+    """One measurement: one provider, thread count, precision and shape."""
+
+    model_config = ConfigDict(frozen=True)
+    provider: str
+    threads: int
+    graph: str | None = None  # which file's, where a model is more than one: "encoder_model"
+    precision: str
+    candidate: str = "plain"  # which form of the float32 graph
+    ships: bool | None = None  # in a run: whether the slim file is one of those that ship
+    shape: tuple[int, ...]
+    dense: Timing | None = None
+    slim: Timing | None = None
+    speedup: Interval | None = None
+    control: Interval | None = None  # dense against a second dense session in the same interleaving
+    flop_speedup: float | None = None
+    realised: float | None = None  # speedup.estimate / flop_speedup
+    verdict: Verdict
+    reason: str | None = None  # why nothing was measured, or why it is inconclusive
+    cache_bytes_per_token: CacheBytes | None = None  # decoders only
+    placement: Placement | None = None  # null on the CPU, where all of it runs there
+    conditions: Conditions | None = None  # null where nothing was measured
+    samples: Samples | None = Field(default=None, exclude=True, repr=False)  # for plots; report.json goes without
+
+    @property
+    def phase(self) -> Literal["prefill", "decode"] | None:
+        """What a decoder does at this shape: one token after others, or more; None of other models."""
+        if self.cache_bytes_per_token is None:
+            return None
+        return "decode" if len(self.shape) > 2 and self.shape[1] == 1 and self.shape[2] > 0 else "prefill"

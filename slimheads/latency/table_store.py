@@ -1,0 +1,137 @@
+"""Where latency tables are kept, so that every later run finds them.
+
+    $SLIMHEADS_CACHE, or $XDG_CACHE_HOME/slimheads, or ~/.cache/slimheads
+        profiles/KEY.json       one table: one model, one shape, one way of running it, on one machine
+
+The key is a hash of all that a latency depends on, so what it finds is valid or is not there. A file gets its name by
+one rename; one that was damaged later is told and measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import JsonValue
+
+import slimheads
+from slimheads.errors import EnvironmentLackError
+from slimheads.files import remove, write
+from slimheads.latency.table import FORMAT, LatencyTable
+from slimheads.models.checkpoint import Source
+from slimheads.names import Shape
+from slimheads.runtime.environment import environment
+from slimheads.runtime.sessions import session_options_record
+
+log = logging.getLogger(__name__)
+
+_ABOUT_THE_SOURCE = ("_name_or_path", "transformers_version")  # keys of config.json that say nothing of the model
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is run, and what is counted of it."""
+
+    provider: str = "cpu"
+    threads: int = 2
+    within_groups: bool = False  # query heads where they share KV heads, as `select.within_groups` deletes them
+
+
+def stored(source: Source, shapes: Sequence[Shape], setting: Setting) -> dict[Shape, LatencyTable]:
+    """The tables that are there, by shape. A damaged one is not: the reason is logged as a warning."""
+    return {shape: table for shape in shapes if (table := _read(source, shape, setting)) is not None}
+
+
+def folder() -> Path:
+    """Where tables are kept."""
+    if own := os.environ.get("SLIMHEADS_CACHE"):
+        return Path(own).expanduser() / "profiles"
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "slimheads" / "profiles"
+
+
+def made_for(source: Source, shape: Shape, setting: Setting) -> dict[str, JsonValue]:
+    """Everything that a table's figures depend on. Weights are not: latency is that of their sizes."""
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    machine = environment()
+    gpu = {"gpu": _gpu()} if setting.provider == "cuda" else {}
+    return {
+        "format": FORMAT,
+        "config": {key: value for key, value in config.items() if key not in _ABOUT_THE_SOURCE},
+        "task": source.task,
+        "architecture": source.architecture,
+        "shape": list(shape),
+        **asdict(setting),
+        "session": dict(session_options_record(setting.provider, setting.threads)),
+        "machine": {"cpu": machine.cpu, "cores": machine.cores_usable, "kind": platform.machine(), **gpu},
+        "packages": {**machine.packages, "slimheads": slimheads.__version__},
+    }
+
+
+def _gpu() -> str:
+    """The GPUs that this process may see, with their driver, as the driver's own tool names them."""
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return "unknown"
+    query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    listed = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")
+    return "; ".join([*filter(None, listed), os.environ.get("CUDA_VISIBLE_DEVICES", "all")])
+
+
+def path_of(source: Source, shape: Shape, setting: Setting) -> Path:
+    """The file of a table, whether or not it is there."""
+    identity = json.dumps(made_for(source, shape, setting), sort_keys=True, separators=(",", ":"))
+    return folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+
+
+def _read(source: Source, shape: Shape, setting: Setting) -> LatencyTable | None:
+    path = path_of(source, shape, setting)
+    try:
+        table = LatencyTable.model_validate_json(path.read_bytes())
+        if table.made_for != made_for(source, shape, setting):
+            raise ValueError("it was made for something else")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        log.warning("the latency table %s is not used, it is damaged: %s", path, reason[:200])
+        return None
+    return table
+
+
+def store(path: Path, table: LatencyTable) -> None:
+    """Writes a table; it has its name when it is whole.
+
+    Raises:
+        EnvironmentLackError: the folder cannot be written.
+    """
+    draft = path.with_name(f"tmp-{uuid.uuid4().hex}")
+    with writable(path.parent):
+        try:
+            write(draft, (table.model_dump_json(indent=1) + "\n").encode())
+            draft.replace(path)
+        finally:
+            remove(draft)
+
+
+@contextmanager
+def writable(where: Path) -> Iterator[None]:
+    """Makes the folder, and turns a failure to write there into EnvironmentLackError."""
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise EnvironmentLackError(
+            f"latency tables cannot be stored here ({error.strerror or error})",
+            where=str(where),
+            hint="set SLIMHEADS_CACHE to a folder that can be written",
+        ) from error

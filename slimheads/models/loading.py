@@ -1,0 +1,203 @@
+"""Loads and saves models, dense and slim.
+
+Only safetensors are read, no code of a checkpoint is ever run, and a checkpoint that lacks a weight is refused rather
+than completed with random numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import PretrainedConfig, PreTrainedModel
+
+from slimheads.errors import ModelRefusedError, UsageError
+from slimheads.families.family import PLAN_KEY, family_of
+from slimheads.families.sites import Site, find_sites
+from slimheads.files import new_folder, remove
+from slimheads.intake.side_json import strip_code
+from slimheads.models.checkpoint import Source, find, read_config, weight_files
+from slimheads.models.generation import settings_left_alone, settings_of, write_settings
+from slimheads.models.heads import account_for_unused
+from slimheads.models.weights import check_loaded, refused_loading, tensor_files
+from slimheads.pruning.select import Plan
+from slimheads.pruning.surgery import record_plan, recorded_plan, shrink
+from slimheads.runtime.memory import MappedFiles
+from slimheads.runtime.quiet import quiet_transformers
+from slimheads.side_files.files import copy_side_files, side_files
+
+# What transformers raises, among asserts and plain mistakes, when a config and the weights do not make a model.
+_LOADING_FAILURES = (
+    *(OSError, ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, AssertionError),
+    SafetensorError,
+)
+
+
+def load(source: str | Path, task: str = "auto", *, attn_implementation: str | None = None) -> PreTrainedModel:
+    """Loads a dense or slim checkpoint for inference, on the CPU, in the dtype it was saved in.
+
+    Args:
+        source: as for `find`.
+        task: as for `find`.
+        attn_implementation: "sdpa", "eager", or None for transformers' own choice.
+
+    Raises:
+        As `find`, and ModelRefusedError for damaged, missing, non-finite or pickled weights (named).
+    """
+    found = find(str(source), task)
+    config = read_config(found.folder)
+    build = _load_slim if hasattr(config, PLAN_KEY) else _from_pretrained
+    model = build(getattr(transformers, found.architecture), found, config, attn_implementation)
+    # A family file that does not describe this model is an error here, not later.
+    for site in find_sites(model):
+        dtype = model.get_submodule(site.output.module).get_parameter("weight").dtype
+        for table in site.tables:  # DeBERTa declares its as float32, and then cannot run in half precision
+            tensor = getattr(model.get_submodule(table.module), table.name)
+            if isinstance(tensor, torch.nn.Parameter):
+                tensor.data = tensor.data.to(dtype)
+    return model.eval()
+
+
+def save(model: PreTrainedModel, folder: str | Path) -> None:
+    """Writes config.json (with the plan), model.safetensors and the side files of the model's source.
+
+    The folder must not exist or be empty. `slimheads.load` gives the same model back.
+
+    Raises:
+        UsageError: the folder holds something already.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError("the folder exists and is not empty", where=str(folder), hint="name a new folder")
+    # Listed before anything is written, for the folder may lie inside the source. A model made in memory has no source.
+    source = Path(model.name_or_path) if model.name_or_path and Path(model.name_or_path).is_dir() else None
+    beside = list(side_files(source)) if source else []
+    # Written beside and renamed, so that a failure midway leaves no folder that looks like a model.
+    draft = new_folder(folder.absolute().parent)
+    try:
+        with quiet_transformers(), settings_left_alone(model):
+            model.save_pretrained(draft, safe_serialization=True)
+        write_settings(model, source, draft)
+        for written in draft.glob("*.json"):
+            strip_code(written)
+        for weights in weight_files(draft):
+            # safetensors writes 0600; a shipped file is as readable as its config
+            weights.chmod((draft / "config.json").stat().st_mode)
+        if source:
+            copy_side_files(source, beside, draft)
+        draft.replace(folder)
+    finally:
+        remove(draft)
+
+
+def _from_pretrained(
+    model_class: Any, found: Source, config: PretrainedConfig, attn_implementation: str | None
+) -> PreTrainedModel:
+    folder = found.folder
+    shards = weight_files(folder)
+    files = tensor_files(shards)
+    settings = settings_of(folder, config) if model_class.can_generate() else None
+
+    def build(**extra: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+        return cast(
+            tuple[PreTrainedModel, dict[str, Any]],
+            model_class.from_pretrained(
+                folder,
+                config=config,
+                dtype="auto",
+                attn_implementation=attn_implementation,
+                generation_config=settings,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **extra,
+            ),
+        )
+
+    try:
+        with quiet_transformers():
+            model, info = build()
+            if _lacks_pooler(model_class, info):
+                model, info = build(add_pooling_layer=False)
+    except _LOADING_FAILURES as error:
+        raise refused_loading(error, model_class, config, files, folder) from error
+    if settings is not None:
+        model.generation_config = settings  # from_pretrained took a copy without what `generate` asks of it
+    check_loaded(model, info, files, folder, family_of(config)[1])
+    account_for_unused(model, info["unexpected_keys"], files, folder, task_named=found.task_named)
+    _take_out_of_files(model, shards)
+    return model
+
+
+def _lacks_pooler(model_class: Any, info: Mapping[str, Any]) -> bool:
+    """Whether all that is missing of what was loaded is a pooler that its class can go without."""
+    missing = info["missing_keys"]
+    # A slim model's class is made of the one that has the parameter.
+    takes = any("add_pooling_layer" in inspect.signature(made_of).parameters for made_of in model_class.__mro__[:2])
+    return bool(missing) and takes and all(key.startswith("pooler.") for key in missing)
+
+
+def _take_out_of_files(model: PreTrainedModel, files: tuple[Path, ...]) -> None:
+    """Copies the weights out of the mapped files, one at a time, and gives back what was resident of the file.
+
+    Transformers leaves them in the files, whose pages stay for as long as any weight is there: what surgery deletes
+    would be kept, and a file that is written to would change the model.
+    """
+    mapped = MappedFiles(files)
+    for tensor in (*model.parameters(), *model.buffers()):
+        in_file = tensor.data
+        if in_file.numel() and mapped.hold(in_file.data_ptr()):
+            tensor.data = in_file.clone()
+            mapped.give_back(in_file.data_ptr(), in_file.numel() * in_file.element_size())
+
+
+def _load_slim(
+    model_class: Any, found: Source, config: PretrainedConfig, attn_implementation: str | None
+) -> PreTrainedModel:
+    """Builds the dense skeleton without weights, applies the same surgery, and lets transformers load the tensors."""
+    _, family = family_of(config)
+    plan = recorded_plan(config, family) or Plan(())
+    for key, value in getattr(config, PLAN_KEY)["dense"].items():
+        setattr(config, key, value)
+    delattr(config, PLAN_KEY)
+    config.pruned_heads = {}
+
+    dense_sites: tuple[Site, ...] = ()
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        nonlocal dense_sites, plan
+        model_class.__init__(self, *args, **kwargs)
+        dense_sites = find_sites(self)
+        plan = _for_class(plan, dense_sites)
+        shrink(self, dense_sites, plan)
+
+    skeleton = type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
+    try:
+        model = _from_pretrained(skeleton, found, config, attn_implementation)
+    except UsageError as error:
+        raise ModelRefusedError(
+            f"the recorded plan does not fit the model ({error.where}: {error.what})",
+            where=str(found.folder / "config.json"),
+            hint="use the config.json that was saved with these weights",
+        ) from error
+    model.__class__ = model_class
+    record_plan(model.config, family, dense_sites, plan)
+    return model
+
+
+def _for_class(plan: Plan, sites: tuple[Site, ...]) -> Plan:
+    """Renames a plan's sites for a class with another head: `h.0.attn` here is `transformer.h.0.attn` there."""
+
+    def name(planned: str) -> str:
+        return next(
+            (s.name for s in sites if f".{s.name}".endswith(f".{planned}") or planned.endswith(f".{s.name}")), planned
+        )
+
+    return Plan(tuple(replace(site, site=name(site.site)) for site in plan.sites))

@@ -1,0 +1,62 @@
+"""Which library can reload a slim folder: found out by doing it, not looked up."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from slimheads.families.sites import find_sites
+from slimheads.models.checkpoint import auto_classes
+from slimheads.runtime.quiet import quiet_transformers
+
+Tier = Literal["stock", "slimheads"]
+
+
+def reload_tier(folder: Path, model: PreTrainedModel, task: str) -> tuple[Tier, str]:
+    """Tries plain transformers on a saved folder and compares every tensor with the model that was saved.
+
+    Returns:
+        The tier, and one sentence that says why.
+    """
+    auto = auto_classes(model.config)[task]
+    try:
+        with quiet_transformers():
+            stock = getattr(transformers, auto).from_pretrained(
+                folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return (
+            "slimheads",
+            f"Plain transformers does not rebuild these head counts ({first[:120]}): use slimheads.load.",
+        )
+    by = f"Plain transformers ({transformers.__version__}) reloads it with {auto}.from_pretrained"
+    made_up = stock.state_dict().keys() - model.state_dict().keys()
+    if made_up and all(name.startswith("pooler.") for name in made_up):
+        stock.pooler = None
+        by += ", all but the pooler, which no file holds: it makes one up unless add_pooling_layer=False is given"
+    if same_weights(stock, model) and same_attributes(stock, model):
+        return "stock", f"{by}."
+    return "slimheads", "Plain transformers loads it with other weights or head counts: use slimheads.load."
+
+
+def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    """True if both have the same tensors, bit for bit."""
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same_attributes(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    """True if the counting attributes of every attention block agree: right weights with a stale count are wrong."""
+    with contextlib.suppress(AttributeError):
+        return all(
+            getattr(one.get_submodule(module), name) == getattr(other.get_submodule(module), name)
+            for site in find_sites(other)
+            for module, name, _ in site.attributes
+        )
+    return False

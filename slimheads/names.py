@@ -1,0 +1,35 @@
+"""Closed sets of words and small types that several packages share, each defined once. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Task = Literal[
+    "auto",
+    "feature-extraction",
+    "text-generation",
+    "text2text-generation",
+    "fill-mask",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "image-classification",
+    "zero-shot-image-classification",
+    "object-detection",
+    "audio-classification",
+    "automatic-speech-recognition",
+]
+Unit = Literal["head", "kv_group"]  # what can be deleted alone
+Scope = Literal["global", "layer"]  # among which units a score is ranked
+Normalize = Literal["none", "layer"]
+Counts = Literal["any", "equal"]
+Precision = Literal["fp32", "fp16", "int8", "q4"]
+Int8For = Literal["any", "avx512_vnni", "avx2", "arm64"]  # whose arithmetic the int8 weights are made for
+OnWeakPrecision = Literal["fail", "drop"]
+GraphForm = Literal["plain", "optimized", "attention", "fused", "rewritten"]  # of the float32 graph
+KvAxes = Literal["symbolic", "static"]
+Provider = Literal["cpu", "cuda"]
+OnMissing = Literal["fail", "skip"]  # of a provider
+Side = Literal["dense", "slim"]
+Shape = tuple[int, ...]  # [batch], [batch, length] or [batch, length, past]
+PLAIN: GraphForm = "plain"

@@ -1,0 +1,1 @@
+"""The stages of a run in order, their results, and the report that they end in."""

@@ -1,0 +1,140 @@
+"""What a recipe would delete, without writing weights: heads, parameters, FLOPs and bytes, and predicted latency."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from slimheads.families.config_facts import measured_shapes
+from slimheads.latency.head_counts import Selection
+from slimheads.latency.profile import command, table_shapes
+from slimheads.latency.records import Interval
+from slimheads.latency.table import LatencyTable, predict
+from slimheads.models import flops
+from slimheads.models.checkpoint import Source, find, read_config
+from slimheads.models.loading import load
+from slimheads.names import Shape
+from slimheads.pipeline.checks import require_usable
+from slimheads.pipeline.latency_tables import setting_of, tables_for
+from slimheads.pipeline.stages import choose
+from slimheads.pruning.scoring import score
+from slimheads.pruning.select import Plan
+from slimheads.pruning.surgery import prune
+from slimheads.recipe.recipe import Recipe
+
+
+class Cost(BaseModel):
+    """One model: `bytes` are those of its weights in their own dtype, `flops` those of one run at `Preview.shape`."""
+
+    model_config = ConfigDict(frozen=True)
+    heads: int  # units: heads, or KV groups
+    parameters: int
+    flops: int
+    bytes: int
+
+
+class PlannedLatency(BaseModel):
+    """What the latency table predicts at one shape; the interval is that of the table's own noise."""
+
+    model_config = ConfigDict(frozen=True)
+    provider: str
+    threads: int
+    shape: tuple[int, ...]
+    dense_ms: float
+    slim_ms: float
+    speedup: Interval
+    doubtful: int  # points of the table that its controls do not vouch for
+
+
+class Preview(BaseModel):
+    """A plan and what it would change."""
+
+    model_config = ConfigDict(frozen=True)
+    model: str
+    task: str
+    shape: tuple[int, ...]
+    dense: Cost
+    slim: Cost
+    plan: dict[str, Any]  # as in plan.json
+    selection: Selection
+    predicted: tuple[PlannedLatency, ...] | None  # a shape with a table each
+    predicted_reason: str | None  # why it is null, or lacks a shape
+
+
+def preview(recipe: Recipe, tell: Callable[[str], None] = lambda line: None) -> Preview:
+    """Scores the model, chooses, deletes in memory to count what is left, and looks its latency up.
+
+    A latency table is measured only where `multiple_of: auto` cannot choose without it; it is stored for later runs.
+
+    Args:
+        tell: called with a line of text while a table is measured.
+
+    Raises:
+        SlimheadsError: as `slimheads.run` would up to its prune stage.
+    """
+    with recipe.located():
+        return _preview(recipe, tell)
+
+
+def _preview(recipe: Recipe, tell: Callable[[str], None]) -> Preview:
+    source = find(recipe.model, recipe.task)
+    require_usable(recipe, source)
+    tables, reason = _tables(recipe, source, tell)
+    model = load(source.folder, source.asked)
+    plan, selection = choose(score(model, recipe.score.method), recipe, tuple(tables.values()))
+    shape = measured_shapes(model.config, recipe.bench.shapes)[-1]
+
+    def cost(units: int) -> Cost:
+        return Cost(
+            heads=units,
+            parameters=flops.parameters(model),
+            flops=flops.flops(model, *shape),
+            bytes=flops.weight_bytes(model),
+        )
+
+    dense = cost(plan.total)
+    prune(model, plan)
+    return Preview(
+        model=source.given,
+        task=source.task,
+        shape=shape,
+        dense=dense,
+        slim=cost(plan.total - plan.removed),
+        plan=plan.to_json(),
+        selection=selection,
+        predicted=tuple(_predicted(table, plan) for table in tables.values()) or None,
+        predicted_reason=reason,
+    )
+
+
+def _tables(
+    recipe: Recipe, source: Source, tell: Callable[[str], None]
+) -> tuple[Mapping[Shape, LatencyTable], str | None]:
+    """The model's tables, and what to do about those that are not there."""
+    if read_config(source.folder).is_encoder_decoder:
+        return {}, "there are no latency tables of encoder-decoders"
+    tables = tables_for(recipe, source, tell, measures=recipe.select.multiple_of == "auto")
+    lacking = [s for s in table_shapes(source, recipe.bench.shapes) if s not in tables]
+    if not lacking:
+        return tables, None
+    return tables, f"there is no latency table yet; make one with: {command(source, lacking, setting_of(recipe))}"
+
+
+def _predicted(table: LatencyTable, plan: Plan) -> PlannedLatency:
+    found = predict(table, plan)
+    return PlannedLatency(
+        provider=table.provider,
+        threads=table.threads,
+        shape=table.shape,
+        dense_ms=found.dense_ms,
+        slim_ms=found.slim_ms,
+        speedup=found.speedup,
+        doubtful=table.doubtful,
+    )
+
+
+def plan_of(found: Preview) -> Plan:
+    """The plan in a preview."""
+    return Plan.from_json(found.plan)

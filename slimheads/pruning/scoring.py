@@ -1,0 +1,169 @@
+"""Scores: one number a unit, from the weights alone.
+
+Magnitude: M(l, h) = ||W_Q||_F + ||W_K||_F + ||W_V||_F + ||W_O||_F over the slices of head h in layer l, without biases.
+For a KV group: the norms of its one K and one V slice, and those of all its query and output slices taken together.
+A query head of a group is scored besides: its own query and output slices, and the K and V slices that it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from slimheads.errors import ModelRefusedError, require_known
+from slimheads.families.sites import Projection, Site, find_sites
+from slimheads.names import Unit
+
+METHODS = ("magnitude",)
+ROLES = ("query", "key", "value", "output")
+CACHED = 2**17  # elements that a thread widens to float32 at a time: 512 KiB
+
+
+@dataclass(frozen=True)
+class SiteScores:
+    """The scores of one site, one a unit, in the site's order.
+
+    For KV groups `query_heads` holds the scores of the query heads as well: a row a group, a column a member.
+    """
+
+    site: str
+    unit: Unit
+    scores: tuple[float, ...]
+    query_heads: tuple[tuple[float, ...], ...] = ()
+
+    def by_head(self) -> SiteScores:
+        """The scores of the query heads alone; itself where the units are heads already."""
+        if self.unit == "head":
+            return self
+        return SiteScores(self.site, "head", tuple(score for group in self.query_heads for score in group))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of a model's sites, in the model's order."""
+
+    method: str
+    sites: tuple[SiteScores, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of scores.json."""
+        sites = [{"site": s.site, "scores": list(s.scores)} for s in self.sites]
+        return {"format": 1, "method": self.method, "sites": sites}
+
+    def in_units(self, units: Mapping[str, Unit]) -> Scores:
+        """The same with the scores of the query heads at those sites that are planned by head."""
+        return replace(self, sites=tuple(s.by_head() if units[s.site] == "head" else s for s in self.sites))
+
+    def to_record(self) -> dict[str, Any]:
+        """Everything, for a later run; scores.json leaves the units out."""
+        return {"method": self.method, "sites": [asdict(site) for site in self.sites]}
+
+    @classmethod
+    def from_record(cls, data: dict[str, Any]) -> Scores:
+        """Reads what `to_record` wrote."""
+        sites = (
+            SiteScores(s["site"], s["unit"], tuple(s["scores"]), tuple(tuple(group) for group in s["query_heads"]))
+            for s in data["sites"]
+        )
+        return cls(data["method"], tuple(sites))
+
+
+def score(model: PreTrainedModel, method: str = "magnitude") -> Scores:
+    """Scores every unit of every site. Reads each weight once; works in any dtype, accumulating in float32 and float64.
+
+    Args:
+        model: a model that `slimheads.load` covers, dense or slim.
+        method: "magnitude", the only one so far.
+
+    Raises:
+        UsageError: the method is not known.
+        ModelRefusedError: the model's family is not covered, or a weight holds NaN or infinity (the tensor is named).
+    """
+    require_known("score.method", method, METHODS)
+    modules, sites = dict(model.named_modules()), find_sites(model)
+    alike: dict[tuple[Any, ...], list[Site]] = {}
+    for site in sites:  # layers that are divided alike share their labels, which then are looked at once
+        key = (site.unit, site.total, site.members, *(id(p.unit_of) for p in site.projections))
+        alike.setdefault(key, []).append(site)
+    scored = {scores.site: scores for group in alike.values() for scores in _score_alike(modules, group)}
+    return Scores(method, tuple(scored[site.name] for site in sites))
+
+
+def _score_alike(modules: Mapping[str, torch.nn.Module], sites: Sequence[Site]) -> Iterator[SiteScores]:
+    """The scores of sites whose projections bear the same labels."""
+    runs = replace(sites[0], projections=tuple(_in_runs(p) for p in sites[0].projections))
+    sums = [
+        np.stack(
+            [_squared_norms(modules[site.projections[index].module], site.projections[index], run) for site in sites]
+        )
+        for index, run in enumerate(len(p.unit_of) for p in runs.projections)
+    ]
+    by_head = _magnitudes(runs.by_head(), sums) if runs.unit == "kv_group" else [()] * len(sites)
+    for site, scores, heads in zip(sites, _magnitudes(runs, sums), by_head, strict=True):
+        groups = tuple(heads[start : start + site.members] for start in range(0, len(heads), site.members))
+        yield SiteScores(site.name, site.unit, scores, groups)
+
+
+def _in_runs(projection: Projection) -> Projection:
+    """The same with one label a run: as many features as lie together everywhere and belong to one head in one role.
+
+    With heads of 64 features that is 64, or a multiple where all of the projection's features are one head's.
+    """
+    unit, member, role = projection.unit_of, projection.member_of, projection.role_of
+    changes = (unit[1:] != unit[:-1]) | (member[1:] != member[:-1]) | (role[1:] != role[:-1])
+    run = int(np.gcd.reduce(np.append(np.flatnonzero(changes) + 1, len(unit))))
+    return Projection(projection.module, unit[::run], member[::run], role[::run], projection.span[::run])
+
+
+def _magnitudes(runs: Site, sums: Sequence[np.ndarray]) -> list[tuple[float, ...]]:
+    """One number a unit, of each of the sites that `runs` stands for; `sums` are the squared norms of each projection's
+    runs, [sites, runs]."""
+    squares = np.zeros((len(ROLES), runs.total, len(sums[0])))
+    for projection, per_run in zip(runs.projections, sums, strict=True):
+        for role in set(projection.role_of.tolist()).intersection(ROLES):
+            row, mine = squares[ROLES.index(role)], projection.role_of == role
+            for offset in range(int(projection.span[mine].max())):
+                chosen = mine & (projection.span > offset)
+                np.add.at(row, projection.unit_of[chosen] + offset, per_run.T[chosen])
+    return [tuple(scores) for scores in np.sqrt(squares).sum(axis=0).T.tolist()]
+
+
+def _squared_norms(module: torch.nn.Module, projection: Projection, runs: int) -> np.ndarray:
+    """Squared Euclidean norm of each run of features of the divided axis, float64 [runs].
+
+    torch's norm along the last axis of a tensor is its fastest, if the result has the tensor's dtype; across rows, or
+    into a wider dtype, it is 10 to 20 times slower. So where the columns are divided,
+    each row is taken as its runs, and half precision is widened block by block, while it is in the processor's cache.
+    """
+    weight = cast(torch.Tensor, module.weight).detach()
+    if isinstance(module, Conv1D) == projection.divides_inputs:  # [features, others]
+        squares = _last_axis_norms(weight).double().square().reshape(runs, -1).sum(1)
+    else:  # [others, features]
+        squares = _last_axis_norms(weight.reshape(len(weight), runs, -1)).double().square().sum(0)
+    per_run: np.ndarray = squares.cpu().numpy()
+    if not np.isfinite(per_run).all():
+        raise ModelRefusedError(
+            "the tensor holds NaN or infinity, or is too large for its norm",
+            where=f"{projection.module}.weight",
+            hint="the checkpoint is damaged: fetch or train it again",
+        )
+    return per_run
+
+
+def _last_axis_norms(weight: torch.Tensor) -> torch.Tensor:
+    """Euclidean norms along the last axis, accumulated and given in float32, of float64 weights in float64."""
+    if weight.dtype in (torch.float32, torch.float64):
+        return cast(torch.Tensor, torch.linalg.vector_norm(weight, dim=-1))
+    norms = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
+    rows = max(1, CACHED * torch.get_num_threads() // weight[0].numel())
+    widened = torch.empty((rows, *weight.shape[1:]), dtype=torch.float32, device=weight.device)
+    for start in range(0, len(weight), rows):
+        block = weight[start : start + rows]
+        torch.linalg.vector_norm(widened[: len(block)].copy_(block), dim=-1, out=norms[start : start + rows])
+    return norms

@@ -1,0 +1,1 @@
+"""The recipe: its keys, its errors with line and column, and how one is written."""

@@ -1,0 +1,1 @@
+"""The report of a run as data, and the pages, tables and plots made from it."""

@@ -1,0 +1,152 @@
+"""A report's figures in words: the headline's sentences, and the words for measurements that several pages share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from slimheads.formatting import (
+    apart,
+    listing,
+    percent,
+    plural,
+    ratio,
+    shape_text,
+    signed_percent,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from slimheads.latency.head_counts import Selection
+    from slimheads.latency.records import Interval, Latency
+    from slimheads.report.model import ModelFacts, Prediction
+    from slimheads.verification.drift import Drift
+
+FIGURE_NAMES = {
+    "cosine": "mean cosine of embeddings",
+    "cosine_min": "worst cosine",
+    "perplexity": "perplexity",
+    "perplexity_ratio": "perplexity against dense",
+    "kl_divergence": "KL divergence, nats a token",
+    "top1_agreement": "same most likely token",
+}
+
+
+# Sentences
+
+
+def span(interval: Interval) -> tuple[str, str, str]:
+    """Estimate, low and high with as many decimals as tell them from 1: a bound of 1.003 never reads 1.00."""
+    values = (interval.estimate, interval.low, interval.high)
+    digits = next((d for d in range(2, 6) if all(float(f"{v:.{d}f}") != 1 or v == 1 for v in values)), 6)
+    estimate, low, high = (f"{value:.{digits}f}" for value in values)
+    return estimate, low, high
+
+
+def latency_line(row: Latency, *, setup: bool = True) -> str:
+    """One measurement's verdict: what was found, how sure it is, and how much of the FLOP ratio it realised."""
+    place = f"at {latency_place(row)} ({latency_setup(row)})" if setup else f"at {latency_place(row)}"
+    if row.verdict == "not measured" or row.speedup is None:
+        return f"not measured {place}: {row.reason}"
+    if row.verdict == "inconclusive":
+        return f"inconclusive {place}: {row.reason or 'the control does not hold'}"
+    estimate, low, high = span(row.speedup)
+    interval = f"95% interval {low} to {high}"
+    if row.verdict == "no difference shown":
+        return f"no difference shown {place}: {estimate}x, {interval}"
+    if row.verdict == "slower":
+        return f"slower, {estimate}x the dense model's speed ({interval}) {place}"
+    realised = f", {percent(row.realised)} of what the deleted arithmetic allows" if row.realised is not None else ""
+    return f"{estimate}x faster ({interval}) {place}{realised}"
+
+
+def latency_place(row: Latency) -> str:
+    """1x128, or batch 1 where inputs have no length; of a decoder, prefill 1x128 or decode 1x1 after 512."""
+    return f"{row.phase} {shape_text(row.shape)}" if row.phase else shape_text(row.shape)
+
+
+def latency_setup(row: Latency) -> str:
+    """fp32, cpu, 2 threads; before that the graph, where there are several."""
+    graph = f"{row.graph}, " if row.graph else ""
+    form = "" if row.candidate == "plain" else f" ({row.candidate})"
+    form = " (plain, does not ship)" if row.ships is False else form
+    return f"{graph}{row.precision}{form}, {row.provider}, {plural(row.threads, 'thread')}"
+
+
+def setting(row: Prediction) -> str:
+    """cpu, 2 threads; before that the graph, where there are several."""
+    graph = f"{row.graph}, " if row.graph else ""
+    return f"{graph}{row.provider}, {plural(row.threads, 'thread')}"
+
+
+def prediction_line(rows: Sequence[Prediction]) -> str:
+    """How far predicted latencies were from measured ones: the worst of those by the table, and of those by FLOPs."""
+    said = []
+    for source, name in (("table", "latency table"), ("flops", "FLOPs alone")):
+        own = [row for row in rows if row.source == source]
+        errors = [row.error for row in own if row.error is not None]
+        if errors:
+            worst = max(errors, key=abs)
+            place = f" at {shape_text(own[0].shape)}" if len(own) == 1 else f", the worst of {len(errors)}"
+            said.append(f"slim latency by the {name} is {signed_percent(worst)} off what was measured{place}")
+        elif own:
+            foreseen = [f"{ratio(row.speedup)} at {shape_text(row.shape)}" for row in own if row.speedup is not None]
+            said.append(f"{listing(foreseen or ['nothing'])} by the {name}; nothing conclusive to hold it against")
+    return f"Prediction: {'; '.join(said)}."
+
+
+def selection_line(selection: Selection, unit: str) -> str:
+    """What `multiple_of: auto` came to, and what it gained by the latency table."""
+    chose = f"Head counts: multiple_of: auto chose {selection.multiple_of}"
+    if selection.predicted_gain is None:
+        tried = [candidate.multiple_of for candidate in selection.candidates]
+        steps = f" (tried: {listing(tried)})" if tried else ""
+        return f"{chose}, and shows no gain: {selection.reason}{steps}."
+    more = f", with {selection.kept_more} {unit} more kept" if selection.kept_more else ""
+    if selection.reason:
+        return f"{chose}: {selection.reason}{more}."
+    estimate, low, high = span(selection.predicted_gain)
+    return f"{chose}: predicted {estimate}x as fast as without ({low} to {high} by the latency table){more}."
+
+
+def against_random(drift: Drift) -> tuple[str, str, str, int] | None:
+    """The headline figure's name, the slim model's value, the control's range over its seeds, and how many they are."""
+    if drift.headline is None or drift.slim is None or drift.random_control is None:
+        return None
+    slim = getattr(drift.slim, drift.headline)
+    control = [getattr(figures, drift.headline) for figures in drift.random_control.figures]
+    if slim is None or None in control:
+        return None
+    low, high = min(control), max(control)
+    nearest = min((low, high), key=lambda end: abs(end - slim))
+    written, _ = apart(slim, nearest)
+    digits = len(written.partition(".")[2])
+    spread = f"{low:.{digits}f}" if low == high else f"{low:.{digits}f} to {high:.{digits}f}"
+    return FIGURE_NAMES[drift.headline], written, spread, len(control)
+
+
+def sample_size(drift: Drift) -> str:
+    """125 texts, 3,104 tokens; or 64 images."""
+    tokens = "" if drift.tokens is None else f", {whole(drift.tokens)} tokens"
+    embedded = "" if drift.embedding in (None, "mean") else f", embedded by {drift.embedding}"
+    return plural(drift.texts, drift.noun) + tokens + embedded
+
+
+def sample_line(drift: Drift) -> str:
+    return "the built-in sample" if drift.sample == "built-in" else drift.sample
+
+
+def units(model: ModelFacts, count: int) -> str:
+    """What is deleted alone in this model: heads, or KV groups."""
+    noun = "KV group" if model.unit == "kv_group" else "head"
+    return noun if count == 1 else noun + "s"
+
+
+def site_labels(sites: Sequence[str]) -> tuple[list[str], str]:
+    """Row labels and their title: the layer numbers where names differ in nothing else, else the names themselves."""
+    split = [site.split(".") for site in sites]
+    if len({len(parts) for parts in split}) == 1 and len(sites) > 1:
+        differing = [index for index, parts in enumerate(zip(*split, strict=True)) if len(set(parts)) > 1]
+        if len(differing) == 1 and all(parts[differing[0]].isdigit() for parts in split):
+            return [parts[differing[0]] for parts in split], "layer"
+    return list(sites), "site"

@@ -1,0 +1,1 @@
+"""ONNX Runtime and this machine: sessions, inputs and outputs of a graph, CPU features, memory, environment."""

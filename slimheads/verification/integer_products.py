@@ -1,0 +1,82 @@
+"""Products of unsigned and signed bytes, as x86 and ARM add them up: the arithmetic that int8 graphs are made of.
+
+With VNNI, and on ARM, products are added in 32 bits. AVX2 and AVX-512 without VNNI multiply two neighbours at a time
+and add the two products in 16 bits (`vpmaddubsw`), where the sum stops at -32,768 and 32,767: of full-range weights it
+can be off by half. Weights within +-64 cannot get there, whatever the activations: 255 x 64 x 2 = 32,640.
+
+In numpy alone, so that what is proven with it is true of CPUs other than the one at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from slimheads.runtime.onnx_signature import nodes_of
+
+SAFE_WEIGHT = 64
+_SIXTEEN_BITS = np.iinfo(np.int16)
+# Operators that multiply bytes, and where each takes its weights.
+_WEIGHTS = {
+    "ConvInteger": 1,
+    "DynamicQuantizeMatMul": 1,
+    "MatMulInteger": 1,
+    "MatMulIntegerToFloat": 1,
+    "QAttention": 1,
+    "QGemm": 3,
+    "QLinearConv": 3,
+    "QLinearMatMul": 3,
+}
+
+
+def integer_product(steps: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The product as it is defined.
+
+    Args:
+        steps: uint8 [..., inputs].
+        weights: int8 [inputs, outputs].
+
+    Returns:
+        int64 [..., outputs].
+    """
+    exact: np.ndarray = steps.astype(np.int64) @ weights.astype(np.int64)
+    return exact
+
+
+def saturating_product(steps: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The product as `vpmaddubsw` adds it up: two neighbouring inputs at a time, in 16 bits that stop at their ends.
+
+    Args and returns: as `integer_product`.
+    """
+    total = np.zeros((*steps.shape[:-1], weights.shape[1]), np.int64)
+    for first in range(0, weights.shape[0], 2):
+        pair = slice(first, first + 2)
+        total += integer_product(steps[..., pair], weights[pair]).clip(_SIXTEEN_BITS.min, _SIXTEEN_BITS.max)
+    return total
+
+
+def overflow_faults(path: Path) -> Iterator[str]:
+    """Weights of a file's integer products of which two products may not fit into 16 bits; nothing if all do.
+
+    Unsigned weights are multiplied in 16 and added in 32 bits everywhere, and tables that are only looked up are not
+    multiplied.
+    """
+    for name, weights in product_weights(path):
+        if weights is None:
+            yield f"{path.name}: {name} is computed by the graph, so nothing bounds it"
+        elif (
+            weights.dtype == np.int8 and (largest := int(np.abs(weights.astype(np.int16)).max(initial=0))) > SAFE_WEIGHT
+        ):
+            yield f"{path.name}: {name} holds {largest}, and two products of more than {SAFE_WEIGHT} overflow 16 bits"
+
+
+def product_weights(path: Path) -> list[tuple[str, np.ndarray | None]]:
+    """What a file's integer products multiply by: name and whole numbers, None where the graph computes them."""
+    graph = onnx.load(str(path)).graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    read = dict.fromkeys(node.input[_WEIGHTS[node.op_type]] for node in nodes_of(graph) if node.op_type in _WEIGHTS)
+    return [(name, numpy_helper.to_array(stored[name]) if name in stored else None) for name in read]

@@ -1,0 +1,310 @@
+"""What the files say without being run.
+
+Link 4: did every targeted tensor shrink by what the plan says, and nothing else? The exporter names each node by the
+module it came from (`/encoder/layer.0/attention/self/query/MatMul`), and that ties tensors to sites even where it
+renamed the weights (`onnx::MatMul_185`).
+
+Link 3 of an int8 or q4 graph: is every weight its float32 one, rounded?
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from slimheads.errors import UsageError
+from slimheads.families.sites import Projection, Site
+from slimheads.pruning.select import Plan
+from slimheads.pruning.surgery import match_plan
+from slimheads.runtime.onnx_signature import nodes_of
+from slimheads.verification.rounded import four_bit_steps
+
+TensorShape = tuple[int, ...]
+_BLOCK = 2**20  # elements
+_NOT_ROUNDED = "is not the float32 graph's, rounded"
+_TINY = float(np.finfo(np.float32).tiny)
+_HALF_A_STEP = 0.501  # rounding to the nearest step; scales are float32
+_HEAD_COUNTS = ("num_heads", "kv_num_heads")
+# What may stand between a fused node and the projection that reads it.
+_MOVES = {"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+_FUSED = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention", "PackedMultiHeadAttention"}
+
+
+def graph_faults(dense: Path, slim: Path, sites: Sequence[Site], plan: Plan, *, cached: bool = False) -> Iterator[str]:
+    """Everything in which the slim graph is not the dense one less the plan, in words; nothing if it is.
+
+    Args:
+        dense, slim: ONNX files exported the same way, unfused.
+        sites: the dense model's, or those of them that are in the graph.
+        cached: whether keys and values may come from the cache alone, without projections in either graph.
+    """
+    before, after = _Graph(dense), _Graph(slim)
+    for site, kept in match_plan(sites, plan):
+        for projection in site.projections:
+            features = len(projection.kept_features(kept))
+            old, new = before.shapes_in(projection.module), after.shapes_in(projection.module)
+            expected = Counter(_shrunk(shape, projection, features) for shape in old)
+            if cached and not old and not new and set(projection.role_of) <= {"key", "value"}:
+                continue
+            if not old or not any(len(shape) == 2 for shape in old):
+                yield f"{projection.module}: the dense graph has no weight under this name"
+            elif Counter(new) != expected:
+                yield f"{projection.module}: tensors {_words(new)} where the plan says {_words(expected)}"
+        if site.tables:
+            yield from _table_faults(before, after, site, kept)
+    targeted = [projection.module for site in sites for projection in site.projections]
+    targeted += [site.name for site in sites if site.tables]  # what is left of these was compared site by site
+    others = before.shapes_outside(targeted), after.shapes_outside(targeted)
+    if others[0] != others[1]:
+        gone, new_ones = others[0] - others[1], others[1] - others[0]
+        yield f"tensors outside the plan changed: {_words(gone)} became {_words(new_ones)}"
+    yield from fused_faults(slim, sites, plan)
+
+
+def _table_faults(before: _Graph, after: _Graph, site: Site, kept: tuple[int, ...]) -> Iterator[str]:
+    """Beside its projections, a site reads its tables, perhaps folded into other shapes; each loses the same heads."""
+    dense, slim = (len(site.kept_heads(units)) for units in (tuple(range(site.total)), kept))
+    modules = [projection.module for projection in site.projections]
+    old, new = (graph.shapes_outside(modules, within=site.name) for graph in (before, after))
+    changed, unmatched = list((old - new).elements()), list((new - old).elements())
+    for shape in changed:
+        divided = (
+            (*shape[:axis], size // dense * slim, *shape[axis + 1 :])
+            for axis, size in enumerate(shape)
+            if size % dense == 0
+        )
+        found = next((other for other in divided if other in unmatched), None)
+        if found is None:
+            yield f"{site.name}: no {_words([shape])} with {slim} of {dense} heads, but {_words(unmatched)}"
+            return
+        unmatched.remove(found)
+    fewest = len(site.tables) if slim < dense else 0
+    if unmatched or len(changed) < fewest:
+        yield f"{site.name}: {len(changed)} of at least {fewest} tables shrank, and {_words(unmatched)} is new"
+
+
+def fused_faults(path: Path, sites: Sequence[Site], plan: Plan) -> Iterator[str]:
+    """Fused attention nodes that do not carry their own layer's head count; nothing if there are none or all do.
+
+    A node's layer is the one whose output projection reads it: fusing renames all before that. Where the tool fused
+    some layers and left others, or one layer is called again and again, every node is held against its own.
+    """
+    graph = _Graph(path)
+    nodes = [node for node in graph.nodes if node.op_type in _FUSED]
+    pairs = match_plan(sites, plan) if nodes else []
+    for node in nodes:
+        name = node.name or node.op_type
+        owner = next((pair for pair in pairs if graph.feeds(node, pair[0].output.module)), None)
+        if owner is None:
+            yield f"{path.name}: no site's output projection reads {name}"
+            continue
+        site, kept = owner
+        counts = {a.name: a.i for a in node.attribute if a.name in _HEAD_COUNTS}
+        expected = {"num_heads": site.counted("heads", kept), "kv_num_heads": site.counted("units", kept)}
+        for attribute, count in counts.items():
+            if count != expected[attribute]:
+                said = f"{name} of {site.name} says {attribute} {count}"
+                yield f"{path.name}: {said}, the plan {expected[attribute]}"
+
+
+def merged_faults(first: Path, following: Path, merged: Path) -> Iterator[str]:
+    """Tensors of two decoders' files that the file merged from them lacks, and tensors that it has from neither."""
+    parts, whole = _contents(first) | _contents(following), _contents(merged)
+    for fault, tensors in (("lacks", parts - whole), ("has from neither decoder", whole - parts)):
+        if tensors:
+            yield f"{merged.name} {fault} {len(tensors)} tensors: {_words([shape for _, shape, _ in tensors])}"
+
+
+def _contents(path: Path) -> set[tuple[int, TensorShape, bytes]]:
+    """Every tensor of a file by its type, shape and bytes, whatever its name; scalars say nothing."""
+    graph = _read(path, weights=True)
+    branches = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    return {
+        (t.data_type, tuple(t.dims), sha256(onnx.numpy_helper.to_array(t).tobytes()).digest())
+        for t in chain(graph.initializer, *(branch.initializer for branch in branches))
+        if len(t.dims)
+    }
+
+
+def quantized_faults(source: Path, quantized: Path) -> Iterator[str]:
+    """Tensors of an int8 or q4 file that are not those of the float32 file it came from, rounded; nothing if all are.
+
+    Args:
+        source: the float32 file.
+        quantized: as ONNX Runtime's `quantize_dynamic` writes it: a tensor that it rounded is `<name>_quantized` with
+            `<name>_scale` and `<name>_zero_point`, one for all or one for each index of the last axis. Or as its
+            `MatMulNBitsQuantizer` does: `<name>_Q4` and `<name>_scales` in symmetric blocks. A Gemm's transposed weight
+            is `<name>_Transposed` first.
+    """
+    made = {t.name: onnx.numpy_helper.to_array(t) for t in _read(quantized, weights=True).initializer}
+    for tensor in _read(source, weights=True).initializer:
+        fault = _rounding_fault(tensor.name, onnx.numpy_helper.to_array(tensor), made)
+        if fault:
+            yield f"{quantized.name}: {tensor.name} {fault}"
+
+
+def _rounding_fault(name: str, array: np.ndarray, made: Mapping[str, np.ndarray]) -> str | None:
+    """A tensor that several nodes read may be there twice: as it was, and rounded; each must be right."""
+    faults: list[str | None] = []
+    for stored, expected in ((name, array), (f"{name}_Transposed", array.T)):
+        if stored in made:
+            same = np.array_equal(made[stored], expected, equal_nan=expected.dtype.kind == "f")
+            faults.append(None if same else "is not what the float32 graph has")
+        if f"{stored}_quantized" in made:
+            faults.append(_step_fault(expected, *(made[f"{stored}_{p}"] for p in ("quantized", "scale", "zero_point"))))
+        if f"{stored}_Q4" in made:
+            faults.append(_block_fault(expected, made[f"{stored}_Q4"], made[f"{stored}_scales"]))
+    return next((fault for fault in faults if fault), None) if faults else "is missing"
+
+
+def _step_fault(expected: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> str | None:
+    if steps.shape != expected.shape:
+        return f"is {_words([steps.shape])} where the float32 graph has {_words([expected.shape])}"
+    return None if _is_rounded(expected, steps, scale, zero) else _NOT_ROUNDED
+
+
+def _block_fault(expected: np.ndarray, packed: np.ndarray, scales: np.ndarray) -> str | None:
+    inputs, outputs = expected.shape
+    held, blocks, half = packed.shape
+    if (held, blocks) != (outputs, math.ceil(inputs / (2 * half))) or scales.size != held * blocks:
+        return f"is {_words([packed.shape])} in 4 bits where the float32 graph has {_words([expected.shape])}"
+    return None if _is_rounded_in_blocks(expected, packed, scales.reshape(held, blocks)) else _NOT_ROUNDED
+
+
+def _is_rounded(exact: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> bool:
+    """Whether `steps`, scaled, is `exact` to half a step. `scale` and `zero` are single or one a last index."""
+    scale, zero = scale.astype(np.float64), zero.astype(np.float64)
+    rows = max(1, len(exact) if exact.ndim < 2 else _BLOCK // math.prod(exact.shape[1:]))
+    for start in range(0, len(exact), rows):  # in float64, a large table would not fit into memory at once
+        part = slice(start, start + rows)
+        if not (np.abs((steps[part] - zero) * scale - exact[part]) <= _HALF_A_STEP * scale).all():  # False for NaN
+            return False
+    return True
+
+
+def _is_rounded_in_blocks(exact: np.ndarray, packed: np.ndarray, scales: np.ndarray) -> bool:
+    """Whether 4-bit blocks, scaled, are `exact` to half a step as far as their range goes.
+
+    Args:
+        exact: [inputs, outputs].
+        packed: uint8 [outputs, blocks, half a block], the lower four bits first; 8 stands for zero.
+        scales: [outputs, blocks]: an eighth of the block's largest value, turned so that this becomes -8.
+    """
+    size = 2 * packed.shape[2]
+    columns = max(1, _BLOCK // (packed.shape[1] * size))
+    for start in range(0, len(packed), columns):
+        part = slice(start, start + columns)
+        steps, scale = four_bit_steps(packed[part]), scales[part, :, None].astype(np.float64)
+        whole = np.zeros((len(steps), steps.shape[1] * size))
+        whole[:, : len(exact)] = exact[:, part].T
+        blocks = whole.reshape(steps.shape)
+        largest = np.abs(blocks).max(axis=-1, keepdims=True)
+        ends = -8 * scale, 7 * scale
+        off = np.abs(steps * scale - blocks.clip(np.minimum(*ends), np.maximum(*ends))) / np.abs(scale).clip(_TINY)
+        # What fills up the last block stands for nothing.
+        rounded = off.reshape(whole.shape)[:, : len(exact)] <= _HALF_A_STEP
+        if not (rounded.all() and (np.abs(8 * np.abs(scale) - largest) <= 1e-6 * largest).all()):
+            return False
+    return True
+
+
+class _Graph:
+    def __init__(self, path: Path) -> None:
+        graph = _read(path)
+        self.nodes = list(nodes_of(graph))
+        self.shapes: dict[str, TensorShape] = {i.name: tuple(i.dims) for i in graph.initializer}
+        self.users: dict[str, set[str]] = {name: set() for name in self.shapes}
+        # Tensors of equal content (biases that are all zero, say) are stored once and reach their nodes by Identity.
+        stored = {name: name for name in self.shapes}
+        for node in graph.node:
+            if node.op_type == "Identity" and node.input[0] in stored:
+                stored[node.output[0]] = stored[node.input[0]]
+                continue
+            scope = _scope_of(node)
+            for name in node.input:
+                if name in stored:
+                    self.users[stored[name]].add(scope)
+
+    def shapes_in(self, module: str) -> list[TensorShape]:
+        """Shapes of the tensors that the module's own nodes read."""
+        own = self._scope(module)
+        return [self.shapes[n] for n, users in self.users.items() if any(own.match(u) for u in users)]
+
+    def shapes_outside(self, modules: Sequence[str], within: str | None = None) -> Counter[TensorShape]:
+        """Shapes of the tensors that some node outside these modules reads, each once a reader.
+
+        Args:
+            within: count only the readers inside this module.
+        """
+        scopes = [self._scope(module) for module in modules]
+        around = self._scope(within) if within else re.compile("")
+        return Counter(
+            self.shapes[name]
+            for name, users in self.users.items()
+            for user in users
+            if around.match(user) and not any(scope.match(user) for scope in scopes)
+        )
+
+    def feeds(self, node: onnx.NodeProto, module: str) -> bool:
+        """Whether a node of the module reads what this node puts out first, be it moved around on the way."""
+        scope = self._scope(module)
+        readers = [reader for reader in self.nodes if node.output[0] in reader.input]
+        return any(
+            scope.match(_scope_of(reader)) or (reader.op_type in _MOVES and self.feeds(reader, module))
+            for reader in readers
+        )
+
+    def _scope(self, module: str) -> re.Pattern[str]:
+        """How the names of a module's nodes begin. A module that is called again has a number after its name."""
+        # The exporter names only what was called: OPT's head class calls `model.decoder` past `model`, and an encoder's
+        # own file begins below `model.encoder`.
+        path = module.split(".")
+        called = (".".join(path[start:]) for start in range(min(len(path), 3)))
+        name = next((name for name in called if self._has(f"{name}.")), module)
+        return re.compile(re.escape(name) + r"(_\d+)?\.")
+
+    def _has(self, prefix: str) -> bool:
+        return any(scope.startswith(prefix) for users in self.users.values() for scope in users)
+
+
+def _scope_of(node: onnx.NodeProto) -> str:
+    """The module that a node came from, and what it is there."""
+    path: str = node.name
+    return path.removeprefix("/").replace("/", ".")
+
+
+def _read(path: Path, *, weights: bool = False) -> onnx.GraphProto:
+    return _load(path, weights=weights).graph
+
+
+def _load(path: Path, *, weights: bool) -> onnx.ModelProto:
+    try:
+        return onnx.load(str(path), load_external_data=weights)
+    except (OSError, DecodeError, onnx.checker.ValidationError) as error:
+        raise UsageError(f"the ONNX file cannot be read ({error})", where=str(path), hint="export it again") from error
+
+
+def _shrunk(shape: TensorShape, projection: Projection, features: int) -> TensorShape:
+    before = len(projection.unit_of)
+    if len(shape) == 1:
+        return shape if projection.divides_inputs or shape[0] != before else (features,)
+    # Both Linear's and Conv1D's weights end as [in, out] of a MatMul or Gemm; transB keeps [out, in].
+    return shape if len(shape) != 2 else _shrink_axis(shape, 0 if projection.divides_inputs else 1, before, features)
+
+
+def _shrink_axis(shape: TensorShape, axis: int, before: int, after: int) -> TensorShape:
+    axis = axis if shape[axis] == before else 1 - axis
+    return tuple(after if i == axis else size for i, size in enumerate(shape))
+
+
+def _words(shapes: Counter[TensorShape] | Sequence[TensorShape]) -> str:
+    return ", ".join("x".join(map(str, shape)) or "scalar" for shape in sorted(Counter(shapes).elements())) or "none"

@@ -1,0 +1,366 @@
+"""What the certificate's links hold against each other: a model in one file, or an encoder-decoder in four."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from slimheads.exporting.artifacts import ENCODER, FILES, FIRST_DECODER, MERGED_DECODER, NEXT_DECODER, PARTS, file_name
+from slimheads.exporting.clients import greedy_tokens, seq2seq_greedy_tokens
+from slimheads.exporting.kv_cache import kv_shapes
+from slimheads.exporting.quantize import SIXTEEN_BITS
+from slimheads.families.limits import decoder_start, position_limit
+from slimheads.families.sites import Site, find_sites
+from slimheads.models.generation import greedy_options, seq2seq_generate
+from slimheads.names import Int8For, Precision
+from slimheads.pruning.select import Plan
+from slimheads.runtime.onnx_signature import read_interface
+from slimheads.runtime.sessions import open_session
+from slimheads.verification import parity_seq2seq as seq2seq
+from slimheads.verification.integer_products import overflow_faults, product_weights
+from slimheads.verification.lengths import right_up_to
+from slimheads.verification.parity import (
+    AnyCase,
+    Form,
+    cases,
+    onnx_form,
+    onnx_greedy,
+    torch_form,
+    tried_changes,
+)
+from slimheads.verification.rounded import write_losses, write_rounded
+from slimheads.verification.structure import fused_faults, graph_faults, merged_faults
+
+PROMPT_TOKENS, NEW_TOKENS = 8, 16
+ROUNDED: tuple[Precision, ...] = ("int8", "q4")  # precisions whose weights are whole numbers with a scale
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One file, the cases that run it, and how to open it as a function of them.
+
+    `converted` is false for a graph that no converter made from its float32 one.
+    """
+
+    path: Path
+    cases: Sequence[AnyCase]
+    open: Callable[[], Form]
+    converted: bool = True
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What an int8 or q4 file is held against, and the file itself, both run as written: without any fusion.
+
+    `losses` is the float32 graph with what each rounded product costs by itself, as `write_losses` names them.
+    """
+
+    reference: Callable[[], Form]
+    as_written: Callable[[], Form]
+    losses: Callable[[], Form]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One file's structure: how much there is to hold against the plan, and how to find what is wrong."""
+
+    path: Path
+    tensors: int
+    faults: Callable[[], Iterator[str]]
+    claim: str = "every targeted tensor shrank by what the plan says"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Greedy search from one prompt: `expected` is torch's, `found` comes from a file. int64 [batch, positions]."""
+
+    path: Path
+    prompt: str
+    new_tokens: int
+    expected: Callable[[], torch.Tensor]
+    found: Callable[[], torch.Tensor]
+
+
+class Chain(Protocol):
+    """All that the links compare."""
+
+    @property
+    def cases(self) -> Sequence[AnyCase]: ...
+
+    def torch_form(self, model: PreTrainedModel) -> Form: ...
+
+    def subjects(self, precision: Precision) -> list[Subject]:
+        """The slim files of a precision."""
+        ...
+
+    def yardsticks(self, precision: Precision) -> list[Yardstick | None]:
+        """For each of these, what its arithmetic is held against where its weights are whole numbers.
+
+        Rounding changes outputs by as much as a wrong head does, so the float32 graph is no yardstick for them.
+        """
+        ...
+
+    def structures(self, further: Sequence[Precision]) -> list[Structure]: ...
+
+    def generations(self) -> list[Generation]: ...
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """The models and the folders: `dense_onnx` and `onnx` hold the graphs, `folder` is what clients load."""
+
+    dense: PreTrainedModel
+    slim: PreTrainedModel
+    plan: Plan
+    dense_onnx: Path
+    folder: Path
+    task: str
+    int8_for: Int8For = "any"
+
+    @property
+    def onnx(self) -> Path:
+        """The slim graphs."""
+        return self.folder / "onnx"
+
+    def as_candidate(self, folder: Path) -> Shipped:
+        """The same models with another form of their graphs, which `folder` holds below dense/ and slim/."""
+        return replace(self, dense_onnx=folder / "dense" / "onnx", folder=folder / "slim")
+
+    def sums(self, part: str, further: Sequence[Precision]) -> list[Structure]:
+        """Whether the int8 file's sums fit into 16 bits, where it is for CPUs that may add them up so."""
+        if "int8" not in further or self.int8_for not in SIXTEEN_BITS:
+            return []
+        path = self.onnx / file_name(part, "int8")
+        claim = "no sum of two int8 products overflows 16 bits"
+        return [Structure(path, len(product_weights(path)), partial(overflow_faults, path), claim)]
+
+
+def chain_of(shipped: Shipped) -> Chain:
+    """The chain that fits the model."""
+    return _FourFiles(shipped) if shipped.dense.config.is_encoder_decoder else OneFile(shipped)
+
+
+def fixed_cache_axes(path: Path) -> bool:
+    """Whether a file fixes its cache's axes: then optimum cannot feed it, for it sizes empty caches by config.json."""
+    caches = [i for i in read_interface(path).inputs if i.name.startswith("past_key_values.")]
+    return any(isinstance(i.dims[1], int) for i in caches)
+
+
+_Writer = Callable[[Path, Path, Path], None]
+
+
+@contextmanager
+def _written(write: _Writer, plain: Path, made: Path) -> Iterator[Path]:
+    """A graph made of a float32 file and an int8 or q4 file."""
+    with tempfile.TemporaryDirectory(prefix="slimheads-") as scratch:
+        path = Path(scratch) / plain.name
+        write(plain, made, path)
+        yield path
+
+
+def _own(part: str, run: Form) -> Form:
+    """A form that gives only what one of an encoder-decoder's files puts out."""
+    own = seq2seq.outputs_of(part)
+    return lambda case: {name: array for name, array in run(case).items() if own(name)}
+
+
+class OneFile:
+    """The chain of a model in one file."""
+
+    def __init__(self, shipped: Shipped) -> None:
+        self._shipped = shipped
+        self._with_cache = shipped.task == "text-generation"
+        self.cases = cases(shipped.dense.config, shipped.task)
+
+    def torch_form(self, model: PreTrainedModel) -> Form:
+        return torch_form(model)
+
+    def subjects(self, precision: Precision) -> list[Subject]:
+        return [self._subject(self._shipped.onnx / FILES[precision], self._shipped.slim)]
+
+    def dense_subject(self) -> Subject:
+        """The dense model's file."""
+        return self._subject(self._shipped.dense_onnx / FILES["fp32"], self._shipped.dense)
+
+    def _subject(self, path: Path, model: PreTrainedModel) -> Subject:
+        return Subject(path, self.cases, partial(self._form, path, model))
+
+    def _form(self, path: Path, model: PreTrainedModel, *, optimize: bool = True) -> Form:
+        return onnx_form(open_session(path, optimize=optimize), kv_shapes(model) if self._with_cache else ())
+
+    def yardsticks(self, precision: Precision) -> list[Yardstick | None]:
+        if precision not in ROUNDED:
+            return [None]
+        slim, plain, made = (self._shipped.slim, *(self._shipped.onnx / FILES[p] for p in ("fp32", precision)))
+
+        def of_both(write: _Writer) -> Form:
+            with _written(write, plain, made) as path:
+                return self._form(path, slim, optimize=False)
+
+        as_written = partial(self._form, made, slim, optimize=False)
+        return [Yardstick(partial(of_both, write_rounded), as_written, partial(of_both, write_losses))]
+
+    def fused(self) -> list[Structure]:
+        """Of both files: whether each fused attention node counts the heads of its own layer."""
+        sites, plan = find_sites(self._shipped.dense), self._shipped.plan
+        whole = Plan(tuple(replace(site, kept=tuple(range(site.total))) for site in plan.sites))
+        sides = ((self._shipped.dense_onnx, whole), (self._shipped.onnx, plan))
+        paths = [(folder / FILES["fp32"], kept) for folder, kept in sides]
+        return [Structure(path, len(sites), partial(fused_faults, path, sites, kept)) for path, kept in paths]
+
+    def structures(self, further: Sequence[Precision]) -> list[Structure]:
+        sites, plan, path = find_sites(self._shipped.dense), self._shipped.plan, self._shipped.onnx / FILES["fp32"]
+
+        def faults() -> Iterator[str]:
+            yield from graph_faults(self._shipped.dense_onnx / FILES["fp32"], path, sites, plan)
+            for precision in further:
+                yield from fused_faults(self._shipped.onnx / FILES[precision], sites, plan)
+
+        return [
+            Structure(path, sum(len(site.projections) for site in sites), faults),
+            *self._shipped.sums("model", further),
+        ]
+
+    def generations(self) -> list[Generation]:
+        if not self._with_cache:
+            return []
+        slim, path = self._shipped.slim, self._shipped.onnx / FILES["fp32"]
+
+        def found(ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
+            if fixed_cache_axes(path):
+                shapes = kv_shapes(slim)
+                return torch.from_numpy(onnx_greedy(open_session(path), shapes, ids.numpy(), mask.numpy(), new_tokens))
+            return greedy_tokens(self._shipped.folder, ids, mask, new_tokens)
+
+        made = []
+        for shown, *prompt, new_tokens in self._prompts():
+            ids, mask = (torch.from_numpy(array) for array in prompt)
+            expected = partial(slim.generate, input_ids=ids, attention_mask=mask, **greedy_options(new_tokens))
+            made.append(Generation(path, shown, new_tokens, expected, partial(found, ids, mask, new_tokens)))
+        return made
+
+    def _prompts(self) -> Iterator[tuple[str, np.ndarray, np.ndarray, int]]:
+        """What is continued, as (its name, ids, mask, new tokens): a short text, and one across each change."""
+        config = self._shipped.dense.config
+        limit = right_up_to(config)
+        fresh = [case for case in self.cases if case.padding in ("no", "left") and not case.past]
+        length = max(case.length for case in fresh if case.length <= min(PROMPT_TOKENS, limit // 2))
+        for case in (case for case in fresh if case.length == length):
+            yield str(case), case.ids, case.mask, min(NEW_TOKENS, limit - length)
+        longest = max((case for case in fresh if case.batch == 1), key=lambda case: case.length)
+        for change in tried_changes(config):
+            length = max(1, change.length - (NEW_TOKENS if change.wrong_past else NEW_TOKENS // 2))
+            ids, mask = (array[:, :length] for array in (longest.ids, longest.mask))
+            yield f"batch 1, length {length}, no padding", ids, mask, min(NEW_TOKENS, limit - length)
+
+
+class _FourFiles:
+    def __init__(self, shipped: Shipped) -> None:
+        self._shipped = shipped
+        self.cases = seq2seq.cases(shipped.dense.config)
+
+    def torch_form(self, model: PreTrainedModel) -> Form:
+        return seq2seq.torch_form(model)
+
+    def subjects(self, precision: Precision) -> list[Subject]:
+        """Each file in turn, with the others in float32."""
+        fresh = [case for case in self.cases if not case.past]
+        run_by = {ENCODER: fresh, FIRST_DECODER: fresh, NEXT_DECODER: [case for case in self.cases if case.past]}
+
+        def form(part: str) -> Form:
+            return _own(part, seq2seq.Files.in_folder(self._shipped.onnx, part, precision).open().form)
+
+        return [
+            Subject(
+                self._shipped.onnx / file_name(part, precision),
+                run_by.get(part, self.cases),
+                partial(form, part),
+                converted=part != MERGED_DECODER,
+            )
+            for part in PARTS
+        ]
+
+    def yardsticks(self, precision: Precision) -> list[Yardstick | None]:
+        """The merged decoder's weights are those of the other two, which it is held against."""
+        if precision not in ROUNDED:
+            return [None] * len(PARTS)
+        folder = self._shipped.onnx
+        parts = seq2seq.Files(*(folder / file_name(part, precision) for part in (ENCODER, FIRST_DECODER, NEXT_DECODER)))
+        plain = seq2seq.Files.in_folder(folder)
+        names: dict[str, str] = {ENCODER: "encoder", FIRST_DECODER: "first", NEXT_DECODER: "following"}
+
+        def of_both(write: _Writer, part: str) -> Form:
+            if part == MERGED_DECODER:
+                return _own(part, replace(parts, encoder=plain.encoder).open(optimize=False).form)
+            with _written(write, folder / file_name(part, "fp32"), getattr(parts, names[part])) as path:
+                return _own(part, replace(plain, **{names[part]: path}).open(optimize=False).form)
+
+        def as_written(part: str) -> Form:
+            return _own(part, seq2seq.Files.in_folder(folder, part, precision).open(optimize=False).form)
+
+        return [
+            Yardstick(
+                partial(of_both, write_rounded, part), partial(as_written, part), partial(of_both, write_losses, part)
+            )
+            for part in PARTS
+        ]
+
+    def structures(self, further: Sequence[Precision]) -> list[Structure]:
+        encoder = seq2seq.encoder_sites(self._shipped.dense)
+        decoder = tuple(site for site in find_sites(self._shipped.dense) if site.name not in {s.name for s in encoder})
+        own = {ENCODER: encoder, FIRST_DECODER: decoder, NEXT_DECODER: decoder}
+        structures = [self._structure(part, sites, further) for part, sites in own.items()] + [self._merged(further)]
+        return structures + [structure for part in own for structure in self._shipped.sums(part, further)]
+
+    def _structure(self, part: str, sites: tuple[Site, ...], further: Sequence[Precision]) -> Structure:
+        names = {site.name for site in sites}
+        plan = Plan(tuple(site for site in self._shipped.plan.sites if site.site in names))
+        before, after = (folder / file_name(part, "fp32") for folder in (self._shipped.dense_onnx, self._shipped.onnx))
+
+        def faults() -> Iterator[str]:
+            yield from graph_faults(before, after, sites, plan, cached=part == NEXT_DECODER)
+            for precision in further:
+                yield from fused_faults(self._shipped.onnx / file_name(part, precision), sites, plan)
+
+        return Structure(after, sum(len(site.projections) for site in sites), faults)
+
+    def _merged(self, further: Sequence[Precision]) -> Structure:
+        def faults() -> Iterator[str]:
+            for precision in ("fp32", *further):
+                parts = (FIRST_DECODER, NEXT_DECODER, MERGED_DECODER)
+                yield from merged_faults(*(self._shipped.onnx / file_name(part, precision) for part in parts))
+
+        return Structure(self._shipped.onnx / file_name(MERGED_DECODER, "fp32"), 1 + len(further), faults)
+
+    def generations(self) -> list[Generation]:
+        slim, folder = self._shipped.slim, self._shipped.onnx
+        start, new_tokens = decoder_start(slim), min(NEW_TOKENS, position_limit(slim.config) - 1)
+        fresh = [case for case in self.cases if not case.past]
+        length = max(case.length for case in fresh if case.length <= PROMPT_TOKENS)
+        made = []
+        for part in (MERGED_DECODER, NEXT_DECODER):
+            for case in (case for case in fresh if case.length == length):
+                inputs = {name: torch.from_numpy(array) for name, array in case.inputs.items()}
+                expected = partial(seq2seq_generate, slim, inputs, start, new_tokens)
+                if fixed_cache_axes(folder / file_name(part, "fp32")):
+                    found = partial(seq2seq.onnx_greedy, seq2seq.Files.in_folder(folder, part), case, start, new_tokens)
+                else:
+                    found = partial(
+                        seq2seq_greedy_tokens,
+                        self._shipped.folder,
+                        inputs,
+                        start,
+                        new_tokens,
+                        merged=part == MERGED_DECODER,
+                    )
+                made.append(Generation(folder / file_name(part, "fp32"), str(case), new_tokens, expected, found))
+        return made
