@@ -18,7 +18,7 @@ from typing import Any
 from common import DTYPES, arguments, bytes_of, model_of, show
 
 from slimheads.models.loading import load, save
-from slimheads.pruning.scoring import score
+from slimheads.pruning.scoring.score import score
 from slimheads.pruning.select import select
 from slimheads.pruning.surgery import prune
 from slimheads.runtime.memory import PeakMemory, resident_megabytes

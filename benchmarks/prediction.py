@@ -28,7 +28,7 @@ from slimheads.latency.table import LatencyTable, predict
 from slimheads.latency.table_store import Setting
 from slimheads.models.checkpoint import find
 from slimheads.models.loading import load
-from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.surgery import prune
 
 

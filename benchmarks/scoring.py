@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from common import DTYPES, arguments, attention_weights, bytes_of, model_of, paired, ratio_interval, show, slope
 
-from slimheads.pruning.scoring import score
+from slimheads.pruning.scoring.score import score
 
 
 def measure(layout: str, size: str, dtype: str, sets: int, rounds: int) -> dict[str, object]:

@@ -14,7 +14,7 @@ import torch
 from common import DTYPES, arguments, attention_weights, bytes_of, model_of, paired, ratio_interval, show, slope
 from transformers import PreTrainedModel
 
-from slimheads.pruning.scoring import score
+from slimheads.pruning.scoring.score import score
 from slimheads.pruning.select import select
 from slimheads.pruning.surgery import prune
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from slimheads.models.loading import save as save
     from slimheads.pipeline.run import run as run
     from slimheads.pruning.gates import gated as gated
-    from slimheads.pruning.scoring import Scores as Scores
-    from slimheads.pruning.scoring import score as score
-    from slimheads.pruning.select import Plan as Plan
+    from slimheads.pruning.plan import Plan as Plan
+    from slimheads.pruning.scores import Scores as Scores
+    from slimheads.pruning.scoring.score import score as score
     from slimheads.pruning.select import select as select
     from slimheads.pruning.surgery import prune as prune
     from slimheads.recipe.recipe import Recipe as Recipe
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from slimheads.verification.certificate import verify as verify
 
 _HOME = {
-    "Plan": "pruning.select",
+    "Plan": "pruning.plan",
     "Recipe": "recipe.recipe",
     "Report": "report.model",
-    "Scores": "pruning.scoring",
+    "Scores": "pruning.scores",
     "bench": "latency.bench",
     "export": "exporting.export",
     "gated": "pruning.gates",
@@ -41,7 +41,7 @@ _HOME = {
     "prune": "pruning.surgery",
     "run": "pipeline.run",
     "save": "models.loading",
-    "score": "pruning.scoring",
+    "score": "pruning.scoring.score",
     "select": "pruning.select",
     "verify": "verification.certificate",
 }

@@ -137,7 +137,7 @@ def score(
     """Score every head of a model by weight magnitude."""
     from slimheads import console as terminal
     from slimheads.models.loading import load
-    from slimheads.pruning.scoring import score as score_model
+    from slimheads.pruning.scoring.score import score as score_model
 
     scores = score_model(load(model, task))
     _show(as_json, scores.to_json(), lambda: terminal.print_scores(scores))

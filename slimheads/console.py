@@ -16,7 +16,7 @@ from slimheads.families.support import NOT_PROVEN
 from slimheads.latency.profile import Profile
 from slimheads.latency.records import Latency
 from slimheads.pipeline.preview import Preview, plan_of
-from slimheads.pruning.scoring import Scores
+from slimheads.pruning.scores import Scores
 from slimheads.report import wording
 from slimheads.runtime.doctor import Check
 from slimheads.streams import SteadyConsole

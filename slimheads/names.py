@@ -20,6 +20,7 @@ Task = Literal[
     "automatic-speech-recognition",
 ]
 Unit = Literal["head", "kv_group"]  # what can be deleted alone
+ScoreMethod = Literal["magnitude"]
 Scope = Literal["global", "layer"]  # among which units a score is ranked
 Normalize = Literal["none", "layer"]
 Counts = Literal["any", "equal"]

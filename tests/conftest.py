@@ -31,7 +31,7 @@ from slimheads.families.config_facts import has_length, takes_text
 from slimheads.families.family import families
 from slimheads.families.sites import find_sites
 from slimheads.models.loading import load
-from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.plan import Plan, SitePlan
 
 pytest_plugins = ["evidence"]
 MODEL_TYPES = sorted(model_type for family in families().values() for model_type in family.model_types)

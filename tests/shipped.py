@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from slimheads.exporting.export import export
 from slimheads.models.loading import load, save
 from slimheads.names import GraphForm, Int8For, KvAxes, Precision
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
 from slimheads.verification.certificate import Certificate, verify
 

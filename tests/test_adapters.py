@@ -15,7 +15,7 @@ from slimheads.families.adapters import ADAPTERS
 from slimheads.families.family import families, family_of
 from slimheads.families.sites import find_sites
 from slimheads.pruning.gates import gated
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
 from slimheads.verification.parity import cases, torch_form
 

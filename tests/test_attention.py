@@ -20,7 +20,8 @@ from slimheads.families import family as family_files
 from slimheads.families.family import Family, ProjectionRow, SiteRow, families, family_of, refused_types
 from slimheads.families.layout import blocks_of
 from slimheads.families.sites import Projection, find_sites, linear_features
-from slimheads.pruning.scoring import ROLES, score
+from slimheads.pruning.scoring.magnitude import ROLES
+from slimheads.pruning.scoring.score import score
 from slimheads.pruning.select import select
 from slimheads.pruning.surgery import prune
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from slimheads.errors import UsageError
 from slimheads.exporting.export import export
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
 from slimheads.runtime import io_binding as binding
 from slimheads.runtime.io_binding import BoundRun, bind, feed_for

@@ -24,8 +24,10 @@ from slimheads.families.sites import find_sites
 from slimheads.models.loading import load, save
 from slimheads.models.reload import reload_tier
 from slimheads.pruning.gates import gated
-from slimheads.pruning.scoring import Scores, SiteScores, score
-from slimheads.pruning.select import Plan, SitePlan, select
+from slimheads.pruning.plan import Plan, SitePlan
+from slimheads.pruning.scores import Scores, SiteScores
+from slimheads.pruning.scoring.score import score
+from slimheads.pruning.select import select
 from slimheads.pruning.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]

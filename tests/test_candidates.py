@@ -24,7 +24,7 @@ from slimheads.exporting.graph_forms import build_candidate
 from slimheads.models.checkpoint import find
 from slimheads.names import GraphForm
 from slimheads.pipeline.job import Job, certificate_of
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
 from slimheads.recipe.recipe import Recipe
 from slimheads.report.tables import stages

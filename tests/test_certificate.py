@@ -23,7 +23,7 @@ from slimheads.exporting.export import export
 from slimheads.families.sites import find_sites
 from slimheads.families.support import LinkProof
 from slimheads.models.loading import load
-from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.surgery import prune
 from slimheads.verification import certificate
 from slimheads.verification import subjects as chain

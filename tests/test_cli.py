@@ -36,7 +36,7 @@ from slimheads.errors import EnvironmentLackError
 from slimheads.latency import bench as measuring
 from slimheads.models.loading import load
 from slimheads.pipeline import bench_stage
-from slimheads.pruning.scoring import score
+from slimheads.pruning.scoring.score import score
 from slimheads.recipe.recipe import Recipe
 
 COMMANDS = ("run", "plan", "score", "profile", "bench", "init", "families", "schema", "doctor")

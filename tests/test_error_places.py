@@ -15,7 +15,7 @@ from slimheads.errors import SlimheadsError, UsageError
 from slimheads.exporting.quantize import to_q4
 from slimheads.models import flops
 from slimheads.models.loading import load
-from slimheads.pruning.scoring import Scores, SiteScores
+from slimheads.pruning.scores import Scores, SiteScores
 from slimheads.recipe.recipe import Recipe
 
 # The key, a value with which the recipe can be read and the run cannot go on, other lines, and the kind of the model.

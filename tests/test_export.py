@@ -24,7 +24,7 @@ from slimheads.families.config_facts import has_length
 from slimheads.families.sites import find_sites
 from slimheads.models.generation import greedy_options
 from slimheads.names import KvAxes
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
 from slimheads.runtime.onnx_signature import KV_SHAPES_KEY, inputs_for, read_interface
 from slimheads.runtime.sessions import open_session

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from slimheads.errors import UsageError
 from slimheads.models.flops import flops, parameters, weight_bytes
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
 
 HIDDEN, LAYERS, INNER, VOCABULARY, DIM = 32, 3, 48, 120, 8

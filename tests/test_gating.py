@@ -17,7 +17,7 @@ from slimheads.errors import UsageError
 from slimheads.families.config_facts import takes_text
 from slimheads.families.sites import find_sites
 from slimheads.pruning.gates import gated
-from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]

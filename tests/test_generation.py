@@ -14,7 +14,7 @@ from slimheads.errors import ModelRefusedError
 from slimheads.models.generation import FILE, kept_settings
 from slimheads.models.loading import load, save
 from slimheads.notices import collected
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]

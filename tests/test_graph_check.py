@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from slimheads.errors import UsageError
 from slimheads.families.sites import Projection, Site, Table
 from slimheads.names import Unit
-from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.verification import structure as graph_check
 from slimheads.verification.structure import fused_faults, graph_faults, quantized_faults
 

@@ -21,7 +21,7 @@ from whole_runs import checkpoint, report_of, slimheads, steady, write_recipe
 
 from slimheads.exporting.export import export
 from slimheads.exporting.quantize import to_int8
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 from slimheads.runtime import cpu
 from slimheads.runtime.sessions import open_session
 from slimheads.verification.integer_products import SAFE_WEIGHT, integer_product, overflow_faults, saturating_product

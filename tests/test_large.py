@@ -24,7 +24,7 @@ from slimheads.families.sites import find_sites
 from slimheads.models.checkpoint import read_config
 from slimheads.models.loading import load
 from slimheads.names import Precision
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 from slimheads.runtime.memory import PeakMemory
 from slimheads.runtime.sessions import open_session
 from slimheads.verification.parity import cases, compare_all, onnx_form

@@ -17,7 +17,7 @@ from slimheads.families.config_facts import measured_shapes
 from slimheads.latency.records import Interval
 from slimheads.latency.table import LatencyTable, kinds_of, measured_counts, plan_keeping, predict
 from slimheads.models.flops import flops
-from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]

@@ -25,7 +25,7 @@ from slimheads.errors import EnvironmentLackError, ModelRefusedError, UsageError
 from slimheads.families.family import families
 from slimheads.models.checkpoint import TASKS, find
 from slimheads.models.loading import load, save
-from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]
@@ -118,7 +118,7 @@ def test_ratio_0_gives_byte_identical_tensors(tiny: Tiny, tmp_path: Path, model_
 
 
 def everything(model: PreTrainedModel) -> Plan:
-    from slimheads.pruning.scoring import score
+    from slimheads.pruning.scoring.score import score
     from slimheads.pruning.select import select
 
     return select(score(model), 0)

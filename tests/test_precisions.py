@@ -19,7 +19,7 @@ from slimheads.exporting.artifacts import client_names
 from slimheads.exporting.export import export
 from slimheads.exporting.quantize import Q4_BLOCK, to_int8, to_q4
 from slimheads.names import Int8For
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 from slimheads.runtime.onnx_signature import nodes_of, read_interface
 from slimheads.runtime.sessions import open_session
 from slimheads.verification import structure as graph_check

@@ -16,7 +16,7 @@ from slimheads.latency import profile as profiling
 from slimheads.latency.table import predict
 from slimheads.latency.table_store import Setting, folder
 from slimheads.pipeline.run import dry_run
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 from slimheads.recipe.recipe import Recipe
 from slimheads.report.tables import stages
 

@@ -21,7 +21,7 @@ from slimheads.families.sites import find_sites
 from slimheads.models.checkpoint import TASKS
 from slimheads.models.loading import load, save
 from slimheads.models.reload import reload_tier, same_attributes, same_weights
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
 
 RELOAD = {model_type: family.reload for family in families().values() for model_type in family.model_types}

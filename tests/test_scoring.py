@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from slimheads.errors import ModelRefusedError
 from slimheads.families.sites import find_sites
-from slimheads.pruning.scoring import Scores, score
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
+from slimheads.pruning.scores import Scores
+from slimheads.pruning.scoring.score import score
 from slimheads.pruning.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from slimheads.errors import UsageError
-from slimheads.pruning.scoring import Scores, SiteScores
-from slimheads.pruning.select import Plan, SitePlan, random_plan, select
+from slimheads.pruning.plan import Plan, SitePlan
+from slimheads.pruning.scores import Scores, SiteScores
+from slimheads.pruning.select import random_plan, select
 
 
 def scores_of(*rows: list[float]) -> Scores:

@@ -21,7 +21,7 @@ from slimheads.exporting.export import export
 from slimheads.families.sites import find_sites
 from slimheads.models.checkpoint import find
 from slimheads.models.flops import encoder_flops, flops, step_flops
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
 from slimheads.runtime.onnx_signature import inputs_for, read_interface
 from slimheads.runtime.sessions import open_session

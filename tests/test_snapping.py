@@ -11,7 +11,7 @@ from latency_tables import kind_of, stairs, table_of
 from slimheads.errors import UsageError
 from slimheads.latency.head_counts import choose_step
 from slimheads.latency.table import LatencyTable, predict
-from slimheads.pruning.scoring import Scores, SiteScores
+from slimheads.pruning.scores import Scores, SiteScores
 from slimheads.pruning.select import select
 
 LAYERS, HEADS = 4, 8

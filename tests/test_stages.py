@@ -24,8 +24,8 @@ from slimheads.models.loading import load
 from slimheads.pipeline import bench_stage
 from slimheads.pipeline.job import Job
 from slimheads.pipeline.stages import CONTROL_SEEDS, STAGES, choose, versions
-from slimheads.pruning.scoring import score
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
+from slimheads.pruning.scoring.score import score
 from slimheads.recipe.recipe import Recipe
 from slimheads.report.tables import stages
 

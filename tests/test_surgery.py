@@ -19,7 +19,7 @@ from slimheads.families.family import families, family_of
 from slimheads.families.sites import find_sites
 from slimheads.models.loading import load, save
 from slimheads.pruning.gates import gated
-from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]

@@ -22,8 +22,9 @@ from pydantic import BaseModel, ConfigDict
 from slimheads.errors import UsageError
 from slimheads.latency.records import Interval
 from slimheads.latency.table import LatencyTable, Weights, saved, weights_of
-from slimheads.pruning.scoring import Scores
-from slimheads.pruning.select import Plan, select
+from slimheads.pruning.plan import Plan
+from slimheads.pruning.scores import Scores
+from slimheads.pruning.select import select
 
 SLACK = 0.01  # of the dense latency
 _EXACT = 1e-9  # what rounding may make of a tie

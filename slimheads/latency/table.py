@@ -28,7 +28,7 @@ from slimheads.families.sites import Site, find_sites, linear_features
 from slimheads.latency.records import Interval
 from slimheads.latency.statistics import control_fault
 from slimheads.names import Unit
-from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.plan import Plan, SitePlan
 
 FORMAT: Literal[1] = 1
 MEASURED = 16  # counts of a kind that are measured, about; all of them where there are no more

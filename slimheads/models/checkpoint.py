@@ -23,7 +23,7 @@ from slimheads.intake.examine import examine, judged_config
 from slimheads.intake.model_files import check_shards
 from slimheads.intake.switches import without_switches
 from slimheads.models.generation import settings_of
-from slimheads.pruning.surgery import recorded_plan
+from slimheads.pruning.plan_record import recorded_plan
 from slimheads.side_files.files import HUB_PATTERNS
 from slimheads.side_files.sentence_modules import MODULES, task_of_modules
 

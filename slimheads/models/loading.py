@@ -26,8 +26,9 @@ from slimheads.models.checkpoint import Source, find, read_config, weight_files
 from slimheads.models.generation import settings_left_alone, settings_of, write_settings
 from slimheads.models.heads import account_for_unused
 from slimheads.models.weights import check_loaded, refused_loading, tensor_files
-from slimheads.pruning.select import Plan
-from slimheads.pruning.surgery import record_plan, recorded_plan, shrink
+from slimheads.pruning.plan import Plan
+from slimheads.pruning.plan_record import record_plan, recorded_plan
+from slimheads.pruning.surgery import shrink
 from slimheads.runtime.memory import MappedFiles
 from slimheads.runtime.quiet import quiet_transformers
 from slimheads.side_files.files import copy_side_files, side_files

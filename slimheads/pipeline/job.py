@@ -21,8 +21,8 @@ from slimheads.models.loading import load
 from slimheads.names import PLAIN, GraphForm, Precision, Shape
 from slimheads.output.store import Record
 from slimheads.pipeline.latency_tables import tables_for
-from slimheads.pruning.scoring import Scores
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
+from slimheads.pruning.scores import Scores
 from slimheads.recipe.recipe import Recipe
 from slimheads.verification.certificate import CandidateProof, Certificate, LeftOut, Link, SkippedLink
 

@@ -19,8 +19,8 @@ from slimheads.names import Shape
 from slimheads.pipeline.checks import require_usable
 from slimheads.pipeline.latency_tables import setting_of, tables_for
 from slimheads.pipeline.stages import choose
-from slimheads.pruning.scoring import score
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
+from slimheads.pruning.scoring.score import score
 from slimheads.pruning.surgery import prune
 from slimheads.recipe.recipe import Recipe
 

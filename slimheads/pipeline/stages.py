@@ -37,8 +37,10 @@ from slimheads.pipeline.bench_stage import bench_section, bench_work
 from slimheads.pipeline.job import Job, candidate_folder
 from slimheads.pipeline.latency_tables import setting_of
 from slimheads.pruning.gates import gated
-from slimheads.pruning.scoring import Scores, score
-from slimheads.pruning.select import Plan, random_plan, select
+from slimheads.pruning.plan import Plan
+from slimheads.pruning.scores import Scores
+from slimheads.pruning.scoring.score import score
+from slimheads.pruning.select import random_plan, select
 from slimheads.pruning.surgery import prune
 from slimheads.recipe.recipe import Recipe
 from slimheads.runtime.cpu import cpu_features

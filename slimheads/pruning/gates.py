@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 
 from slimheads.families.adapters import opened
 from slimheads.families.sites import Site, find_sites
-from slimheads.pruning.select import Plan
-from slimheads.pruning.surgery import match_plan
+from slimheads.pruning.plan import Plan, match_plan
 
 
 @contextmanager

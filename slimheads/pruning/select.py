@@ -27,79 +27,11 @@ from typing import Any, get_args
 
 from slimheads.errors import UsageError, require_known
 from slimheads.names import Counts, Normalize, Scope, Unit
-from slimheads.pruning.scoring import Scores, SiteScores
+from slimheads.pruning.plan import Plan, SitePlan
+from slimheads.pruning.scores import Scores, SiteScores
 
 _LET_GO = "lower keep_at_least or multiple_of, which let nothing go at any ratio, or use 0 to change nothing"
 _SINGLE = "every attention block has a single head, which stays: use 0"
-
-
-@dataclass(frozen=True)
-class SitePlan:
-    """What one site keeps: ascending indices into its `total` units."""
-
-    site: str
-    unit: Unit
-    total: int
-    kept: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        in_range = all(0 <= unit < self.total for unit in self.kept)
-        if not self.kept or list(self.kept) != sorted(set(self.kept)) or not in_range:
-            raise UsageError(
-                f"kept {list(self.kept)} of {self.total} units",
-                where=self.site,
-                hint="a plan keeps at least one unit a site, in ascending order, without repeats",
-            )
-
-    @property
-    def removed(self) -> tuple[int, ...]:
-        """The units that go, ascending."""
-        return tuple(unit for unit in range(self.total) if unit not in self.kept)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The kept units of every site, in the model's order."""
-
-    sites: tuple[SitePlan, ...]
-
-    def __post_init__(self) -> None:
-        names = [site.site for site in self.sites]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UsageError("the site is planned twice", where=twice, hint="a plan names every site once")
-
-    @property
-    def total(self) -> int:
-        """Units before."""
-        return sum(site.total for site in self.sites)
-
-    @property
-    def removed(self) -> int:
-        """Units that go."""
-        return sum(len(site.removed) for site in self.sites)
-
-    def to_json(self) -> dict[str, Any]:
-        """The contents of plan.json."""
-        return {
-            "format": 1,
-            "sites": [{"site": s.site, "unit": s.unit, "total": s.total, "kept": list(s.kept)} for s in self.sites],
-        }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Plan:
-        """Reads what `to_json` wrote.
-
-        Raises:
-            UsageError: the data is not a plan of format 1.
-        """
-        try:
-            if data["format"] != 1:
-                raise ValueError(f"format {data['format']!r}")
-            sites = tuple(_site_from_json(site) for site in data["sites"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"not a plan: {error!r}", hint="make one with `slimheads.select` or a run") from error
-        return cls(sites)
 
 
 @dataclass(frozen=True)
@@ -335,12 +267,3 @@ def _decimal(units: int, total: int) -> float:
         if math.floor(ratio * total) == units:
             return float(ratio)
     raise AssertionError("unreachable: enough digits always do")
-
-
-def _site_from_json(data: dict[str, Any]) -> SitePlan:
-    site, unit, total, kept = data["site"], data["unit"], data["total"], data["kept"]
-    if not isinstance(site, str) or unit not in get_args(Unit) or not isinstance(kept, list):
-        raise ValueError(f"site {site!r}, unit {unit!r}, kept {kept!r}")
-    if any(type(number) is not int for number in (total, *kept)):
-        raise ValueError(f"{site} counts in something other than whole numbers")
-    return SitePlan(site, unit, total, tuple(kept))

@@ -10,19 +10,18 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from slimheads.errors import ModelRefusedError, UsageError
 from slimheads.families.adapters import ADAPTERS
-from slimheads.families.family import PLAN_KEY, Family, dense_value, family_of
+from slimheads.families.family import family_of
 from slimheads.families.sites import Projection, Site, Table, find_sites
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan, match_plan
+from slimheads.pruning.plan_record import record_plan
 
 
 def prune(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
@@ -37,41 +36,6 @@ def prune(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     shrink(model, sites, plan)
     record_plan(model.config, family, sites, plan)
     return model
-
-
-def match_plan(sites: Sequence[Site], plan: Plan) -> list[tuple[Site, tuple[int, ...]]]:
-    """Pairs every site with its kept units. A site of KV groups that is planned by head is given by head.
-
-    Raises:
-        UsageError: the plan and the model name different sites, a site has another number of units, or its KV groups
-            would keep different numbers of query heads.
-    """
-    planned = {s.site: s for s in plan.sites}
-    unknown = planned.keys() ^ {site.name for site in sites}
-    if unknown:
-        raise UsageError(
-            "the plan and the model do not have the same sites",
-            where=min(unknown),
-            hint="make the plan from this model",
-        )
-    pairs = []
-    for site in sites:
-        own = planned[site.name]
-        seen = site.by_head() if own.unit == "head" else site
-        if (own.total, own.unit) != (seen.total, seen.unit):
-            raise UsageError(
-                f"the plan counts {own.total} units ({own.unit}), the model has {seen.total} ({seen.unit})",
-                where=site.name,
-                hint="make the plan from this model",
-            )
-        if len(set(seen.kept_per_group(own.kept).values())) > 1:
-            raise UsageError(
-                f"the plan keeps heads {list(own.kept)}: not as many in each KV group",
-                where=site.name,
-                hint="keep the same number of query heads for every KV head",
-            )
-        pairs.append((seen, own.kept))
-    return pairs
 
 
 def shrink(model: torch.nn.Module, sites: Sequence[Site], plan: Plan) -> None:
@@ -89,77 +53,6 @@ def shrink(model: torch.nn.Module, sites: Sequence[Site], plan: Plan) -> None:
     if plan.removed:
         for name in dict.fromkeys(site.adapter for site in sites if site.adapter):
             ADAPTERS[name](model, [pair for pair in pairs if pair[0].adapter == name])
-
-
-def record_plan(config: PretrainedConfig, family: Family, sites: Sequence[Site], plan: Plan) -> None:
-    """Writes into the configuration the plan, relative to the dense model, and what lets the stock library reload."""
-    before = {s["site"]: s for s in (getattr(config, PLAN_KEY, None) or {}).get("sites", [])}
-    pairs = match_plan(sites, plan)
-    records = [_composed(before.get(site.name), site, kept) for site, kept in pairs]
-    dense = {key: dense_value(config, key) for key in family.recorded_keys}
-    setattr(config, PLAN_KEY, {"format": 1, "dense": dense, "sites": records})
-    if family.reload == "pruned_heads":
-        gone = [sorted(set(range(r["total"])) - set(r["kept"])) for r in records]
-        config.pruned_heads = {site.layer: heads for site, heads in zip(sites, gone, strict=True) if heads}
-    elif family.reload == "head_counts":
-        counts = dense | _equal_head_counts(family, dense, pairs)
-        for key, value in (counts if _takes(config, counts) else dense).items():
-            setattr(config, key, value)
-
-
-def _takes(config: PretrainedConfig, counts: Mapping[str, int]) -> bool:
-    """Whether the class builds a configuration with these counts: Phi-3's derives from them how long longrope's lists
-    of factors have to be, and refuses those of the dense model.
-    """
-    try:
-        type(config).from_dict(config.to_dict() | counts)
-    except ValueError:
-        return False
-    return True
-
-
-def _composed(before: Mapping[str, Any] | None, site: Site, kept: tuple[int, ...]) -> dict[str, Any]:
-    """A site's record after one more pruning; by head as soon as one of the prunings was."""
-    record = before or {"unit": site.unit, "total": site.total, "kept": list(range(site.total))}
-    if record["unit"] == "kv_group" and site.unit == "head":
-        members = site.members  # no pruning by head has changed it yet
-        heads = [group * members + member for group in record["kept"] for member in range(members)]
-        record = {"unit": "head", "total": record["total"] * members, "kept": heads}
-    now = site.kept_heads(kept) if record["unit"] == "head" else kept
-    return {"site": site.name} | dict(record) | {"kept": [record["kept"][unit] for unit in now]}
-
-
-def recorded_plan(config: PretrainedConfig, family: Family) -> Plan | None:
-    """The plan that `record_plan` wrote, or None where there is none (a dense model).
-
-    Raises:
-        ModelRefusedError: something else stands there.
-    """
-    if not hasattr(config, PLAN_KEY):
-        return None
-    record = getattr(config, PLAN_KEY)
-    try:
-        plan = Plan.from_json(record)
-        if record["dense"].keys() != set(family.recorded_keys) or any(
-            type(value) is not int for value in record["dense"].values()
-        ):
-            raise ValueError(f"dense counts {record['dense']!r}")
-    except (UsageError, KeyError, AttributeError, ValueError) as error:
-        raise ModelRefusedError(
-            f"'{PLAN_KEY}' does not hold a plan ({error})", where="config.json", hint="fetch the model again"
-        ) from error
-    return plan
-
-
-def _equal_head_counts(
-    family: Family, dense: Mapping[str, int], pairs: Sequence[tuple[Site, tuple[int, ...]]]
-) -> dict[str, int]:
-    """Equal counts and an explicit head_dim let plain `from_pretrained` build the slim shapes by itself."""
-    units_key, heads_key = map(str, family.keys(family.sites[0]))
-    found = [{units_key: s.counted("units", kept), heads_key: s.counted("heads", kept)} for s, kept in pairs]
-    if found[0] == dense or any(counts != found[0] for counts in found):
-        return {}
-    return {"head_dim": pairs[0][0].head_dim} | found[0]
 
 
 def _keep_features(module: torch.nn.Module, projection: Projection, kept: tuple[int, ...]) -> None:

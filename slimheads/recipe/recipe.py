@@ -33,6 +33,7 @@ from slimheads.names import (
     Precision,
     Provider,
     Scope,
+    ScoreMethod,
     Task,
 )
 from slimheads.recipe.dump import dump_value, dump_yaml
@@ -108,7 +109,7 @@ class _Section(BaseModel):
 class Score(_Section):
     """How a head's importance is estimated."""
 
-    method: Literal["magnitude"] = Field("magnitude", description="magnitude: Frobenius norms of the head's weights")
+    method: ScoreMethod = Field("magnitude", description="magnitude: Frobenius norms of the head's weights")
 
 
 class Select(_Section):

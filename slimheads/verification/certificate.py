@@ -31,7 +31,7 @@ from slimheads.errors import CertificateError, SlimheadsError, in_short, require
 from slimheads.exporting.artifacts import FILES
 from slimheads.names import GraphForm, Int8For, OnWeakPrecision, Precision
 from slimheads.pruning.gates import gated
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 from slimheads.verification.parity import REFUSALS, Comparison, Form, Outputs, compare_all
 from slimheads.verification.precision_proof import examine
 from slimheads.verification.subjects import Chain, Generation, OneFile, Shipped, Structure, Subject, Yardstick, chain_of

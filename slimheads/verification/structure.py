@@ -23,8 +23,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from slimheads.errors import UsageError
 from slimheads.families.sites import Projection, Site
-from slimheads.pruning.select import Plan
-from slimheads.pruning.surgery import match_plan
+from slimheads.pruning.plan import Plan, match_plan
 from slimheads.runtime.onnx_signature import nodes_of
 from slimheads.verification.rounded import four_bit_steps
 

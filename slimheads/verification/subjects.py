@@ -22,7 +22,7 @@ from slimheads.families.limits import decoder_start, position_limit
 from slimheads.families.sites import Site, find_sites
 from slimheads.models.generation import greedy_options, seq2seq_generate
 from slimheads.names import Int8For, Precision
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 from slimheads.runtime.onnx_signature import read_interface
 from slimheads.runtime.sessions import open_session
 from slimheads.verification import parity_seq2seq as seq2seq

@@ -9,7 +9,7 @@ import pytest
 from shipped import Shipped, ship
 from transformers import PreTrainedModel
 
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from slimheads.data.inputs import make_inputs, to_torch
 from slimheads.models.checkpoint import TASKS
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 
 TEXTS = ["Close the file.", "A mapping of names to values that keeps the order of insertion.", "Ünïcode — and 数字 42"]
 

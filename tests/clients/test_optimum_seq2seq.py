@@ -12,7 +12,7 @@ from shipped import Shipped, ship
 from tiny import task_of
 from transformers import PreTrainedModel
 
-from slimheads.pruning.select import Plan
+from slimheads.pruning.plan import Plan
 
 IDS = torch.randint(5, 120, (3, 9), generator=torch.Generator().manual_seed(0))
 PADDED = {

@@ -20,7 +20,7 @@ from slimheads.errors import ModelRefusedError
 from slimheads.families.sites import find_sites
 from slimheads.models.checkpoint import find
 from slimheads.models.loading import load, save
-from slimheads.pruning.select import Plan, SitePlan
+from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.surgery import prune
 
 Checkpoint = Callable[..., Path]

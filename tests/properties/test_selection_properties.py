@@ -12,8 +12,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from slimheads.errors import UsageError
-from slimheads.pruning.scoring import Scores, SiteScores
-from slimheads.pruning.select import Plan, select
+from slimheads.pruning.plan import Plan
+from slimheads.pruning.scores import Scores, SiteScores
+from slimheads.pruning.select import select
 
 settings.register_profile("slimheads", max_examples=80, deadline=None, derandomize=True)
 settings.load_profile("slimheads")

@@ -8,7 +8,7 @@ A query head of a group is scored besides: its own query and output slices, and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,83 +16,29 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from slimheads.errors import ModelRefusedError, require_known
+from slimheads.errors import ModelRefusedError
 from slimheads.families.sites import Projection, Site, find_sites
-from slimheads.names import Unit
+from slimheads.pruning.scores import SiteScores
 
-METHODS = ("magnitude",)
 ROLES = ("query", "key", "value", "output")
 CACHED = 2**17  # elements that a thread widens to float32 at a time: 512 KiB
 
 
-@dataclass(frozen=True)
-class SiteScores:
-    """The scores of one site, one a unit, in the site's order.
+def magnitude(model: PreTrainedModel) -> tuple[SiteScores, ...]:
+    """The scores of every site, in the model's order.
 
-    For KV groups `query_heads` holds the scores of the query heads as well: a row a group, a column a member.
-    """
-
-    site: str
-    unit: Unit
-    scores: tuple[float, ...]
-    query_heads: tuple[tuple[float, ...], ...] = ()
-
-    def by_head(self) -> SiteScores:
-        """The scores of the query heads alone; itself where the units are heads already."""
-        if self.unit == "head":
-            return self
-        return SiteScores(self.site, "head", tuple(score for group in self.query_heads for score in group))
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The scores of a model's sites, in the model's order."""
-
-    method: str
-    sites: tuple[SiteScores, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The contents of scores.json."""
-        sites = [{"site": s.site, "scores": list(s.scores)} for s in self.sites]
-        return {"format": 1, "method": self.method, "sites": sites}
-
-    def in_units(self, units: Mapping[str, Unit]) -> Scores:
-        """The same with the scores of the query heads at those sites that are planned by head."""
-        return replace(self, sites=tuple(s.by_head() if units[s.site] == "head" else s for s in self.sites))
-
-    def to_record(self) -> dict[str, Any]:
-        """Everything, for a later run; scores.json leaves the units out."""
-        return {"method": self.method, "sites": [asdict(site) for site in self.sites]}
-
-    @classmethod
-    def from_record(cls, data: dict[str, Any]) -> Scores:
-        """Reads what `to_record` wrote."""
-        sites = (
-            SiteScores(s["site"], s["unit"], tuple(s["scores"]), tuple(tuple(group) for group in s["query_heads"]))
-            for s in data["sites"]
-        )
-        return cls(data["method"], tuple(sites))
-
-
-def score(model: PreTrainedModel, method: str = "magnitude") -> Scores:
-    """Scores every unit of every site. Reads each weight once; works in any dtype, accumulating in float32 and float64.
-
-    Args:
-        model: a model that `slimheads.load` covers, dense or slim.
-        method: "magnitude", the only one so far.
+    Reads each weight once; works in any dtype, accumulating in float32 and float64.
 
     Raises:
-        UsageError: the method is not known.
         ModelRefusedError: the model's family is not covered, or a weight holds NaN or infinity (the tensor is named).
     """
-    require_known("score.method", method, METHODS)
     modules, sites = dict(model.named_modules()), find_sites(model)
     alike: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:  # layers that are divided alike share their labels, which then are looked at once
         key = (site.unit, site.total, site.members, *(id(p.unit_of) for p in site.projections))
         alike.setdefault(key, []).append(site)
     scored = {scores.site: scores for group in alike.values() for scores in _score_alike(modules, group)}
-    return Scores(method, tuple(scored[site.name] for site in sites))
+    return tuple(scored[site.name] for site in sites)
 
 
 def _score_alike(modules: Mapping[str, torch.nn.Module], sites: Sequence[Site]) -> Iterator[SiteScores]:
