@@ -3,8 +3,8 @@
     python benchmarks/prediction.py [MODEL] [--plans 20] [--shape 1x128] [--threads 2] [--min-seconds 3] [--json]
 
 The table is the stored one, or is measured first. Each plan deletes 10% to 60% of the heads, chosen at random. The
-error is predicted / measured slim latency - 1, for the same dense latency. An inconclusive measurement is repeated once,
-and is left out of the errors if it is inconclusive again.
+error is predicted / measured slim latency - 1, for the same dense latency. An inconclusive measurement is repeated once
+and left out of the errors if it is inconclusive again.
 """
 
 from __future__ import annotations
