@@ -67,6 +67,7 @@ class Stage(Generic[R]):
         depends: what of the recipe, the model's files and the machine the result depends on, as JSON types. It is read
             before the work to look for a stored result, and after it to store one; it does no work itself.
         reads: the results of earlier stages that it depends on as a whole.
+        presumed: what a dry run goes on with where the stage would have to work; None where it cannot go on.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Stage(Generic[R]):
     work: Callable[[Path], R]
     depends: Callable[[], Mapping[str, Any]]
     reads: tuple[Result, ...] = ()
+    presumed: R | None = None
 
     def key(self) -> str:
         """What the result depends on, as one hash."""
@@ -119,7 +121,7 @@ class Runner:
         reused = found is not None
         if found is None:
             if self.dry:
-                raise MissingError(stage.name)
+                return _presumed(stage)
             found = self._work(stage, started, memory)
         record, result = found
         for notice in record.notices:
@@ -155,6 +157,12 @@ class Runner:
         path = self.store.out
         record = Record(path=path, stage=stage.name, key=key, seconds=seconds, peak_rss_mb=peak, result=data, files={})
         return record, _placed(result, record, stage)
+
+
+def _presumed(stage: Stage[R]) -> R:
+    if stage.presumed is None:
+        raise MissingError(stage.name)
+    return stage.presumed
 
 
 def _placed(result: R, record: Record, stage: Stage[R]) -> R:
