@@ -16,7 +16,7 @@ from slimheads.families.family import families
 from slimheads.families.support import Evidence, digest, family_rows, render_markdown, shortfall
 
 pytest_plugins = ["pytester"]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COVERED = {model_type: family for family in families().values() for model_type in family.model_types}
 LINKS = [
     {"link": 1, "subject": "model.safetensors", "cases": 8, "max_abs": 2e-7, "max_rel": 1e-7},
@@ -157,7 +157,7 @@ def test_damaged_evidence_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_only_what_passed_is_written_and_the_largest_difference_counts(
     workers: tuple[str, ...], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests/support'}")
     pytester.makepyfile(SUITE)
     options = ("-p", "evidence", "-m", "evidence", "--evidence", "out.json", *workers)
     ended = pytester.runpytest_subprocess(*options)
@@ -178,7 +178,7 @@ def test_only_what_passed_is_written_and_the_largest_difference_counts(
 def test_a_session_that_did_not_run_every_test_writes_nothing(
     workers: tuple[str, ...], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests/support'}")
     pytester.makepyfile(test_whole=SUITE, test_broken="import nothing_of_that_name")
     ended = pytester.runpytest_subprocess("-p", "evidence", "-m", "evidence", "--evidence", "out.json", *workers)
     assert ended.ret != 0 and not (pytester.path / "out.json").exists()

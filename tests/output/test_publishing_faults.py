@@ -22,7 +22,7 @@ from slimheads.output import publishing
 from slimheads.output.publishing import publish
 from slimheads.output.store import lock
 
-POINTS = Path(__file__).with_name("publishing_points.py")
+POINTS = Path(__file__).parents[1] / "support" / "publishing_points.py"
 
 
 def can_exchange(folder: Path) -> bool:

@@ -26,7 +26,7 @@ from slimheads.runtime.onnx_signature import inputs_for, read_interface
 from slimheads.runtime.sessions import ORT_ERRORS, open_session
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODELS = ("bert", "gpt2", "llama", "gemma2", "t5")
 CANDIDATES = [name for name in get_args(GraphForm) if name != "plain"]
 # What another release may compute otherwise, as a share of the largest output: the order of additions; in float16 also

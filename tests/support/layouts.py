@@ -164,7 +164,7 @@ def unit_tensors(model: PreTrainedModel, kept: Sequence[Sequence[int]] | None = 
     elif kind == "gpt2":
         return [_fused(b.attn.c_attn, b.attn.c_proj, count) for b, count in zip(base.h, counts, strict=True)]
     else:
-        pytest.fail(f"tests/layouts.py does not say where the heads of '{kind}' are")
+        pytest.fail(f"tests/support/layouts.py does not say where the heads of '{kind}' are")
     if shared:
         return [_separate_one_key(*four, count) for four, count in zip(linears, counts, strict=True)]
     return [_separate(*four, count) for four, count in zip(linears, counts, strict=True)]
@@ -190,7 +190,7 @@ def _two_stacks(model: PreTrainedModel, counts: Sequence[int] | None) -> list[li
         linears = [[(a.q_proj, a.k_proj, a.v_proj, a.out_proj) for a in stack] for stack in stacks]
         heads = [config.encoder_attention_heads, config.decoder_attention_heads, config.decoder_attention_heads]
     else:
-        pytest.fail(f"tests/layouts.py does not say where the heads of '{config.model_type}' are")
+        pytest.fail(f"tests/support/layouts.py does not say where the heads of '{config.model_type}' are")
     counts = counts or [count for stack, count in zip(linears, heads, strict=True) for _ in stack]
     return [_separate(*four, count) for four, count in zip(chain(*linears), counts, strict=True)]
 

@@ -20,7 +20,7 @@ import torch
 from scipy.special import log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_gpt2"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_gpt2"
 MODEL = EXAMPLE / "model"
 
 
