@@ -95,7 +95,7 @@ def test_until_stops_after_the_stage(tmp_path: Path) -> None:
 def test_a_stage_that_fails_leaves_nothing(tmp_path: Path) -> None:
     def failing(folder: Path) -> Number:
         (folder / "half").write_text("half")
-        raise UsageError("it cannot be done")
+        raise UsageError("it cannot be done", hint="do something else")
 
     runner = Runner(Store(tmp_path), Silent())
     with pytest.raises(UsageError):
