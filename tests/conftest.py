@@ -107,7 +107,7 @@ def tiny() -> Callable[..., PreTrainedModel]:
 
     def copied(variety: str, **options: Any) -> PreTrainedModel:
         if variety not in CONFIGS | VARIANTS:
-            pytest.fail(f"a family file covers '{variety}', but tests/tiny.py has no small configuration for it")
+            pytest.fail(f"a family file covers '{variety}', but tests/support/tiny.py has no configuration for it")
         key = repr((variety, sorted(options.items())))
         if key not in built:
             built[key] = tiny_model(variety, **options)

