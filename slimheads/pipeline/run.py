@@ -30,7 +30,7 @@ from slimheads.pipeline.finished import Finished
 from slimheads.pipeline.latency_tables import RecipeTables
 from slimheads.pipeline.progress import Progress, Silent
 from slimheads.pipeline.run_models import RunModels
-from slimheads.pipeline.stage import STAGE_NAMES, MissingError, Runner, StoppedError
+from slimheads.pipeline.stage import MissingError, Runner, StoppedError
 from slimheads.pipeline.stages.bench import Graphs, bench_stage
 from slimheads.pipeline.stages.export import export_stage
 from slimheads.pipeline.stages.load import load_stage
@@ -48,6 +48,8 @@ from slimheads.runtime.memory import PeakMemory
 from slimheads.runtime.sessions import session_options_record
 
 log = logging.getLogger(__name__)
+
+STAGE_NAMES = ("load", "score", "select", "prune", "recover", "export", "verify", "bench", "report")
 
 
 def _stages(recipe: Recipe, source: Source, runner: Runner) -> Finished:
