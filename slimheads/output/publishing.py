@@ -65,8 +65,8 @@ class Intent(Shown):
 def publish(out: Path, wanted: Mapping[str, Source], retract: Iterable[str] = ()) -> None:
     """Publishes one run in the output folder: every wanted name complete, every retracted one removed.
 
-    Everything is assembled aside first. Then the names are exchanged for the new ones, in the given order. Where the
-    system can exchange two names atomically, each name is complete at all times; elsewhere it is missing for an instant.
+    Everything is assembled aside first. Then the names are exchanged for the new ones, in the given order. Each name is
+    complete at all times where the system can exchange two names atomically; elsewhere it is missing for an instant.
     If a rename fails, everything is put back; if the process is killed, the next holder of the lock does so.
     Files of stage records are hard-linked, except ONNX external data. Other files are copied, so that an edit of the
     output does not change the user's sources.

@@ -94,8 +94,8 @@ def lock(folder: Path) -> Iterator[None]:
 
     Raises:
         OutputBusyError: another run holds it.
-        UsageError: it cannot be made or written, holds files of the user's under the names of ours, or `.slimheads` in it is a
-            link.
+        UsageError: it cannot be made or written, holds files of the user's under published names, or `.slimheads` in
+            it is a link.
         EnvironmentLackError: the disk is full, or fails.
     """
     inside = folder / ".slimheads"
