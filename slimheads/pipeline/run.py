@@ -43,7 +43,7 @@ from slimheads.recipe.recipe import Recipe
 from slimheads.report.model import Report
 from slimheads.report.render import append_step_summary
 from slimheads.runtime.cpu import cpu_features
-from slimheads.runtime.environment import environment
+from slimheads.runtime.environment import Environment, environment
 from slimheads.runtime.memory import PeakMemory
 from slimheads.runtime.sessions import session_options_record
 
@@ -104,9 +104,7 @@ def run(
     with recipe.located(), collected() as notices:
         source = _checked(recipe, out)
         with lock(out):
-            bench = recipe.bench
-            options = {str(name): session_options_record(name, bench.threads) for name in bench.providers}
-            surroundings = environment(options, cpu_features())
+            surroundings = _environment(recipe)
             runner = Runner(Store(out), progress or Silent(), from_stage, until)
             try:
                 finished = _stages(recipe, source, runner)
@@ -141,6 +139,13 @@ def dry_run(
             _stages(recipe, source, runner)
     planned = STAGE_NAMES[: STAGE_NAMES.index(until or "report") + 1]
     return {name: "reuse" if name in runner.done else "run" for name in planned}
+
+
+def _environment(recipe: Recipe) -> Environment:
+    bench = recipe.bench
+    return environment(
+        {str(name): session_options_record(name, bench.threads) for name in bench.providers}, cpu_features()
+    )
 
 
 def _checked(recipe: Recipe, out: Path) -> Source:
