@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import arguments, model_of, paired, ratio_interval, show
+from common import arguments, model_of, paired, show
 from optimum.exporters.onnx import onnx_export_from_model
 
 import slimheads
+from slimheads.latency.statistics import ratio_interval
 
 TASKS = {"bert": "fill-mask", "llama": "text-generation", "gpt2": "text-generation", "gpt_neox": "text-generation"}
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from common import DTYPES, arguments, attention_weights, bytes_of, model_of, paired, ratio_interval, show, slope
+from common import DTYPES, arguments, attention_weights, bytes_of, model_of, paired, show, slope
 
+from slimheads.latency.statistics import ratio_interval
 from slimheads.pruning.scoring.score import score
 
 

@@ -10,7 +10,9 @@ import sys
 from functools import partial
 
 import numpy as np
-from common import arguments, paired, ratio_interval, show
+from common import arguments, paired, show
+
+from slimheads.latency.statistics import ratio_interval
 
 
 def run(command: list[str], _: None) -> None:

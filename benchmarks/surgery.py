@@ -11,9 +11,10 @@ import functools
 
 import numpy as np
 import torch
-from common import DTYPES, arguments, attention_weights, bytes_of, model_of, paired, ratio_interval, show, slope
+from common import DTYPES, arguments, attention_weights, bytes_of, model_of, paired, show, slope
 from transformers import PreTrainedModel
 
+from slimheads.latency.statistics import ratio_interval
 from slimheads.pruning.scoring.score import score
 from slimheads.pruning.select import select
 from slimheads.pruning.surgery import prune

@@ -140,7 +140,7 @@ def score(
     from slimheads.pruning.scoring.score import score as score_model
 
     scores = score_model(load(model, task))
-    _show(as_json, scores.to_json(), lambda: terminal.print_scores(scores))
+    _show(as_json, scores.table().model_dump(mode="json"), lambda: terminal.print_scores(scores))
 
 
 @app.command()

@@ -15,7 +15,7 @@ from slimheads import formatting as fmt
 from slimheads.families.support import NOT_PROVEN
 from slimheads.latency.profile import Profile
 from slimheads.latency.records import Latency
-from slimheads.pipeline.preview import Preview, plan_of
+from slimheads.pipeline.preview import Preview
 from slimheads.pruning.scores import Scores
 from slimheads.report import wording
 from slimheads.runtime.doctor import Check
@@ -42,7 +42,7 @@ def print_scores(scores: Scores) -> None:
 
 def print_preview(found: Preview) -> None:
     """Before and after, then what goes at each site."""
-    console, plan = stdout(), plan_of(found)
+    console, plan = stdout(), found.plan
     console.print(f"{found.model} ({found.task})", markup=False)
     table = Table("", "dense", "slim", "change", box=None, pad_edge=False)
     for column in table.columns[1:]:
@@ -66,7 +66,7 @@ def print_preview(found: Preview) -> None:
 
 def _print_prediction(console: Console, found: Preview) -> None:
     if found.selection.asked == "auto":
-        unit = "heads" if plan_of(found).sites[0].unit == "head" else "KV groups"
+        unit = "heads" if found.plan.sites[0].unit == "head" else "KV groups"
         console.print(wording.selection_line(found.selection, unit), markup=False, soft_wrap=True)
     if found.predicted:
         table = Table("predicted at", "dense", "slim", "speedup (by the latency table)", box=None, pad_edge=False)

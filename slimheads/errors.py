@@ -1,4 +1,4 @@
-"""One class a failure: each knows its exit code, and every message says what, where and what to do."""
+"""One class per kind of failure, with its exit code; every message says what failed, where, and what to do."""
 
 from __future__ import annotations
 

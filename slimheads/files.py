@@ -1,4 +1,4 @@
-"""Writing so that a crash, a full disk or a forbidden folder leaves nothing that looks whole and is not."""
+"""Writing and removing files so that a crash or a full disk never leaves a partial file under its final name."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ from slimheads.cli import app
 from slimheads.errors import EnvironmentLackError
 from slimheads.latency import bench as measuring
 from slimheads.models.loading import load
-from slimheads.pipeline import bench_stage
+from slimheads.pipeline.stages import bench as bench_stage
 from slimheads.pruning.scoring.score import score
 from slimheads.recipe.recipe import Recipe
 

@@ -1,1 +1,1 @@
-"""What goes through a model: made inputs, a user's own inputs, and texts."""
+"""Model inputs: generated ones, the user's own, and texts."""

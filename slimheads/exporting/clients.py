@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForSeq2SeqLM, ORTModelForSpeechSeq2Seq
 
+import slimheads.runtime.onnx_runtime  # noqa: F401 - telemetry off
 from slimheads.models.generation import greedy_options, seq2seq_generate
 from slimheads.runtime.quiet import quiet
 

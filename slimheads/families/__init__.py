@@ -1,1 +1,1 @@
-"""What each model family is made of: one data file per family, and what reads and applies these."""
+"""The model families: one data file per family, and the code that reads them and finds attention blocks."""

@@ -1,1 +1,1 @@
-"""What a checkpoint's files say, judged before transformers reads them."""
+"""Checks of a checkpoint's JSON files and configuration, made before transformers reads them."""

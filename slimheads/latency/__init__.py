@@ -1,1 +1,1 @@
-"""How fast dense and slim models are: samples, intervals, verdicts, latency tables and predictions."""
+"""Latency of the dense and the slim model: samples, intervals, verdicts, latency tables and predictions."""

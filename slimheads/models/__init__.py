@@ -1,1 +1,1 @@
-"""Where a model comes from and how it comes back: folders, hub ids, weights, heads, saving and reloading."""
+"""Loading and saving of models, their weights, head counts and FLOPs, and greedy generation."""

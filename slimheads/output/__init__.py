@@ -1,1 +1,1 @@
-"""The output folder: which folder may be one, what stages left in it, and how results appear in it at once."""
+"""The output folder: which folders are accepted, the stored results of stages, and publishing by rename."""

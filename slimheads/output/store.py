@@ -164,12 +164,12 @@ class Store:
         return record
 
     @contextmanager
-    def begin(self, stage: str, key: str) -> Iterator[Work]:
+    def begin(self, stage: str) -> Iterator[Work]:
         """A folder to work in. It becomes the stage's record with `publish`, or else is gone when the block ends."""
         path = new_folder(self.inside)
         try:
             with disk_full_named(self.out):
-                yield Work(path, stage, key, self._folder(stage, key))
+                yield Work(path, stage, self._shelf(stage))
         finally:
             remove(path)
 
@@ -178,28 +178,37 @@ class Store:
         remove(self._folder(stage, key))
 
     def _folder(self, stage: str, key: str) -> Path:
-        return self.inside / "stages" / stage / key
+        return self._shelf(stage) / key
+
+    def _shelf(self, stage: str) -> Path:
+        return self.inside / "stages" / stage
 
 
 class Work:
     """A stage under way: it writes its files below `path`, then calls `publish` once."""
 
-    def __init__(self, path: Path, stage: str, key: str, target: Path) -> None:
+    def __init__(self, path: Path, stage: str, shelf: Path) -> None:
         self.path = path
-        self._stage, self._key, self._target = stage, key, target
+        self._stage, self._shelf = stage, shelf
 
     def publish(
-        self, result: Mapping[str, Any], seconds: float, peak_rss_mb: float | None, notices: Sequence[str] = ()
+        self,
+        key: str,
+        result: Mapping[str, Any],
+        seconds: float,
+        peak_rss_mb: float | None,
+        notices: Sequence[str] = (),
     ) -> Record:
         """Make what was written the stage's record, in place of every earlier one of that stage.
 
         Args:
+            key: what the result depends on, as `stage_key` makes it.
             result: the stage's result as JSON types, without NaN.
             seconds: wall-clock time it took.
             peak_rss_mb: the process's peak resident memory in MiB, if known.
             notices: what the stage told.
         """
-        files = {}
+        target, files = self._shelf / key, dict[str, Stamp]()
         for file in files_below(self.path):
             name = file.relative_to(self.path).as_posix()
             if name == "record.json":
@@ -207,9 +216,9 @@ class Work:
             sync(file)
             files[name] = Stamp(sha256=sha256_file(file), bytes=file.stat().st_size)
         record = Record(
-            path=self._target,
+            path=target,
             stage=self._stage,
-            key=self._key,
+            key=key,
             seconds=float(seconds),
             peak_rss_mb=None if peak_rss_mb is None else float(peak_rss_mb),
             result=json.loads(_json(result)),
@@ -219,13 +228,12 @@ class Work:
         content = record.model_dump(mode="json")
         write(self.path / "record.json", _json({**content, "digest": _digest(content)}))
         sync_folders(self.path)
-        shelf = self._target.parent
-        shelf.mkdir(parents=True, exist_ok=True)
-        remove(self._target)  # there only if it is damaged
-        self.path.rename(self._target)
-        sync(shelf)
-        for other in list(shelf.iterdir()):
-            if other != self._target:
+        self._shelf.mkdir(parents=True, exist_ok=True)
+        remove(target)  # there only if it is damaged
+        self.path.rename(target)
+        sync(self._shelf)
+        for other in list(self._shelf.iterdir()):
+            if other != target:
                 remove(other)
         return record
 

@@ -1,1 +1,1 @@
-"""The stages of a run in order, their results, and the report that they end in."""
+"""A run: its stages in order, their results, and the report at the end."""

@@ -8,8 +8,7 @@ from typing import Any
 from slimheads.errors import GateError
 from slimheads.latency.gate import latency_bound
 from slimheads.latency.records import Latency
-from slimheads.pipeline.job import Job
-from slimheads.recipe.recipe import Gates
+from slimheads.recipe.recipe import Gates, Recipe
 from slimheads.report.model import GateResult, Size
 from slimheads.verification.certificate import Link
 from slimheads.verification.drift import Drift
@@ -62,10 +61,11 @@ def _precision_gate(limit: float, links: Sequence[Link]) -> GateResult:
     return _at_least(name, limit, worst.cosine, f"{worst.precision} ({worst.subject}): mean cosine to float32")
 
 
-def unmet(gate: GateResult, job: Job) -> GateError:
+def unmet_gate(gate: GateResult, recipe: Recipe) -> GateError:
+    """A gate that was not met, as an error at its key of the recipe."""
     return GateError(
         f"gate {gate.gate} was not met: {gate.reason}",
-        where=job.recipe.where(f"gates.{gate.gate}"),
+        where=recipe.where(f"gates.{gate.gate}"),
         hint=_REMEDIES[gate.gate],
     )
 

@@ -3,33 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from slimheads.latency.profile import profile, table_shapes
+from slimheads.latency.profile import command, profile, table_shapes
 from slimheads.latency.table import LatencyTable
 from slimheads.latency.table_store import Setting, stored
-from slimheads.models.checkpoint import Source
+from slimheads.models.checkpoint import Source, read_config
 from slimheads.names import Shape
 from slimheads.recipe.recipe import Recipe
 from slimheads.runtime.onnx_runtime import onnxruntime
 from slimheads.runtime.sessions import PROVIDERS
 
 
-def setting_of(recipe: Recipe) -> Setting:
-    """How a recipe's model is run by the first provider that is there."""
-    here = onnxruntime.get_available_providers()
-    provider = next((p for p in recipe.bench.providers if PROVIDERS[p] in here), recipe.bench.providers[0])
-    return Setting(provider, recipe.bench.threads, recipe.select.within_groups)
+@dataclass(frozen=True)
+class RecipeTables:
+    """Which tables a recipe reads."""
 
+    recipe: Recipe
+    source: Source
 
-def tables_for(
-    recipe: Recipe, source: Source, tell: Callable[[str], None], *, measures: bool = True
-) -> dict[Shape, LatencyTable]:
-    """The latency tables of the recipe's model, shapes and first provider; those that lack are measured, or left out.
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shapes that differ for this model.
 
-    Raises:
-        SlimheadsError: as `profile`.
-    """
-    shapes, setting = table_shapes(source, recipe.bench.shapes), setting_of(recipe)
-    if not measures:
-        return stored(source, shapes, setting)
-    return {made.table.shape: made.table for made in profile(source, shapes, setting, tell=tell)}
+        Raises:
+            UsageError: the model is an encoder-decoder, of which there are no tables.
+        """
+        return table_shapes(self.source, self.recipe.bench.shapes)
+
+    def setting(self) -> Setting:
+        """How the model is run by the first provider that is there."""
+        bench, here = self.recipe.bench, onnxruntime.get_available_providers()
+        provider = next((p for p in bench.providers if PROVIDERS[p] in here), bench.providers[0])
+        return Setting(provider, bench.threads, self.recipe.select.within_groups)
+
+    def stored(self) -> dict[Shape, LatencyTable]:
+        """Those that are stored."""
+        return stored(self.source, self.shapes(), self.setting())
+
+    def measured(self, note: Callable[[str], None]) -> dict[Shape, LatencyTable]:
+        """All of them; what is not stored is measured, and stored.
+
+        Raises:
+            SlimheadsError: as `profile`.
+        """
+        made = profile(self.source, self.shapes(), self.setting(), tell=note)
+        return {one.table.shape: one.table for one in made}
+
+    def fingerprints(self) -> dict[str, Any]:
+        """What a choice by these tables depends on, as JSON types; null for a table that is not stored."""
+        found = self.stored()
+        tables = [[list(shape), found[shape].fingerprint() if shape in found else None] for shape in self.shapes()]
+        return {"setting": asdict(self.setting()), "tables": tables}
+
+    def missing(self) -> str | None:
+        """Why some shape has no table, and what to do about it; None where every shape has one."""
+        if read_config(self.source.folder).is_encoder_decoder:
+            return "there are no latency tables of encoder-decoders"
+        found = self.stored()
+        missing = [shape for shape in self.shapes() if shape not in found]
+        if not missing:
+            return None
+        return f"there is no latency table yet; make one with: {command(self.source, missing, self.setting())}"

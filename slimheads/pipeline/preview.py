@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from slimheads.families.config_facts import measured_shapes
 from slimheads.latency.head_counts import Selection
-from slimheads.latency.profile import command, table_shapes
 from slimheads.latency.records import Interval
 from slimheads.latency.table import LatencyTable, predict
 from slimheads.models import flops
-from slimheads.models.checkpoint import Source, find, read_config
+from slimheads.models.checkpoint import find, read_config
 from slimheads.models.loading import load
 from slimheads.names import Shape
 from slimheads.pipeline.checks import require_usable
-from slimheads.pipeline.latency_tables import setting_of, tables_for
-from slimheads.pipeline.stages import choose
+from slimheads.pipeline.latency_tables import RecipeTables
+from slimheads.pipeline.stages.select import choose
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.scoring.score import score
 from slimheads.pruning.surgery import prune
@@ -57,33 +55,38 @@ class Preview(BaseModel):
     shape: tuple[int, ...]
     dense: Cost
     slim: Cost
-    plan: dict[str, Any]  # as in plan.json
+    plan: Plan
     selection: Selection
     predicted: tuple[PlannedLatency, ...] | None  # a shape with a table each
     predicted_reason: str | None  # why it is null, or lacks a shape
 
 
-def preview(recipe: Recipe, tell: Callable[[str], None] = lambda line: None) -> Preview:
+def preview(recipe: Recipe, note: Callable[[str], None] = lambda line: None) -> Preview:
     """Scores the model, chooses, deletes in memory to count what is left, and looks its latency up.
 
     A latency table is measured only where `multiple_of: auto` cannot choose without it; it is stored for later runs.
 
     Args:
-        tell: called with a line of text while a table is measured.
+        note: called with a line of text while a table is measured.
 
     Raises:
         SlimheadsError: as `slimheads.run` would up to its prune stage.
     """
     with recipe.located():
-        return _preview(recipe, tell)
+        return _preview(recipe, note)
 
 
-def _preview(recipe: Recipe, tell: Callable[[str], None]) -> Preview:
+def _preview(recipe: Recipe, note: Callable[[str], None]) -> Preview:
     source = find(recipe.model, recipe.task)
     require_usable(recipe, source)
-    tables, reason = _tables(recipe, source, tell)
+    recipe_tables = RecipeTables(recipe, source)
+    tables: Mapping[Shape, LatencyTable] = {}
+    if recipe.select.multiple_of == "auto":
+        tables = recipe_tables.measured(note)
+    elif not read_config(source.folder).is_encoder_decoder:
+        tables = recipe_tables.stored()
     model = load(source.folder, source.asked)
-    plan, selection = choose(score(model, recipe.score.method), recipe, tuple(tables.values()))
+    plan, selection = choose(score(model, recipe.score.method), recipe.select, tuple(tables.values()))
     shape = measured_shapes(model.config, recipe.bench.shapes)[-1]
 
     def cost(units: int) -> Cost:
@@ -102,24 +105,11 @@ def _preview(recipe: Recipe, tell: Callable[[str], None]) -> Preview:
         shape=shape,
         dense=dense,
         slim=cost(plan.total - plan.removed),
-        plan=plan.to_json(),
+        plan=plan,
         selection=selection,
         predicted=tuple(_predicted(table, plan) for table in tables.values()) or None,
-        predicted_reason=reason,
+        predicted_reason=recipe_tables.missing(),
     )
-
-
-def _tables(
-    recipe: Recipe, source: Source, tell: Callable[[str], None]
-) -> tuple[Mapping[Shape, LatencyTable], str | None]:
-    """The model's tables, and what to do about those that are not there."""
-    if read_config(source.folder).is_encoder_decoder:
-        return {}, "there are no latency tables of encoder-decoders"
-    tables = tables_for(recipe, source, tell, measures=recipe.select.multiple_of == "auto")
-    lacking = [s for s in table_shapes(source, recipe.bench.shapes) if s not in tables]
-    if not lacking:
-        return tables, None
-    return tables, f"there is no latency table yet; make one with: {command(source, lacking, setting_of(recipe))}"
 
 
 def _predicted(table: LatencyTable, plan: Plan) -> PlannedLatency:
@@ -133,8 +123,3 @@ def _predicted(table: LatencyTable, plan: Plan) -> PlannedLatency:
         speedup=found.speedup,
         doubtful=table.doubtful,
     )
-
-
-def plan_of(found: Preview) -> Plan:
-    """The plan in a preview."""
-    return Plan.from_json(found.plan)

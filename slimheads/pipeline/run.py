@@ -2,44 +2,68 @@
 
     recipe -> load -> score -> select -> prune -> recover -> export -> verify -> bench -> report
 
-`run` takes them in order. A stage whose inputs, section of the recipe and library versions are those of an earlier run
-in the same folder is reused. Nothing appears in the output folder before the run ends: then the report is made and all
-of it is published at once, without slim/ where the certificate failed.
+`_stages` runs them in order. A stage whose inputs, section of the recipe and library versions are those of an earlier
+run in the same folder is reused. Nothing appears in the output folder before the run ends: then the report is made and
+all of it is published at once, without slim/ where the certificate failed.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from slimheads.errors import SlimheadsError, UsageError
-from slimheads.models.checkpoint import find
-from slimheads.notices import collected, tell
+from slimheads.errors import UsageError
+from slimheads.models.checkpoint import Source, find
+from slimheads.notices import collected
 from slimheads.output.folder import PUBLISHED
 from slimheads.output.place import require_place
 from slimheads.output.publishing import publish
-from slimheads.output.store import Record, Store, lock, stage_key
-from slimheads.pipeline.assemble import assemble, contents
+from slimheads.output.store import Store, lock
+from slimheads.pipeline.assemble import Circumstances, assemble
 from slimheads.pipeline.checks import require_providers, require_target, require_usable
-from slimheads.pipeline.job import Job
+from slimheads.pipeline.contents import all_contents, contents
+from slimheads.pipeline.finished import Finished
+from slimheads.pipeline.latency_tables import RecipeTables
 from slimheads.pipeline.progress import Progress, Silent
-from slimheads.pipeline.stages import STAGES, Stage, versions
+from slimheads.pipeline.run_models import RunModels
+from slimheads.pipeline.stage import STAGE_NAMES, MissingError, Runner, StoppedError
+from slimheads.pipeline.stages.bench import Graphs, bench_stage
+from slimheads.pipeline.stages.export import export_stage
+from slimheads.pipeline.stages.load import load_stage
+from slimheads.pipeline.stages.prune import prune_stage
+from slimheads.pipeline.stages.recover import recover_stage
+from slimheads.pipeline.stages.score import Scored, score_stage
+from slimheads.pipeline.stages.select import Selected, select_stage
+from slimheads.pipeline.stages.verify import Subjects, verify_stage
 from slimheads.recipe.recipe import Recipe
-from slimheads.report.model import Report, StageRecord
+from slimheads.report.model import Report
 from slimheads.report.render import append_step_summary
 from slimheads.runtime.cpu import cpu_features
-from slimheads.runtime.environment import Environment, environment
+from slimheads.runtime.environment import environment
 from slimheads.runtime.memory import PeakMemory
 from slimheads.runtime.sessions import session_options_record
 
 log = logging.getLogger(__name__)
 
-STAGE_NAMES = (*(stage.name for stage in STAGES), "report")
+
+def _stages(recipe: Recipe, source: Source, runner: Runner) -> Finished:
+    """Every stage but the report, each a function of earlier results and its section of the recipe."""
+    do, note, models = runner.do, runner.progress.note, RunModels(source)
+    loaded = do(load_stage(models))
+    scored = do(score_stage(recipe.score, models, loaded))
+    selected = do(select_stage(recipe.select, RecipeTables(recipe, source), scored, note))
+    pruned = do(prune_stage(source, loaded, selected))
+    recovered = do(recover_stage(recipe.recover, pruned))
+    exported = do(export_stage(recipe.export, models, loaded, pruned, recovered, note))
+    verified = do(verify_stage(recipe, models, Subjects(scored, selected, pruned, recovered, exported), note))
+    benched = None
+    if not verified.ends_run:
+        benched = do(bench_stage(recipe.bench, models, Graphs.of(recipe, pruned, exported, verified), note))
+    return Finished(recipe, source, loaded, scored, selected, pruned, exported, verified, benched)
 
 
 def run(
@@ -61,8 +85,8 @@ def run(
         from_stage: run this stage and all later ones even where an earlier run's results could be used.
         until: stop after this stage; only recipe.yaml, scores.json and plan.json are published then. A certificate
             that fails on the way is reported all the same.
-        progress: told about each stage.
-        command: what to call to run this again, for the report.
+        progress: informed of each stage.
+        command: the command that runs this again, for the report.
 
     Returns:
         The report, whose verdict says whether all held (a failed certificate or gate is in it, not raised); None when
@@ -73,53 +97,61 @@ def run(
     """
     started, memory = time.perf_counter(), PeakMemory()
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe, overrides)
-    check_stage_names(from_stage, until)
-    with recipe.located():
-        return _run(recipe, Path(out), from_stage, until, progress or Silent(), command, started, memory)
-
-
-def _run(
-    recipe: Recipe,
-    out: Path,
-    from_stage: str | None,
-    until: str | None,
-    progress: Progress,
-    command: str | None,
-    started: float,
-    memory: PeakMemory,
-) -> Report | None:
-    require_providers(recipe)
-    require_target(recipe)
-    with collected() as notices:
-        source = find(recipe.model, recipe.task)
-        require_usable(recipe, source)
-        require_place(out, source.folder, recipe)
+    _require_stage_names(from_stage, until)
+    out = Path(out)
+    with recipe.located(), collected() as notices:
+        source = _checked(recipe, out)
         with lock(out):
             bench = recipe.bench
             options = {str(name): session_options_record(name, bench.threads) for name in bench.providers}
             surroundings = environment(options, cpu_features())
-            job = Job(recipe, source, progress.note, notices=notices)
-            timings: list[StageRecord] = []
-            for stage in stages_until(until):
-                timings.append(_do(stage, job, Store(out), from_stage, progress))
-                if stage.name == "verify" and not job.certificate().passed:
-                    until = None  # nothing after a broken proof is worth measuring: the report is all that is left
-                    break
-            if until not in (None, "report"):
-                _publish_part(job, out)
+            runner = Runner(Store(out), progress or Silent(), from_stage, until)
+            try:
+                finished = _stages(recipe, source, runner)
+            except StoppedError:
+                _publish_part(recipe, runner, out)
                 return None
-            return _report(job, out, timings, surroundings, command, started, memory)
+            new = [timing.peak_rss_mb for timing in runner.timings if not timing.reused]
+            circumstances = Circumstances(
+                command=command or shlex.join(["slimheads", "run", "recipe.yaml"]),
+                environment=surroundings,
+                stages=runner.timings,
+                notices=notices,
+                seconds=time.perf_counter() - started,
+                peak_rss_mb=max([memory.megabytes(), *new]),
+            )
+            return _report(finished, circumstances, out)
 
 
-def stages_until(until: str | None) -> Iterator[Stage]:
-    """The stages up to and including `until` (all for None), without the report."""
-    for stage in STAGES:
-        yield stage
-        if stage.name == until:
-            return
+def dry_run(
+    recipe: Recipe, out: str | Path, *, from_stage: str | None = None, until: str | None = None
+) -> dict[str, str]:
+    """What `run` would do, stage by stage: "run" or "reuse". Reads the model's files, writes nothing.
+
+    Raises:
+        SlimheadsError: what `run` would raise before its first stage.
+    """
+    _require_stage_names(from_stage, until)
+    with recipe.located():
+        source = _checked(recipe, Path(out))
+        runner = Runner(Store(Path(out)), Silent(), from_stage, until, dry=True)
+        with suppress(MissingError, StoppedError):  # `runner.done` holds the stages up to there
+            _stages(recipe, source, runner)
+    planned = STAGE_NAMES[: STAGE_NAMES.index(until or "report") + 1]
+    return {name: "reuse" if name in runner.done else "run" for name in planned}
 
 
-def check_stage_names(from_stage: str | None, until: str | None) -> None:
+def _checked(recipe: Recipe, out: Path) -> Source:
+    """The recipe's model, once everything holds that can be checked before any work."""
+    require_providers(recipe)
+    require_target(recipe)
+    source = find(recipe.model, recipe.task)
+    require_usable(recipe, source)
+    require_place(out, source.folder, recipe)
+    return source
+
+
+def _require_stage_names(from_stage: str | None, until: str | None) -> None:
     """Refuses names that are no stage, and an order that runs nothing.
 
     Raises:
@@ -132,123 +164,21 @@ def check_stage_names(from_stage: str | None, until: str | None) -> None:
         raise UsageError(f"{from_stage} comes after {until}", where="--from", hint="give them in the stages' order")
 
 
-def dry_run(
-    recipe: Recipe, out: str | Path, *, from_stage: str | None = None, until: str | None = None
-) -> dict[str, str]:
-    """What `run` would do, stage by stage: "run" or "reuse". Reads the model's files, writes nothing.
-
-    Raises:
-        SlimheadsError: what `run` would raise before its first stage.
-    """
-    check_stage_names(from_stage, until)
-    with recipe.located():
-        require_providers(recipe)
-        require_target(recipe)
-        source = find(recipe.model, recipe.task)
-        require_usable(recipe, source)
-        require_place(Path(out), source.folder, recipe)
-        return _foreseen(Job(recipe, source, lambda _: None, measures=False), Path(out), from_stage, until)
-
-
-def _foreseen(job: Job, out: Path, from_stage: str | None, until: str | None) -> dict[str, str]:
-    left: dict[str, str] = {}
-    found = {}
-    for stage in stages_until(until):
-        stored = _reusable(stage, Store(out), _key(stage, job, left), from_stage)
-        left[stage.name] = _content_of(stored) if stored else "still to be made"
-        if stored:
-            job.records[stage.name] = stored
-        found[stage.name] = "reuse" if stored else "run"
-    return found if until not in (None, "report") else found | {"report": "run"}
-
-
-def _key(stage: Stage, job: Job, left: Mapping[str, str]) -> str:
-    """What this stage's result depends on, given the content that the stages it reads left."""
-    return stage_key(stage.name, stage.section(job), [left[name] for name in stage.reads], versions())
-
-
-def _content_of(record: Record) -> str:
-    """A stage's inputs, result and files as one hash.
-
-    The inputs alone would not do: where a stage is run again and leaves other bytes than before, what later stages
-    found out about the earlier bytes, a certificate above all, must not be taken for these.
-    """
-    files = {name: stamp.sha256 for name, stamp in record.files.items()}
-    return stage_key(record.stage, {"result": record.result, "files": files}, [record.key], {})
-
-
-def _reusable(stage: Stage, store: Store, key: str, from_stage: str | None) -> Record | None:
-    forced = from_stage is not None and STAGE_NAMES.index(stage.name) >= STAGE_NAMES.index(from_stage)
-    return None if forced else store.find(stage.name, key)
-
-
-def _do(stage: Stage, job: Job, store: Store, from_stage: str | None, progress: Progress) -> StageRecord:
-    started, memory = time.perf_counter(), PeakMemory()
-    progress.start(stage.name)  # what a stage depends on can take its time: files to hash, a latency table to measure
-    key = _key(stage, job, {name: _content_of(record) for name, record in job.records.items()})
-    record = _reusable(stage, store, key, from_stage)
-    reused = record is not None
-    if record is None:
-        record = _work(stage, job, store, key, started, memory)
-    for notice in record.notices:
-        tell(notice)
-    job.records[stage.name] = record
-    progress.finish(stage.name, record.seconds, reused)
-    return StageRecord(stage=stage.name, seconds=record.seconds, peak_rss_mb=record.peak_rss_mb or 0.0, reused=reused)
-
-
-def _work(stage: Stage, job: Job, store: Store, key: str, started: float, memory: PeakMemory) -> Record:
-    with store.begin(stage.name, key) as work:
-        with collected() as told, _inner_files_not_named(stage, store):
-            result, keep = stage.work(job, work.path)
-        seconds, peak = time.perf_counter() - started, memory.megabytes()
-        if keep:
-            return work.publish(result, seconds, peak, told)
-    store.discard(stage.name, key)
-    return Record(path=store.out, stage=stage.name, key=key, seconds=seconds, peak_rss_mb=peak, result=result, files={})
-
-
-@contextmanager
-def _inner_files_not_named(stage: Stage, store: Store) -> Iterator[None]:
-    """An error names what a stage made by its place in slim/ or dense/: no user looks below .slimheads."""
-    inside = re.compile(re.escape(str(store.inside)) + r"[/\\](stages[/\\][^/\\]+[/\\])?[^/\\]+[/\\]")
-    try:
-        yield
-    except SlimheadsError as error:
-        error.what = inside.sub("", error.what)
-        if error.where and inside.match(error.where):
-            error.where = f"{inside.sub('', error.where)}, as the {stage.name} stage has it"
-        raise
-
-
-def _publish_part(job: Job, out: Path) -> None:
+def _publish_part(recipe: Recipe, runner: Runner, out: Path) -> None:
     """After `--until`: the plan so far. What another recipe or another model left may not stand beside it."""
-    wanted = contents(job)
+    scored = next((result for result in runner.done.values() if isinstance(result, Scored)), None)
+    selected = next((result for result in runner.done.values() if isinstance(result, Selected)), None)
+    wanted = contents(recipe, scored, selected)
     if not all((out / name).is_file() and (out / name).read_bytes() == content for name, content in wanted.items()):
         publish(out, wanted, retract=PUBLISHED)
 
 
-def _report(
-    job: Job,
-    out: Path,
-    timings: Sequence[StageRecord],
-    surroundings: Environment,
-    command: str | None,
-    started: float,
-    memory: PeakMemory,
-) -> Report:
-    report = assemble(
-        job,
-        stages=tuple(timings),
-        surroundings=surroundings,
-        command=command or shlex.join(["slimheads", "run", "recipe.yaml"]),
-        seconds=time.perf_counter() - started,
-        peak_rss_mb=max([memory.megabytes(), *(t.peak_rss_mb for t in timings if not t.reused)]),
-    )
-    wanted = contents(job, report)
+def _report(finished: Finished, circumstances: Circumstances, out: Path) -> Report:
+    report = assemble(finished, circumstances)
+    wanted = all_contents(finished, report)
     publish(out, wanted, {"slim", "dense"} - wanted.keys())
     try:
         append_step_summary(report)
-    except OSError as error:  # the run is done and published: what it found stands
+    except OSError as error:  # the run is done and published: its findings stand
         log.warning("the step summary cannot be written: %s", error)
     return report

@@ -1,1 +1,1 @@
-"""What is deleted and how: scores, selection, gates that mask, and the surgery that deletes."""
+"""What is deleted and how: scores, selection, the plan, gates that mask, and the surgery that deletes."""

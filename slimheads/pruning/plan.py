@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from typing import Any, Literal
+
+from pydantic import StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from slimheads.errors import UsageError
 from slimheads.families.sites import Site
@@ -15,10 +18,10 @@ from slimheads.names import Unit
 class SitePlan:
     """What one site keeps: ascending indices into its `total` units."""
 
-    site: str
+    site: StrictStr
     unit: Unit
-    total: int
-    kept: tuple[int, ...]
+    total: StrictInt
+    kept: tuple[StrictInt, ...]
 
     def __post_init__(self) -> None:
         in_range = all(0 <= unit < self.total for unit in self.kept)
@@ -26,19 +29,20 @@ class SitePlan:
             raise UsageError(
                 f"kept {list(self.kept)} of {self.total} units",
                 where=self.site,
-                hint="a plan keeps at least one unit a site, in ascending order, without repeats",
+                hint="a plan keeps at least one unit per site, in ascending order, without repeats",
             )
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """The units that go, ascending."""
+        """The deleted units, ascending."""
         return tuple(unit for unit in range(self.total) if unit not in self.kept)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The kept units of every site, in the model's order."""
+    """The kept units of every site, in the model's order: the contents of plan.json."""
 
+    format: Literal[1] = field(default=1, kw_only=True)
     sites: tuple[SitePlan, ...]
 
     def __post_init__(self) -> None:
@@ -54,39 +58,35 @@ class Plan:
 
     @property
     def removed(self) -> int:
-        """Units that go."""
+        """Deleted units."""
         return sum(len(site.removed) for site in self.sites)
+
+    @property
+    def units(self) -> dict[str, Unit]:
+        """The kind of unit of each site."""
+        return {site.site: site.unit for site in self.sites}
 
     def to_json(self) -> dict[str, Any]:
         """The contents of plan.json."""
-        return {
-            "format": 1,
-            "sites": [{"site": s.site, "unit": s.unit, "total": s.total, "kept": list(s.kept)} for s in self.sites],
-        }
+        return dict(_PLAN.dump_python(self, mode="json"))
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Plan:
+    def from_json(cls, data: object) -> Plan:
         """Reads what `to_json` wrote.
 
         Raises:
-            UsageError: the data is not a plan of format 1.
+            UsageError: the data are not a plan of format 1.
         """
         try:
-            if data["format"] != 1:
-                raise ValueError(f"format {data['format']!r}")
-            sites = tuple(_site_from_json(site) for site in data["sites"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"not a plan: {error!r}", hint="make one with `slimheads.select` or a run") from error
-        return cls(sites)
+            # A format that is not stated is none: the default is for plans made in memory.
+            return _PLAN.validate_python({"format": None, **data} if isinstance(data, Mapping) else data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc'])) or 'plan'}: {first['msg']}"
+            raise UsageError(f"not a plan ({what})", hint="make one with `slimheads.select` or a run") from error
 
 
-def _site_from_json(data: dict[str, Any]) -> SitePlan:
-    site, unit, total, kept = data["site"], data["unit"], data["total"], data["kept"]
-    if not isinstance(site, str) or unit not in get_args(Unit) or not isinstance(kept, list):
-        raise ValueError(f"site {site!r}, unit {unit!r}, kept {kept!r}")
-    if any(type(number) is not int for number in (total, *kept)):
-        raise ValueError(f"{site} counts in something other than whole numbers")
-    return SitePlan(site, unit, total, tuple(kept))
+_PLAN = TypeAdapter(Plan)
 
 
 def match_plan(sites: Sequence[Site], plan: Plan) -> list[tuple[Site, tuple[int, ...]]]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from pydantic.dataclasses import dataclass
 
 from slimheads.names import Unit
 
 
 @dataclass(frozen=True)
 class SiteScores:
-    """The scores of one site, one a unit, in the site's order.
+    """The scores of one site, one per unit, in the site's order.
 
-    For KV groups `query_heads` holds the scores of the query heads as well: a row a group, a column a member.
+    For KV groups `query_heads` holds the scores of the query heads as well: one row per group, one column per member.
     """
 
     site: str
@@ -35,24 +38,27 @@ class Scores:
     method: str
     sites: tuple[SiteScores, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """The contents of scores.json."""
-        sites = [{"site": s.site, "scores": list(s.scores)} for s in self.sites]
-        return {"format": 1, "method": self.method, "sites": sites}
-
     def in_units(self, units: Mapping[str, Unit]) -> Scores:
         """The same with the scores of the query heads at those sites that are planned by head."""
         return replace(self, sites=tuple(s.by_head() if units[s.site] == "head" else s for s in self.sites))
 
-    def to_record(self) -> dict[str, Any]:
-        """Everything, for a later run; scores.json leaves the units out."""
-        return {"method": self.method, "sites": [asdict(site) for site in self.sites]}
+    def table(self) -> ScoreTable:
+        """The contents of scores.json."""
+        return ScoreTable(method=self.method, sites=tuple(SiteRow(site=s.site, scores=s.scores) for s in self.sites))
 
-    @classmethod
-    def from_record(cls, data: dict[str, Any]) -> Scores:
-        """Reads what `to_record` wrote."""
-        sites = (
-            SiteScores(s["site"], s["unit"], tuple(s["scores"]), tuple(tuple(group) for group in s["query_heads"]))
-            for s in data["sites"]
-        )
-        return cls(data["method"], tuple(sites))
+
+class SiteRow(BaseModel):
+    """Scores of one site's units, in order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    site: str
+    scores: tuple[float, ...]
+
+
+class ScoreTable(BaseModel):
+    """The contents of scores.json, format 1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    format: Literal[1] = 1
+    method: str
+    sites: tuple[SiteRow, ...]

@@ -1,1 +1,1 @@
-"""The recipe: its keys, its errors with line and column, and how one is written."""
+"""The recipe: its keys and defaults, errors with line and column, and how a recipe is written."""

@@ -16,6 +16,8 @@ from slimheads.families.family import Inputs
 from slimheads.latency.graph_choice import GraphChoice, Treatment
 from slimheads.latency.head_counts import Selection
 from slimheads.latency.records import Latency
+from slimheads.pruning.plan import Plan
+from slimheads.pruning.scores import ScoreTable
 from slimheads.runtime.environment import Environment
 from slimheads.verification.certificate import LeftOut, Link, SkippedLink
 from slimheads.verification.drift import Drift
@@ -98,37 +100,6 @@ class ModelFacts(_Part):
     encoder_decoder: bool = False  # ships as an encoder's graph and a decoder's
 
 
-class SiteScores(_Part):
-    """Scores of one site's units, in order."""
-
-    site: str
-    scores: tuple[float, ...]
-
-
-class ScoreTable(_Part):
-    """As in scores.json."""
-
-    format: Literal[1] = 1
-    method: str
-    sites: tuple[SiteScores, ...]
-
-
-class SitePlan(_Part):
-    """What stays of one site."""
-
-    site: str
-    unit: Literal["head", "kv_group"]
-    total: int
-    kept: tuple[int, ...]
-
-
-class PlanTable(_Part):
-    """As in plan.json."""
-
-    format: Literal[1] = 1
-    sites: tuple[SitePlan, ...]
-
-
 class GateResult(_Part):
     """One gate of the recipe. Not met where it could not be measured."""
 
@@ -187,7 +158,7 @@ class Report(_Part):
     model: ModelFacts
     files: dict[str, int]  # path inside the output folder -> bytes
     scores: ScoreTable
-    plan: PlanTable
+    plan: Plan
     certificate: tuple[Link, ...]
     certificate_skipped: tuple[SkippedLink, ...] = ()
     certificate_reason: str | None = None  # why there are no links

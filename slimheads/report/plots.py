@@ -16,11 +16,12 @@ from slimheads.report.svg import RAMP_STEPS, Axis, Canvas
 
 if TYPE_CHECKING:
     from slimheads.latency.records import Interval, Latency
-    from slimheads.report.model import PlanTable, ScoreTable
+    from slimheads.pruning.plan import Plan
+    from slimheads.pruning.scores import ScoreTable
     from slimheads.verification.drift import Drift, Figures
 
 
-def heat_map(scores: ScoreTable, plan: PlanTable, *, width: int, name: str) -> str:
+def heat_map(scores: ScoreTable, plan: Plan, *, width: int, name: str) -> str:
     """Scores as tiles, one row a site and one column a unit; a deleted unit's tile keeps its colour and has a dot.
 
     Each deleted unit's dot has the id `NAME-deleted-SITE-UNIT`, both counted from 0.

@@ -1,1 +1,1 @@
-"""The files that ship beside the weights: tokenizers, sentence-transformers modules, the pooling they declare."""
+"""The files that ship beside the weights: tokenizers, sentence-transformers modules and the pooling they declare."""

@@ -1,1 +1,1 @@
-"""The certificate, which proves what every file that ships computes, and the drift, which measures its quality."""
+"""The certificate, which proves what every shipped file computes, and drift, which measures its quality."""

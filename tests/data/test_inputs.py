@@ -15,7 +15,7 @@ from transformers import ASTConfig, BertConfig, CLIPConfig, PreTrainedModel, ViT
 from slimheads.data import inputs
 from slimheads.data.inputs import make_inputs, read_inputs
 from slimheads.errors import UsageError
-from slimheads.families.config_facts import measured_shapes
+from slimheads.families.config_facts import has_length, measured_shapes
 from slimheads.verification.parity import cases
 
 RNG = np.random.default_rng
@@ -57,7 +57,7 @@ def test_a_waveform_of_so_many_frames_becomes_so_many_states(
         feed = inputs.to_torch(make_inputs(model.config, 1, length, RNG(0)), model)
         with torch.no_grad():
             widths.add(model(**feed).last_hidden_state.shape[1])
-    assert widths == {1, 2, 8} if inputs.has_length(model.config) else len(widths) == 1
+    assert widths == {1, 2, 8} if has_length(model.config) else len(widths) == 1
 
 
 def test_the_same_seed_gives_the_same_inputs_and_another_does_not() -> None:

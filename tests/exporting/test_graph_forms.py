@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,16 @@ from slimheads.exporting.export import export
 from slimheads.exporting.graph_forms import build_candidate
 from slimheads.models.checkpoint import find
 from slimheads.names import GraphForm
-from slimheads.pipeline.job import Job, certificate_of
+from slimheads.pipeline.assemble import Circumstances, assemble
+from slimheads.pipeline.finished import Finished
+from slimheads.pipeline.run_models import RunModels
+from slimheads.pipeline.stages import export as export_stage
+from slimheads.pipeline.stages.export import SIDES, Exported
+from slimheads.pipeline.stages.verify import Verified
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
 from slimheads.recipe.recipe import Recipe
-from slimheads.report.tables import stages
+from slimheads.report.model import Report
 from slimheads.runtime.onnx_signature import nodes_of, read_interface
 from slimheads.verification.certificate import Certificate
 
@@ -280,34 +285,25 @@ def test_weights_beside_the_graph_stay_beside_it(
 
 def test_a_run_tries_every_candidate_and_keeps_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steady(monkeypatch)
-    left: dict[str, Job] = {}
-    real = stages._verify
+    found: list[tuple[Exported, Verified]] = []
 
-    def watched(job: Job, folder: Path) -> Any:
-        left["job"] = job
-        result, keep = real(job, folder)
-        left["result"] = json.loads(json.dumps(result))
-        for name in ("plain", *NAMES):
-            for side in ("dense", "slim"):
-                path = job.onnx(side, "fp32", candidate=name)  # type: ignore[arg-type]
-                assert path.is_file() and (path.parent.parent / "config.json").is_file()
-        return result, keep
+    def watched(run: Finished, circumstances: Circumstances) -> Report:
+        found.append((run.exported, run.verified))
+        return assemble(run, circumstances)
 
-    monkeypatch.setattr(
-        stages,
-        "STAGES",
-        tuple(stages.Stage(s.name, s.reads, s.section, watched) if s.name == "verify" else s for s in stages.STAGES),
-    )
-    monkeypatch.setattr("slimheads.pipeline.run.STAGES", stages.STAGES)
+    monkeypatch.setattr("slimheads.pipeline.run.assemble", watched)
     recipe = write_recipe(tmp_path / "r.yaml", export={"candidates": ["plain", *NAMES]})
     ended = slimheads("run", recipe, "--out", tmp_path / "out")
     assert ended.code == 0, ended.err
-    assert left["job"].result("export") == {"candidates": dict.fromkeys(NAMES)}
-    certificate = certificate_of(left["result"])
-    assert [(proof.candidate, proof.passed, proof.reason) for proof in certificate.candidates] == [
+    ((exported, verified),) = found
+    assert exported.forms == dict.fromkeys(NAMES)
+    for form, side in product(("plain", *NAMES), SIDES):
+        path = exported.onnx(side, "fp32", form=form)
+        assert path.is_file() and (path.parent.parent / "config.json").is_file()
+    again = Verified.model_validate_json(verified.model_dump_json())
+    assert [(proof.candidate, proof.passed, proof.reason) for proof in again.certificate.candidates] == [
         (name, True, None) for name in NAMES
     ]
-    assert left["result"]["candidates"][1]["passed"] is True
     assert not (tmp_path / "out" / "slim" / "candidates").exists()
     assert report_of(tmp_path / "out")["verdict"]["ok"]
 
@@ -317,12 +313,11 @@ def test_a_candidate_that_one_side_lacks_is_none(tmp_path: Path, monkeypatch: py
         target.write_bytes(plain.read_bytes())
         return "it went wrong" if plain.parent.parent.name == "slim" else None
 
-    monkeypatch.setattr(stages, "build_candidate", only_dense)
+    monkeypatch.setattr(export_stage, "build_candidate", only_dense)
     recipe = Recipe.read(write_recipe(tmp_path / "r.yaml", export={"candidates": ["plain", "fused"]}))
-    job = Job(recipe, find(str(checkpoint())), lambda _: None)
-    (tmp_path / "work" / "dense" / "onnx").mkdir(parents=True)
-    (tmp_path / "work" / "slim" / "onnx").mkdir(parents=True)
-    for side in ("dense", "slim"):
+    for side in SIDES:
+        (tmp_path / "work" / side / "onnx").mkdir(parents=True)
         (tmp_path / "work" / side / "onnx" / "model.onnx").write_bytes(b"graph")
-    assert stages._candidate(job, tmp_path / "work", "fused") == "slim: it went wrong"
+    work = export_stage._Work(recipe.export, RunModels(find(str(checkpoint()))), tmp_path, tmp_path / "work", print)
+    assert work._form("fused") == "slim: it went wrong"
     assert not (tmp_path / "work" / "candidates" / "fused").exists()

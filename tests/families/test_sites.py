@@ -305,7 +305,7 @@ def test_a_typo_in_a_family_file_is_refused() -> None:
 
 def test_a_damaged_family_file_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "odd.yaml"
-    lines = (Path(family_files.__file__).parent / "families" / "bert.yaml").read_text(encoding="utf-8").splitlines()
+    lines = (Path(family_files.__file__).parent / "bert.yaml").read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join([*lines, "unitz: heads"]), encoding="utf-8")
     with pytest.raises(UsageError, match="unitz") as error:
         family_files.validate(Family, *family_files.read_yaml(path))

@@ -14,7 +14,7 @@ from whole_runs import checkpoint, measured, report_of, slimheads, steady, write
 from slimheads.latency.attribution import Ratio
 from slimheads.latency.graph_choice import MIN_GAIN, Treatment, choices, choose, lacking_memory
 from slimheads.latency.records import Interval
-from slimheads.pipeline import bench_stage
+from slimheads.pipeline.stages import bench as bench_stage
 from slimheads.runtime.onnx_signature import nodes_of
 
 

@@ -22,7 +22,7 @@ from slimheads.latency.profile import profile, table_shapes
 from slimheads.latency.records import Interval, Latency
 from slimheads.latency.table_store import Setting, stored
 from slimheads.models.checkpoint import find
-from slimheads.pipeline.latency_tables import setting_of
+from slimheads.pipeline.latency_tables import RecipeTables
 from slimheads.recipe.recipe import Recipe
 
 SHAPES: tuple[tuple[int, ...], ...] = ((1, 8), (2, 16))
@@ -206,7 +206,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(
 def test_a_recipe_is_profiled_on_the_first_provider_that_is_there() -> None:
     bench = {"providers": ["cuda", "cpu"], "on_missing": "skip", "threads": 3}
     recipe = Recipe.model_validate({"model": "m", "bench": bench})
-    assert setting_of(recipe) == Setting("cpu", 3)
+    assert RecipeTables(recipe, find(str(checkpoint()))).setting() == Setting("cpu", 3)
 
 
 # The command

@@ -38,11 +38,11 @@ def left_over(out: Path) -> list[str]:
 
 def finish(store: Store, stage: str = "prune", key: str = KEY, result: dict[str, Any] | None = None) -> Record:
     """A stage with two files, one of them in a folder."""
-    with store.begin(stage, key) as work:
+    with store.begin(stage) as work:
         (work.path / "model.safetensors").write_bytes(b"weights of " + key.encode())
         (work.path / "onnx").mkdir()
         (work.path / "onnx" / "model.onnx").write_bytes(b"graph")
-        return work.publish(result or {"kept": [0, 2]}, seconds=1.5, peak_rss_mb=200.0)
+        return work.publish(key, result or {"kept": [0, 2]}, seconds=1.5, peak_rss_mb=200.0)
 
 
 def test_a_finished_stage_is_found_again(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_stage_keeps_its_latest_record_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_a_stage_that_fails_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
     store = Store(tmp_path)
-    with pytest.raises(failure), store.begin("prune", KEY) as work:
+    with pytest.raises(failure), store.begin("prune") as work:
         (work.path / "model.safetensors").write_bytes(b"half")
         raise failure
     assert store.find("prune", KEY) is None
@@ -92,13 +92,13 @@ def test_a_stage_that_fails_leaves_nothing(tmp_path: Path, failure: type[BaseExc
 def test_a_failed_stage_keeps_the_record_before_it(tmp_path: Path) -> None:
     store = Store(tmp_path)
     made = finish(store)
-    with pytest.raises(KeyboardInterrupt), store.begin("prune", OTHER_KEY):
+    with pytest.raises(KeyboardInterrupt), store.begin("prune"):
         raise KeyboardInterrupt
     assert store.find("prune", KEY) == made
 
 
 def test_leaving_without_publishing_leaves_nothing(tmp_path: Path) -> None:
-    with Store(tmp_path).begin("prune", KEY) as work:
+    with Store(tmp_path).begin("prune") as work:
         (work.path / "x").write_bytes(b"x")
     assert Store(tmp_path).find("prune", KEY) is None
     assert left_over(tmp_path) == []
@@ -113,12 +113,12 @@ def test_a_result_must_be_json(tmp_path: Path) -> None:
 def test_a_stage_cannot_leave_links_or_its_own_record(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("x")
-    with pytest.raises(ValueError, match="not a regular file"), Store(tmp_path / "out").begin("prune", KEY) as work:
+    with pytest.raises(ValueError, match="not a regular file"), Store(tmp_path / "out").begin("prune") as work:
         (work.path / "link").symlink_to(secret)
-        work.publish({}, 0, None)
-    with pytest.raises(ValueError, match="record"), Store(tmp_path / "out").begin("prune", KEY) as work:
+        work.publish(KEY, {}, 0, None)
+    with pytest.raises(ValueError, match="record"), Store(tmp_path / "out").begin("prune") as work:
         (work.path / "record.json").write_text("{}")
-        work.publish({}, 0, None)
+        work.publish(KEY, {}, 0, None)
 
 
 def test_keys_follow_the_content_and_nothing_else() -> None:

@@ -25,7 +25,7 @@ import sys, time
 from pathlib import Path
 from slimheads.output.store import Store, lock
 out = Path(sys.argv[1])
-with lock(out), Store(out).begin("prune", "k") as work:
+with lock(out), Store(out).begin("prune") as work:
     (work.path / "half").write_bytes(b"x")
     print("held", flush=True)
     time.sleep(600)
@@ -171,11 +171,11 @@ def test_a_damaged_stage_runs_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], reason: str
 ) -> None:
     def run() -> Any:
-        with store.begin("prune", KEY) as work:
+        with store.begin("prune") as work:
             (work.path / "model.safetensors").write_bytes(b"weights")
             (work.path / "onnx").mkdir()
             (work.path / "onnx" / "model.onnx").write_bytes(b"graph")
-            return work.publish({"cosine": 0.875}, 1.0, None)
+            return work.publish(KEY, {"cosine": 0.875}, 1.0, None)
 
     store = Store(tmp_path)
     record = run()
@@ -195,7 +195,7 @@ def test_a_full_disk_is_named_and_changes_nothing(tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     publish(tmp_path, {"slim": {"a": b"1"}})
-    with pytest.raises(EnvironmentLackError, match="the disk is full") as caught, Store(tmp_path).begin("prune", KEY):
+    with pytest.raises(EnvironmentLackError, match="the disk is full") as caught, Store(tmp_path).begin("prune"):
         full()
     assert caught.value.exit_code == 5
     monkeypatch.setattr(Path, "write_bytes", full)
@@ -206,5 +206,5 @@ def test_a_full_disk_is_named_and_changes_nothing(tmp_path: Path, monkeypatch: p
 
 
 def test_other_failures_of_a_stage_are_not_blamed_on_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), Store(tmp_path).begin("prune", KEY):
+    with pytest.raises(FileNotFoundError), Store(tmp_path).begin("prune"):
         (tmp_path / "the model's own file").read_bytes()

@@ -9,7 +9,7 @@ import pytest
 from whole_runs import checkpoint, report_of, slimheads, steady, tree, write_recipe
 
 from slimheads.errors import UsageError
-from slimheads.pipeline.preview import plan_of, preview
+from slimheads.pipeline.preview import preview
 from slimheads.recipe.recipe import Recipe
 
 
@@ -27,7 +27,7 @@ def test_counts_and_plan_are_those_of_a_run(model_type: str, tmp_path: Path, mon
         report["model"]["heads"]["total"],
         report["model"]["heads"]["kept"],
     )
-    assert found.plan == json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert found.plan.to_json() == json.loads((tmp_path / "out" / "plan.json").read_text())
     assert (found.model, found.task) == (report["model"]["source"], report["model"]["task"])
     assert list(found.shape) == report["model"]["flops_shape"]
 
@@ -40,7 +40,7 @@ def test_bytes_are_those_of_the_weights_in_their_own_dtype() -> None:
 def test_ratio_zero_changes_no_figure() -> None:
     found = preview(Recipe.model_validate({"model": str(checkpoint()), "select": {"ratio": 0.0}}))
     assert found.dense == found.slim
-    assert plan_of(found).removed == 0
+    assert found.plan.removed == 0
 
 
 def test_it_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,10 @@ from whole_runs import (
 )
 
 from slimheads.models.loading import save
+from slimheads.pipeline.stages import export as export_stage
+from slimheads.pipeline.stages import prune as prune_stage
+from slimheads.pipeline.stages import score as score_stage
 from slimheads.recipe.recipe import Export
-from slimheads.report.tables import stages
 
 AS_SHIPPED = {"candidates": list(Export().candidates)}
 WEIGHT = "encoder.layer.1.attention.self.key.weight"
@@ -179,7 +181,7 @@ def test_a_broken_proof_under_a_shipped_recipe_is_reported(
     shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, out = shipped_recipe(shipped, tmp_path / "r.yaml"), tmp_path / "out"
-    monkeypatch.setattr(stages, "save", corrupting)
+    monkeypatch.setattr(prune_stage, "save", corrupting)
     ended = slimheads("run", recipe, "--out", out)
     said = "link 1 (model.safetensors): gated dense torch == slim torch failed at batch"
     assert failed(ended, 4).startswith(f"slimheads: {said}")
@@ -198,7 +200,7 @@ def test_a_corrupted_slim_model_is_never_published(tmp_path: Path, monkeypatch: 
     assert slimheads("run", recipe, "--out", out).code == 0
     assert (out / "slim").is_dir()
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "save", corrupting)
+        patch.setattr(prune_stage, "save", corrupting)
         ended = slimheads("run", recipe, "--out", out, "--from", "prune", "--json")
     line = failed(ended, 4)
     assert line.startswith("slimheads: link 1 (model.safetensors): gated dense torch == slim torch failed at batch")
@@ -212,14 +214,14 @@ def test_a_corrupted_slim_model_is_never_published(tmp_path: Path, monkeypatch: 
 
 
 def test_a_graph_of_another_model_fails_its_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = stages.export
+    whole = export_stage.export
 
     def swapping(model: Any, folder: Path, **options: Any) -> None:
         whole(model, folder, **options)
         if folder.parent.name == "slim":
             shutil.copy(folder.parent.parent / "dense" / "onnx" / "model.onnx", folder / "model.onnx")
 
-    monkeypatch.setattr(stages, "export", swapping)
+    monkeypatch.setattr(export_stage, "export", swapping)
     ended = slimheads("run", write_recipe(tmp_path / "r.yaml", export=AS_SHIPPED), "--out", tmp_path / "out")
     assert failed(ended, 4).startswith("slimheads: link 2 (onnx/model.onnx)")
     failing = [link["link"] for link in report_of(tmp_path / "out")["certificate"] if not link["passed"]]
@@ -301,7 +303,7 @@ def test_an_interrupted_run_publishes_nothing_and_is_taken_up_again(
 
 
 def test_a_signal_that_a_library_swallows_still_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = stages.score
+    whole = score_stage.score
 
     def swallowing(*given: Any) -> Any:
         with contextlib.suppress(BaseException):
@@ -310,7 +312,7 @@ def test_a_signal_that_a_library_swallows_still_ends_the_run(tmp_path: Path, mon
 
     recipe = write_recipe(tmp_path / "r.yaml")
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "score", swallowing)
+        patch.setattr(score_stage, "score", swallowing)
         ended = slimheads("run", recipe, "--out", tmp_path / "out")
     assert "interrupted" in failed(ended, 143)
     assert visible(tmp_path / "out") == set()

@@ -18,16 +18,17 @@ from slimheads.errors import UsageError
 from slimheads.families.sites import find_sites
 from slimheads.latency import bench as measuring
 from slimheads.latency.bench import bench
-from slimheads.latency.head_counts import Selection
 from slimheads.models.checkpoint import find
 from slimheads.models.loading import load
-from slimheads.pipeline import bench_stage
-from slimheads.pipeline.job import Job
-from slimheads.pipeline.stages import CONTROL_SEEDS, STAGES, choose, versions
+from slimheads.pipeline.run_models import RunModels
+from slimheads.pipeline.stage import versions
+from slimheads.pipeline.stages import bench as bench_stage
+from slimheads.pipeline.stages import verify as verify_stage
+from slimheads.pipeline.stages.score import Scored
+from slimheads.pipeline.stages.select import Selected, choose
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.scoring.score import score
 from slimheads.recipe.recipe import Recipe
-from slimheads.report.tables import stages
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +40,6 @@ def ended_well(recipe: Path, out: Path) -> Any:
     ended = slimheads("run", recipe, "--out", out)
     assert ended.code == 0, ended.err
     return report_of(out)
-
-
-def test_every_stage_reads_earlier_ones_only() -> None:
-    for number, stage in enumerate(STAGES):
-        assert set(stage.reads) <= {earlier.name for earlier in STAGES[:number]}
 
 
 def test_versions_name_every_library_that_a_result_comes_from() -> None:
@@ -61,36 +57,30 @@ def test_a_ratio_that_cannot_be_met_names_the_place_of_the_ratio_or_of_the_floor
         (["select.keep_at_least=4"], "--set select.keep_at_least=4"),
         (["select.ratio=0.9", "select.multiple_of=8"], "--set select.multiple_of=8"),
     ):
-        with pytest.raises(UsageError) as caught:
-            choose(scores, Recipe.read(path, overrides))
+        recipe = Recipe.read(path, overrides)
+        with pytest.raises(UsageError) as caught, recipe.located():
+            choose(scores, recipe.select)
         assert caught.value.where == where
 
 
 def test_the_controls_lose_as_many_heads_at_random_and_leave_the_model_as_it_was(tmp_path: Path) -> None:
     recipe = Recipe.read(write_recipe(tmp_path / "r.yaml"))
-    job = Job(recipe, find(recipe.model), lambda _: None)
-    scores = score(job.dense())
-    job.records = {name: _Result(data) for name, data in _results(scores, *choose(scores, recipe)).items()}  # type: ignore[misc]
-    controls = stages._controls(job)
-    assert [seed for seed, _ in controls] == list(CONTROL_SEEDS)
-    before = {name: tensor.clone() for name, tensor in job.dense().state_dict().items()}
+    models = RunModels(find(recipe.model))
+    dense = models.dense()
+    scores = score(dense)
+    plan, selection = choose(scores, recipe.select)
+    scored, selected = Scored(scores=scores), Selected(plan=plan, selection=selection)
+    controls = verify_stage._controls(recipe, models, scored, selected)
+    assert [seed for seed, _ in controls] == list(verify_stage.CONTROL_SEEDS)
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     ids = torch.tensor([[2, 3, 4, 5]])
     with torch.no_grad():
-        answers = [job.dense()(input_ids=ids).last_hidden_state]
+        answers = [dense(input_ids=ids).last_hidden_state]
         for _, pruned in controls:
             with pruned():
-                answers.append(job.dense()(input_ids=ids).last_hidden_state)
+                answers.append(dense(input_ids=ids).last_hidden_state)
     assert all(not torch.equal(a, b) for n, a in enumerate(answers) for b in answers[:n])
-    assert all(torch.equal(tensor, before[name]) for name, tensor in job.dense().state_dict().items())
-
-
-class _Result:
-    def __init__(self, result: dict[str, Any]) -> None:
-        self.result = result
-
-
-def _results(scores: Any, plan: Plan, selection: Selection) -> dict[str, dict[str, Any]]:
-    return {"score": scores.to_record(), "select": plan.to_json() | {"selection": selection.model_dump()}}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
 
 
 def test_a_sharded_source_is_shipped_shard_by_shard_at_ratio_zero(tmp_path: Path) -> None:

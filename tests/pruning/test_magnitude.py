@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from slimheads.errors import ModelRefusedError
 from slimheads.families.sites import find_sites
 from slimheads.pruning.plan import Plan
-from slimheads.pruning.scores import Scores
 from slimheads.pruning.scoring.score import score
 from slimheads.pruning.surgery import prune
 
@@ -115,7 +114,6 @@ def test_large_half_precision_weights_do_not_overflow(tiny: Tiny) -> None:
 
 def test_json_has_the_documented_shape(tiny: Tiny) -> None:
     scores = score(tiny("bert"))
-    data = json.loads(json.dumps(scores.to_json()))
+    data = json.loads(scores.table().model_dump_json())
     assert data["format"] == 1 and data["method"] == "magnitude"
     assert data["sites"] == [{"site": s.site, "scores": list(s.scores)} for s in scores.sites]
-    assert isinstance(scores, Scores)

@@ -446,6 +446,6 @@ def test_the_commented_recipe_explains_what_concerns_the_model() -> None:
 
 def test_reading_a_recipe_does_not_wait_for_torch() -> None:
     heavy = "{'torch', 'transformers', 'numpy', 'scipy', 'onnxruntime', 'matplotlib'}"
-    code = f"import sys, slimheads.recipe, slimheads.store; print({heavy} & set(sys.modules))"
+    code = f"import sys, slimheads.recipe.recipe, slimheads.output.store; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -20,9 +20,11 @@ from rich.console import Console
 from ruamel.yaml import YAML
 
 from slimheads.latency.records import CacheBytes, Interval, Latency, Timing
+from slimheads.pruning.plan import Plan
+from slimheads.pruning.scores import ScoreTable
 from slimheads.report import plots, tables
 from slimheads.report.headline import headline
-from slimheads.report.model import PlanTable, Report, ScoreTable
+from slimheads.report.model import Report
 from slimheads.report.render import (
     append_step_summary,
     print_summary,
@@ -540,7 +542,7 @@ def test_the_same_report_gives_the_same_bytes() -> None:
 )
 def test_heat_map_marks_exactly_the_deleted_units(layers: int, units: int, removed: int, unit: str) -> None:
     scores, plan = make_tables(layers, units, removed, unit)
-    drawing = plots.heat_map(ScoreTable.model_validate(scores), PlanTable.model_validate(plan), width=960, name="h")
+    drawing = plots.heat_map(ScoreTable.model_validate(scores), Plan.from_json(plan), width=960, name="h")
     ElementTree.fromstring(drawing.replace("xlink:href", "href"))
     marked = re.findall(r'id="h-deleted-(\d+)-(\d+)"', drawing)
     wanted = {(i, unit) for i, site in enumerate(plan["sites"]) for unit in range(units) if unit not in site["kept"]}
@@ -561,7 +563,7 @@ def test_heat_map_takes_sites_of_different_sizes_and_equal_scores() -> None:
             {"site": "b", "unit": "head", "total": 1, "kept": [0]},
         ],
     }
-    drawing = plots.heat_map(ScoreTable.model_validate(scores), PlanTable.model_validate(plan), width=342, name="h")
+    drawing = plots.heat_map(ScoreTable.model_validate(scores), Plan.from_json(plan), width=342, name="h")
     assert re.findall(r'id="h-deleted-([\d-]+)"', drawing) == ["0-0"]
     assert "a.$x$" in drawing
 

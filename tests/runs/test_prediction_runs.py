@@ -16,9 +16,9 @@ from slimheads.latency import profile as profiling
 from slimheads.latency.table import predict
 from slimheads.latency.table_store import Setting, folder
 from slimheads.pipeline.run import dry_run
+from slimheads.pipeline.stages import verify as verify_stage
 from slimheads.pruning.plan import Plan
 from slimheads.recipe.recipe import Recipe
-from slimheads.report.tables import stages
 
 TWO = Setting("cpu", 2)
 SHAPE = (1, 8)
@@ -89,8 +89,8 @@ def test_random_controls_are_under_the_step_that_was_chosen(
         rules.append(given)
         return real(scores, seed, **given)
 
-    real = stages.random_plan
-    monkeypatch.setattr(stages, "random_plan", spy)
+    real = verify_stage.random_plan
+    monkeypatch.setattr(verify_stage, "random_plan", spy)
     keep_table(checkpoint(), stairs(4, 2, 0.1), SHAPE, TWO)
     ran(recipe_of(tmp_path), tmp_path / "out")
     assert len(rules) == 3 and {given["multiple_of"] for given in rules} == {2}

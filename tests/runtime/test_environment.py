@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from slimheads.runtime import doctor as doctor_module
 from slimheads.runtime import environment as module
 from slimheads.runtime.doctor import doctor
 from slimheads.runtime.environment import Environment, environment
@@ -157,13 +158,13 @@ def test_doctor_finds_this_installation_sound(monkeypatch: pytest.MonkeyPatch) -
 
 def test_doctor_sees_what_is_missing_old_and_dangerous(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     versions = {"kernels": "0.4.0", "torch": "2.1.0", "onnx": None}
-    monkeypatch.setattr(module, "installed", lambda name: versions.get(name, "1.0"))
+    monkeypatch.setattr(doctor_module, "installed", lambda name: versions.get(name, "1.0"))
     monkeypatch.setattr(metadata, "requires", lambda _: ["torch>=2.6", "onnx>=1.21", "pytest>=8; extra == 'dev'"])
-    monkeypatch.setattr(module, "_runtime", lambda: ((), None))
-    monkeypatch.setattr(module, "usable_cores", lambda: 0.5)
-    monkeypatch.setattr(module, "MIN_DISK", 2**70)
-    monkeypatch.setattr(module.tempfile, "TemporaryFile", _refuse)
-    monkeypatch.setattr(module, "_draw_once", _refuse)
+    monkeypatch.setattr(doctor_module, "runtime_providers", lambda: ((), None))
+    monkeypatch.setattr(doctor_module, "usable_cores", lambda: 0.5)
+    monkeypatch.setattr(doctor_module, "MIN_DISK", 2**70)
+    monkeypatch.setattr(doctor_module.tempfile, "TemporaryFile", _refuse)
+    monkeypatch.setattr(doctor_module, "_draw_once", _refuse)
     checks = {check.name: check for check in doctor(tmp_path)}
     assert "pytest" not in checks
     bad = {"torch", "onnx", "no kernels", "providers", "cores", "disk", "temporary folder", "plots"}

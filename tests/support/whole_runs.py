@@ -31,8 +31,8 @@ from slimheads import cli
 from slimheads.latency import bench as measuring
 from slimheads.latency.attribution import Ratio, TreatedLatency
 from slimheads.latency.records import Interval, Latency, Timing
-from slimheads.pipeline import bench_stage
-from slimheads.pipeline.run import STAGE_NAMES
+from slimheads.pipeline.stage import STAGE_NAMES
+from slimheads.pipeline.stages import bench as bench_stage
 
 WORDS = ("[PAD]", "[UNK]", "the", "a", "of", "to", "and", "in", "is", "that", "it", "for", "as", "with", "on")
 BERT_SITES = tuple(f"encoder.layer.{layer}.attention" for layer in range(3))

@@ -17,7 +17,7 @@ from slimheads import load, prune, save, score, select
 from slimheads.exporting.export import export
 from slimheads.exporting.kv_cache import kv_shapes
 from slimheads.families.limits import position_limit
-from slimheads.report.tables import stages
+from slimheads.pipeline.stages import export as export_stage
 from slimheads.runtime.sessions import open_session
 from slimheads.verification import parity
 from slimheads.verification import parity_seq2seq as seq2seq
@@ -104,7 +104,7 @@ def test_a_graph_that_ignores_a_window_past_the_usual_lengths_fails(
         export(model, *args, **options)
         model.config.sliding_window = window
 
-    monkeypatch.setattr(stages, "export", without_window)
+    monkeypatch.setattr(export_stage, "export", without_window)
     ended = slimheads("run", write_recipe(tmp_path / "r.yaml", folder), "--out", tmp_path / "out")
     assert ended.code == code, ended.err
     failing = {link["link"]: link for link in report_of(tmp_path / "out")["certificate"] if not link["passed"]}

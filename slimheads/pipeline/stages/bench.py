@@ -1,0 +1,166 @@
+"""bench: which pairs of graphs are timed, and which form of the float32 graph ships."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from slimheads.families.config_facts import measured_shapes
+from slimheads.latency.attribution import bench_treated
+from slimheads.latency.bench import bench
+from slimheads.latency.graph_choice import Kind, Treatment, choose, lacking_memory, treatment_of, unmeasured
+from slimheads.latency.records import Latency
+from slimheads.latency.workloads import Workload, workloads
+from slimheads.models import flops
+from slimheads.names import PLAIN, GraphForm, Precision, Provider, Shape
+from slimheads.pipeline.run_models import RunModels
+from slimheads.pipeline.stage import Result, Stage
+from slimheads.pipeline.stages.export import SIDES, Exported
+from slimheads.pipeline.stages.prune import Pruned
+from slimheads.pipeline.stages.verify import Verified
+from slimheads.recipe.recipe import Bench, Recipe
+from slimheads.runtime.environment import environment
+
+
+class Counted(BaseModel):
+    """Floating-point operations of one run at `shape`."""
+
+    model_config = ConfigDict(frozen=True)
+    shape: Shape
+    dense: int
+    slim: int
+
+
+class Benched(Result):
+    """Latencies of what ships and of the plain graph, and what each further form and precision gives by itself.
+
+    The form that ships was measured again once it was chosen: the measurement that it was chosen by flatters it.
+    """
+
+    latency: tuple[Latency, ...]
+    treatments: tuple[Treatment, ...]
+    again: tuple[Treatment, ...]  # of the form that ships
+    flops: Counted
+
+    @property
+    def reusable(self) -> bool:
+        """What was not measured, or not conclusively, is measured again next time."""
+        verdicts = {*(row.verdict for row in self.latency), *(row.verdict for row in (*self.treatments, *self.again))}
+        return not verdicts & {"inconclusive", "not measured"}
+
+    def shown_treatments(self) -> tuple[Treatment, ...]:
+        """Every treatment; of the form that ships, the measurement after the choice."""
+        again = {one.treatment for one in self.again}
+        return (*self.again, *(row for row in self.treatments if row.treatment not in again))
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What the bench stage times."""
+
+    pruned: Pruned
+    exported: Exported
+    precisions: list[Precision]  # that ship
+    forms: list[GraphForm]  # proven, besides the plain one
+
+    @classmethod
+    def of(cls, recipe: Recipe, pruned: Pruned, exported: Exported, verified: Verified) -> Graphs:
+        """What the certificate lets ship."""
+        return cls(pruned, exported, verified.precisions(recipe.export.precisions), verified.proven_forms)
+
+
+def bench_stage(section: Bench, models: RunModels, graphs: Graphs, note: Callable[[str], None]) -> Stage[Benched]:
+    """Depends on the machine, and on what was proven: nothing else may ship."""
+
+    def work(folder: Path) -> Benched:
+        return _work(section, models, graphs, note)
+
+    def depends() -> dict[str, Any]:
+        machine = {"machine": platform.machine(), "cpu": environment().cpu}
+        timed = {"precisions": graphs.precisions, "candidates": graphs.forms}
+        return section.model_dump(mode="json") | timed | machine
+
+    return Stage("bench", Benched, work, depends, (graphs.exported,))
+
+
+def _work(section: Bench, models: RunModels, graphs: Graphs, note: Callable[[str], None]) -> Benched:
+    dense, slim = models.dense(), models.slim(graphs.pruned.slim)
+    rows: list[Latency] = []
+    treatments: list[Treatment] = []
+    timed = product(section.providers, workloads(dense.config, section.shapes))
+    subjects = [_Timed(section, models, graphs, note, provider, workload) for provider, workload in timed]
+    for subject in subjects:
+        rows += subject.plain()
+        for precision in graphs.precisions:
+            if precision != "fp32":
+                of_precision, given = subject.treated(precision)
+                rows, treatments = rows + of_precision, treatments + given
+        for form in graphs.forms:
+            treatments += subject.treated("fp32", form)[1]
+    ships, _ = choose([t for t in treatments if t.provider == section.providers[0]])
+    again: list[Treatment] = []
+    for form, subject in product([name for name in graphs.forms if name == ships], subjects):
+        note(f"the {form} graph ships, and is measured again")
+        of_form, given = subject.treated("fp32", form)
+        rows, again = of_form + rows, again + given
+    rows = [row.model_copy(update={"ships": row.precision != "fp32" or row.candidate == ships}) for row in rows]
+    place: dict[str, int] = {name: at for at, name in enumerate((*section.providers, *graphs.precisions))}
+    rows.sort(key=lambda row: (place[row.provider], place[row.precision]))
+    shape = measured_shapes(dense.config, section.shapes)[-1]
+    counted = Counted(shape=shape, dense=flops.flops(dense, *shape), slim=flops.flops(slim, *shape))
+    return Benched(latency=tuple(rows), treatments=tuple(treatments), again=tuple(again), flops=counted)
+
+
+class _Timed:
+    """The measurements of one graph of a model on one provider."""
+
+    def __init__(
+        self,
+        section: Bench,
+        models: RunModels,
+        graphs: Graphs,
+        note: Callable[[str], None],
+        provider: Provider,
+        workload: Workload,
+    ) -> None:
+        pair = (models.dense(), models.slim(graphs.pruned.slim))
+        self._exported, self._note, self._graph = graphs.exported, note, workload.graph
+        self._options: dict[str, Any] = {
+            "shapes": workload.shapes,
+            "provider": provider,
+            "threads": section.threads,
+            "graph": workload.graph if pair[0].config.is_encoder_decoder else None,
+            "min_seconds": section.min_seconds,
+            "flops": {shape: tuple(workload.flops(model, *shape) for model in pair) for shape in workload.shapes},
+            "on_missing": section.on_missing,
+            "on_progress": note,
+        }
+
+    def plain(self) -> list[Latency]:
+        """Dense against slim as exported."""
+        return list(bench(*self._files("fp32"), precision="fp32", **self._options))
+
+    def treated(self, precision: Precision, form: GraphForm = PLAIN) -> tuple[list[Latency], list[Treatment]]:
+        """Dense against slim in another precision or as another graph, and what that treatment gave by itself."""
+        treatment: str = form if precision == "fp32" else precision
+        self._note(f"latency of {treatment}")
+        plain, treated = self._files("fp32"), self._files(precision, form)
+        kind: Kind = "candidate" if precision == "fp32" else "precision"
+        if reason := lacking_memory((*treated, *plain)):
+            rows = list(bench(*treated, precision=precision, **self._options))
+            given = [unmeasured(row, treatment, kind, reason) for row in rows]
+        else:
+            found = bench_treated(*plain, *treated, precision=precision, **self._options)
+            rows = [one.latency for one in found]
+            given = [treatment_of(one, treatment, kind) for one in found]
+        return [row.model_copy(update={"candidate": form}) for row in rows], given
+
+    def _files(self, precision: Precision, form: GraphForm = PLAIN) -> tuple[Path, Path]:
+        dense, slim = (self._exported.onnx(side, precision, self._graph, form) for side in SIDES)
+        return dense, slim

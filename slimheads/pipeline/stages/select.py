@@ -1,0 +1,51 @@
+"""select: the plan, from the scores and, for `multiple_of: auto`, from latency tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from slimheads.latency.head_counts import Selection, choose_step
+from slimheads.latency.table import LatencyTable
+from slimheads.pipeline.latency_tables import RecipeTables
+from slimheads.pipeline.stage import Result, Stage
+from slimheads.pipeline.stages.score import Scored
+from slimheads.pruning.plan import Plan
+from slimheads.pruning.scores import Scores
+from slimheads.pruning.select import select
+from slimheads.recipe.recipe import Select
+
+
+class Selected(Result):
+    """What is deleted, and how the head counts were chosen."""
+
+    plan: Plan
+    selection: Selection
+
+
+def select_stage(section: Select, tables: RecipeTables, scored: Scored, note: Callable[[str], None]) -> Stage[Selected]:
+    """Latency tables are measured in this stage where the recipe needs them and they are not stored."""
+    auto = section.multiple_of == "auto"
+
+    def work(folder: Path) -> Selected:
+        found = tables.measured(note) if auto else {}
+        plan, selection = choose(scored.scores, section, tuple(found.values()))
+        return Selected(plan=plan, selection=selection)
+
+    def depends() -> dict[str, Any]:
+        return section.model_dump(mode="json") | ({"tables": tables.fingerprints()} if auto else {})
+
+    return Stage("select", Selected, work, depends, (scored,))
+
+
+def choose(scores: Scores, section: Select, tables: Sequence[LatencyTable] = ()) -> tuple[Plan, Selection]:
+    """`slimheads.select` by the recipe.
+
+    Args:
+        tables: of the model at the recipe's shapes; only `multiple_of: auto` needs them.
+    """
+    asked, rules = section.multiple_of, section.model_dump(mode="json")
+    if asked == "auto" and tables:
+        return choose_step(scores, rules, tables)
+    return select(scores, **rules), Selection(asked=asked, multiple_of=asked)
