@@ -70,6 +70,7 @@ def _serve(before: str) -> None:
         if not (process := os.fork()):
             _become(json.loads(line), before)
         print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+    _end(0)
 
 
 def _become(asked: dict[str, Any], before: str) -> NoReturn:
