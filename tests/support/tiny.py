@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -297,6 +298,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 SPREAD_VARIANTS = ("albert-relative", "falcon-multi-query", "llama-wide")
 DECODERS = CONFIGS.keys() - ENCODERS - VISION - TWO_TOWERS - AUDIO - SEQ2SEQ
 DECODERS |= {name for name, (model_type, _) in VARIANTS.items() if model_type in DECODERS}
+
+
+def spread(*cases: Any) -> list[Any]:
+    """Cases of a model type, or of one and more: those whose model type is not in SPREAD belong to `--whole` alone."""
+
+    def of(case: Any) -> Any:
+        values = case if isinstance(case, tuple) else (case,)
+        return pytest.param(*values, marks=() if values[0] in SPREAD else pytest.mark.slow)
+
+    return [of(case) for case in cases]
 
 
 def type_of(variety: str) -> str:
