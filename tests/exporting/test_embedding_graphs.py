@@ -6,13 +6,13 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
-from tiny import tiny_model
+from tiny import spread, tiny_model
 
 from slimheads.exporting.export import export
 from slimheads.verification.parity import cases, compare_all, onnx_form, torch_form
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt", "gpt_bigcode", "bloom", "phi"])
+@pytest.mark.parametrize("kind", spread("gpt2", "llama", "opt", "gpt_bigcode", "bloom", "phi"))
 def test_a_decoder_embeds_in_onnx_as_in_torch_under_any_padding(kind: str, tmp_path: Path) -> None:
     model = tiny_model(kind, task="feature-extraction")
     export(model, tmp_path, task="feature-extraction")

@@ -36,11 +36,19 @@ from slimheads.report.model import Report
 from slimheads.runtime.onnx_signature import nodes_of, read_interface
 from slimheads.verification.certificate import Certificate
 
+SLOW = pytest.mark.slow
 NAMES: tuple[GraphForm, ...] = ("optimized", "attention", "fused", "rewritten")
 # A spread of how attention, norms, positions and caches are written.
-SPREAD = ("bert", "albert", "megatron-bert", "deberta", "gpt2", "llama", "bloom", "vit", "clip", "wav2vec2")
+TYPES = [
+    *("bert", "llama", "vit", "wav2vec2"),
+    *(pytest.param(name, marks=SLOW) for name in ("albert", "megatron-bert", "deberta", "gpt2", "bloom", "clip")),
+]
 # Forms that the tools make and ONNX Runtime does not run at some shape: nobody but the certificate says so.
-BROKEN = (("gemma", "fused"), ("nemotron", "fused"), ("siglip_vision_model", "rewritten"))
+BROKEN = (
+    pytest.param("gemma", "fused", marks=SLOW),
+    pytest.param("nemotron", "fused", marks=SLOW),
+    ("siglip_vision_model", "rewritten"),
+)
 
 
 def build(made: Shipped, name: GraphForm) -> dict[str, str | None]:
@@ -66,21 +74,14 @@ def attention_of(path: Path) -> list[int]:
 
 
 @pytest.fixture
-def shipped(
-    tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
-) -> Callable[..., Shipped]:
-    """`shipped(model_type)`: dense and slim graphs, with another number of heads in every site."""
-
-    def made(model_type: str) -> Shipped:
-        dense = tiny(model_type)
-        return ship(dense, ragged(dense), tmp_path / "run", task=task_of(model_type))
-
-    return made
+def made_of(shipped: Callable[..., Shipped], tmp_path: Path) -> Callable[[str], Shipped]:
+    """`made_of(model_type)`: dense and slim graphs, with another number of heads in every site; free to be changed."""
+    return lambda model_type: shipped(model_type).copied(tmp_path / "run")
 
 
-@pytest.mark.parametrize("model_type", SPREAD)
-def test_every_form_of_a_graph_is_built_and_holds(model_type: str, shipped: Callable[..., Shipped]) -> None:
-    made = shipped(model_type)
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_form_of_a_graph_is_built_and_holds(model_type: str, made_of: Callable[[str], Shipped]) -> None:
+    made = made_of(model_type)
     for name in NAMES:
         assert build(made, name) == {"dense": None, "slim": None}
         for side in ("dense", "slim"):
@@ -111,9 +112,9 @@ def test_every_form_of_a_graph_is_built_and_holds(model_type: str, shipped: Call
     ],
 )
 def test_attention_is_fused_with_each_layers_own_head_count(
-    model_type: str, name: GraphForm, shipped: Callable[..., Shipped]
+    model_type: str, name: GraphForm, made_of: Callable[[str], Shipped]
 ) -> None:
-    made = shipped(model_type)
+    made = made_of(model_type)
     build(made, name)
     paths = {side: made.root / "candidates" / name / side / "onnx" / "model.onnx" for side in ("dense", "slim")}
     counts = {side: attention_of(path) for side, path in paths.items()}
@@ -127,9 +128,9 @@ def test_attention_is_fused_with_each_layers_own_head_count(
 
 @pytest.mark.parametrize("model_type,name", BROKEN)
 def test_a_form_that_does_not_run_is_refused_and_nothing_else_with_it(
-    model_type: str, name: GraphForm, shipped: Callable[..., Shipped]
+    model_type: str, name: GraphForm, made_of: Callable[[str], Shipped]
 ) -> None:
-    made = shipped(model_type)
+    made = made_of(model_type)
     assert build(made, name) == {"dense": None, "slim": None}
     build(made, "optimized")
     found = prove(made, name, "optimized")
@@ -169,8 +170,8 @@ def test_the_dense_head_count_stamped_on_a_slim_graph_is_refused_by_links_3_and_
     assert not found.with_candidate("fused").passed
 
 
-def test_a_wrong_count_in_the_dense_graph_is_refused_too(shipped: Callable[..., Shipped]) -> None:
-    made = shipped("bert")
+def test_a_wrong_count_in_the_dense_graph_is_refused_too(made_of: Callable[[str], Shipped]) -> None:
+    made = made_of("bert")
     build(made, "fused")
     path = made.root / "candidates" / "fused" / "dense" / "onnx" / "model.onnx"
     proto = onnx.load(str(path))
@@ -182,8 +183,8 @@ def test_a_wrong_count_in_the_dense_graph_is_refused_too(shipped: Callable[..., 
     assert proof.reason and "dense/onnx/model.onnx (fused)" in proof.reason
 
 
-def test_other_tokens_are_refused_by_link_5(shipped: Callable[..., Shipped], monkeypatch: pytest.MonkeyPatch) -> None:
-    made = shipped("gpt2")
+def test_other_tokens_are_refused_by_link_5(made_of: Callable[[str], Shipped], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = made_of("gpt2")
     build(made, "optimized")
     path = made.root / "candidates" / "optimized" / "slim" / "onnx" / "model.onnx"
     proto = onnx.load(str(path))
@@ -196,8 +197,8 @@ def test_other_tokens_are_refused_by_link_5(shipped: Callable[..., Shipped], mon
     assert [link.link for link in proof.links if not link.passed] == [3, 5]
 
 
-def test_what_ships_with_a_candidate_is_proved_by_both_graphs_links(shipped: Callable[..., Shipped]) -> None:
-    made = shipped("bert")
+def test_what_ships_with_a_candidate_is_proved_by_both_graphs_links(made_of: Callable[[str], Shipped]) -> None:
+    made = made_of("bert")
     build(made, "fused")
     found = prove(made, "fused")
     whole = found.with_candidate("fused")
@@ -220,9 +221,9 @@ def test_what_ships_with_a_candidate_is_proved_by_both_graphs_links(shipped: Cal
 
 
 def test_a_tool_that_breaks_down_leaves_its_error_as_the_reason_and_nothing_else(
-    shipped: Callable[..., Shipped], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    made_of: Callable[[str], Shipped], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = shipped("distilbert")
+    made = made_of("distilbert")
 
     def broken(*_: Any, **__: Any) -> Any:
         print("failed in shape inference")
@@ -234,8 +235,8 @@ def test_a_tool_that_breaks_down_leaves_its_error_as_the_reason_and_nothing_else
     assert list((made.root / "candidates" / "fused" / "slim" / "onnx").iterdir()) == []
 
 
-def test_a_form_that_changes_nothing_is_none(shipped: Callable[..., Shipped], tmp_path: Path) -> None:
-    made = shipped("distilbert")
+def test_a_form_that_changes_nothing_is_none(made_of: Callable[[str], Shipped], tmp_path: Path) -> None:
+    made = made_of("distilbert")
     build(made, "optimized")
     once = made.root / "candidates" / "optimized" / "slim" / "onnx" / "model.onnx"
     assert build_candidate("optimized", once, tmp_path / "model.onnx", made.dense.config) == (
@@ -245,9 +246,9 @@ def test_a_form_that_changes_nothing_is_none(shipped: Callable[..., Shipped], tm
 
 
 def test_a_form_without_one_of_the_outputs_is_none(
-    shipped: Callable[..., Shipped], monkeypatch: pytest.MonkeyPatch
+    made_of: Callable[[str], Shipped], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = shipped("gpt2")
+    made = made_of("gpt2")
     real = optimize_model
 
     def forgetful(*args: Any, **options: Any) -> Any:
@@ -265,13 +266,18 @@ def test_an_encoder_decoder_has_none(tiny: Callable[..., PreTrainedModel], tmp_p
         assert reason and reason.startswith("an encoder-decoder ships as four graphs")
 
 
-@pytest.mark.parametrize("model_type", ["bert", "llama"])
+@pytest.mark.parametrize("model_type", ["bert", pytest.param("llama", marks=SLOW)])
 def test_weights_beside_the_graph_stay_beside_it(
-    model_type: str, shipped: Callable[..., Shipped], monkeypatch: pytest.MonkeyPatch
+    model_type: str,
+    tiny: Callable[..., PreTrainedModel],
+    ragged: Callable[..., Plan],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("FORCE_ONNX_EXTERNAL_DATA", "1")
     monkeypatch.setattr(graph_files, "ONE_FILE", 1000)
-    made = shipped(model_type)
+    dense = tiny(model_type)
+    made = ship(dense, ragged(dense), tmp_path, task=task_of(model_type))
     for name in NAMES:
         assert build(made, name) == {"dense": None, "slim": None}
         folder = made.root / "candidates" / name / "slim" / "onnx"

@@ -324,6 +324,7 @@ def test_a_weak_precision_is_left_out_by_name_and_the_rest_is_published(
     assert next(s for s in report_of(out)["stages"] if s["stage"] == "export")["reused"]
 
 
+@pytest.mark.slow
 def test_all_files_of_a_weak_precision_are_left_out_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from slimheads.verification import precision_proof
 

@@ -176,7 +176,10 @@ def shipped_recipe(shipped: Path, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "shipped",
+    [pytest.param(path, marks=() if path.stem == "ci" else pytest.mark.slow, id=path.stem) for path in SHIPPED],
+)
 def test_a_broken_proof_under_a_shipped_recipe_is_reported(
     shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

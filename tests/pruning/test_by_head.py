@@ -14,7 +14,7 @@ import pytest
 import torch
 from layouts import kv_heads, unit_tensors
 from shipped import ship
-from tiny import DECODERS, config_of, type_of
+from tiny import DECODERS, config_of, spread, type_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from whole_runs import report_of, slimheads, steady, write_recipe
 
@@ -119,14 +119,14 @@ def test_keys_and_values_stay_and_it_reloads(wide: Tiny, tmp_path: Path, model_t
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("model_type", ONE_A_FAMILY)
+@pytest.mark.parametrize("model_type", spread(*ONE_A_FAMILY))
 def test_the_certificate_holds_within_groups(wide: Tiny, tmp_path: Path, model_type: str) -> None:
     dense = wide(model_type)
     found = ship(dense, within(dense), tmp_path, task="text-generation").certificate()
     assert found.passed, found.error()
 
 
-@pytest.mark.parametrize("model_type", ["gemma", "llama"])
+@pytest.mark.parametrize("model_type", spread("gemma", "llama"))
 def test_the_certificate_holds_for_a_multi_query_model(tiny: Tiny, tmp_path: Path, model_type: str) -> None:
     dense = tiny(model_type, num_key_value_heads=1)
     made = ship(dense, scattered(dense), tmp_path, task="text-generation")

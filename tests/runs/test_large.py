@@ -31,6 +31,7 @@ from slimheads.verification.parity import cases, compare_all, onnx_form
 from slimheads.verification.precision_proof import FUSED_TOLERANCE, TOLERANCES
 from slimheads.verification.structure import quantized_faults
 
+pytestmark = pytest.mark.slow
 TWO_GB = 2**31
 MEMORY_MB = 16_000  # eight times the weights
 EVERY = tuple(FILES)
@@ -127,7 +128,6 @@ def test_a_checkpoint_in_shards_stays_in_shards(
 # ------------------------------------------------------------------------------------- a model really over 2 GB
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_model_over_2_gb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One test, for two workers building it at once would need more memory than many machines have."""
