@@ -24,7 +24,8 @@ from slimheads.pipeline.stage import Result, Stage
 from slimheads.pipeline.stages.export import SIDES, Exported
 from slimheads.pipeline.stages.prune import Pruned
 from slimheads.pipeline.stages.verify import Verified
-from slimheads.recipe.recipe import Bench, Recipe
+from slimheads.recipe.recipe import Recipe
+from slimheads.recipe.sections import Bench
 from slimheads.runtime.environment import environment
 
 

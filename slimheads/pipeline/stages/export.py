@@ -18,7 +18,7 @@ from slimheads.pipeline.stage import Result, Stage
 from slimheads.pipeline.stages.load import Loaded
 from slimheads.pipeline.stages.prune import Pruned
 from slimheads.pipeline.stages.recover import Recovered
-from slimheads.recipe.recipe import Export
+from slimheads.recipe.sections import Export
 
 SIDES: tuple[Side, Side] = ("dense", "slim")
 
