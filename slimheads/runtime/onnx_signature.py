@@ -15,7 +15,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from slimheads.errors import UsageError
+from slimheads.errors import UsageError, one_line
 from slimheads.runtime.onnx_runtime import onnxruntime
 
 Array = NDArray[Any]
@@ -130,7 +130,7 @@ def read_interface(source: str | Path | onnxruntime.InferenceSession) -> Interfa
         model = onnx.load(str(source), load_external_data=False)
     except (OSError, DecodeError) as error:
         raise UsageError(
-            f"the ONNX file cannot be read ({' '.join(str(error).split())[:200]})",
+            f"the ONNX file cannot be read ({one_line(error)})",
             where=str(source),
             hint="export it again",
         ) from error
