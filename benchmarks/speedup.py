@@ -24,7 +24,8 @@ import slimheads
 from slimheads import bench, export
 from slimheads.formatting import shape_text
 from slimheads.models import flops
-from slimheads.runtime.onnx_signature import inputs_for, read_interface
+from slimheads.runtime.graph_inputs import inputs_for
+from slimheads.runtime.onnx_signature import read_interface
 from slimheads.runtime.sessions import open_session
 
 ENCODER_SHAPES = ((1, 128), (8, 128), (1, 512))

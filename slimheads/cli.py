@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from slimheads import __version__
-from slimheads.errors import EnvironmentLackError, SlimheadsError, UsageError
+from slimheads.errors import EnvironmentLackError, SlimheadsError, UsageError, one_line
 from slimheads.notices import collected
 from slimheads.streams import SteadyConsole, flush_standard_streams, open_standard_streams
 
@@ -252,13 +252,15 @@ def families(
 ) -> None:
     """List the model families that are covered, and what the tests proved of each."""
     from slimheads import console as terminal
-    from slimheads.families.support import family_rows, render_markdown
+    from slimheads.families.evidence import evidence
+    from slimheads.families.support import supported_families
+    from slimheads.report.families_page import render_families
 
-    rows = family_rows()
+    rows = supported_families()
     if markdown:
-        _show(False, rows, lambda: print(render_markdown(rows), end=""))
+        _show(False, rows, lambda: print(render_families(rows, evidence().versions), end=""))
     else:
-        _show(as_json, rows, lambda: terminal.print_families(rows))
+        _show(as_json, [row.model_dump(mode="json") for row in rows], lambda: terminal.print_families(rows))
 
 
 @app.command()
@@ -328,8 +330,10 @@ def _failure(error: Exception) -> tuple[int, str]:
     if isinstance(error, MemoryError):
         return EnvironmentLackError.exit_code, "out of memory; use a machine with more, or smaller bench.shapes"
     # The last resort: a bug of ours is told as one, in one line.
-    said = " ".join(str(error).split())[:300]
-    return 1, f"a bug in slimheads: {type(error).__name__}: {said}; run again with --debug and report it"
+    return (
+        1,
+        f"a bug in slimheads: {type(error).__name__}: {one_line(error, 300)}; run again with --debug and report it",
+    )
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:

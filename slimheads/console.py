@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,12 +12,13 @@ from rich.status import Status
 from rich.table import Table
 
 from slimheads import formatting as fmt
-from slimheads.families.support import NOT_PROVEN
+from slimheads.families.support import FamilySupport
 from slimheads.latency.profile import Profile
 from slimheads.latency.records import Latency
 from slimheads.pipeline.preview import Preview
 from slimheads.pruning.scores import Scores
 from slimheads.report import wording
+from slimheads.report.families_page import NOT_PROVEN
 from slimheads.runtime.doctor import Check
 from slimheads.streams import SteadyConsole
 
@@ -117,16 +118,16 @@ def print_dry_run(stages: Mapping[str, str], found: Preview) -> None:
     print_preview(found)
 
 
-def print_families(rows: Sequence[Mapping[str, Any]]) -> None:
+def print_families(rows: Sequence[FamilySupport]) -> None:
     """One row a family file; how many tests stand behind each model type, and what is not proven."""
     table = Table("family", "model types", "unit", "projections", "tasks", "reload", box=None, pad_edge=False)
     table.add_column("evidence")
     for row in rows:
-        proven = (f"{t} ({sum(found['tests'].values())} tests)" for t, found in row["evidence"].items())
-        lacking = (f"{t} {NOT_PROVEN}: {reason}" for t, reason in row["not_proven"].items())
-        types, tasks = ", ".join(row["model_types"]), ", ".join(row["tasks"]) or NOT_PROVEN
+        proven = (f"{t} ({sum(found.tests.values())} tests)" for t, found in row.evidence.items())
+        lacking = (f"{t} {NOT_PROVEN}: {reason}" for t, reason in row.not_proven.items())
+        types, tasks = ", ".join(row.model_types), ", ".join(row.tasks) or NOT_PROVEN
         said = "; ".join((*proven, *lacking))
-        table.add_row(row["family"], types, row["unit"], row["layout"], tasks, row["reload"] or NOT_PROVEN, said)
+        table.add_row(row.family, types, row.unit, row.layout, tasks, row.reload or NOT_PROVEN, said)
     stdout().print(table)
 
 

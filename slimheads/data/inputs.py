@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from slimheads.errors import UsageError
+from slimheads.errors import UsageError, one_line
 from slimheads.families.config_facts import inputs_kind, takes_text, text_config
 
 Arrays = dict[str, NDArray[Any]]
@@ -96,7 +96,7 @@ def read_inputs(path: Path, config: PretrainedConfig) -> dict[str, torch.Tensor]
     try:
         arrays = safetensors.numpy.load_file(path)
     except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy lacks
-        raise refuse(f"the inputs cannot be read ({' '.join(str(error).split())[:200]})") from error
+        raise refuse(f"the inputs cannot be read ({one_line(error)})") from error
     expected = make_inputs(config, 1, 1, np.random.default_rng(0))
     if arrays.keys() != expected.keys():
         raise refuse(f"the file holds {', '.join(sorted(arrays)) or 'nothing'}, the model takes {', '.join(expected)}")

@@ -23,7 +23,7 @@ from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 from transformers import PretrainedConfig
 
-from slimheads.errors import in_short
+from slimheads.errors import first_line
 from slimheads.exporting import graph_files
 from slimheads.names import GraphForm
 from slimheads.runtime.onnx_runtime import onnxruntime
@@ -54,7 +54,7 @@ def build_candidate(name: GraphForm, plain: Path, target: Path, config: Pretrain
         # Third-party passes over arbitrary graphs raise all sorts (KeyError, AssertionError, what ONNX Runtime has of
         # its own); each means that this graph has no such form, and the plain one stays.
         except Exception as error:
-            return f"it could not be made ({type(error).__name__}: {in_short(error)[:200]})"
+            return f"it could not be made ({type(error).__name__}: {first_line(error)[:200]})"
         before = onnx.load(str(plain), load_external_data=False)
         if _operators(made) == _operators(before):
             return "it changes nothing in this graph"

@@ -15,34 +15,10 @@ from typing import Any
 
 import onnx
 import torch
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from slimheads.exporting.metadata import set_metadata
-from slimheads.names import KvAxes
+from slimheads.names import KvAxes, KvShape
 from slimheads.runtime.onnx_signature import CROSS_KV_SHAPES_KEY, KV_SHAPES_KEY
-
-KvShape = tuple[int, int, int]  # KV heads, head_dim of keys, head_dim of values
-
-
-def kv_shapes(model: PreTrainedModel) -> tuple[KvShape, ...]:
-    """Per layer: (KV heads, key head_dim, value head_dim), read off a forward of two tokens."""
-    with torch.no_grad():
-        cache = model(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=True).past_key_values
-    # GPTBigCode's cache has room for cross-attention behind the two.
-    return tuple((key.shape[1], key.shape[3], value.shape[3]) for key, value, *_ in cache.to_legacy_cache())
-
-
-def seq2seq_kv_shapes(model: PreTrainedModel) -> tuple[tuple[KvShape, ...], tuple[KvShape, ...]]:
-    """The same for an encoder-decoder, read off its decoder: of its self-attention, and of its cross-attention."""
-    states = BaseModelOutput(last_hidden_state=torch.zeros((1, 2, model.config.hidden_size), dtype=model.dtype))
-    with torch.no_grad():
-        made = model(encoder_outputs=states, decoder_input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=True)
-    layers = made.past_key_values.to_legacy_cache()
-    own, cross = (
-        tuple((layer[i].shape[1], layer[i].shape[3], layer[i + 1].shape[3]) for layer in layers) for i in (0, 2)
-    )
-    return own, cross
 
 
 def true_cache_config(config_class: type[Any], shapes: Sequence[KvShape], cross: Sequence[KvShape] = ()) -> type[Any]:

@@ -19,8 +19,9 @@ import slimheads.runtime.onnx_runtime  # noqa: F401 - telemetry off
 from slimheads.data.inputs import float_axes
 from slimheads.errors import ModelRefusedError
 from slimheads.exporting.graph_files import graph_files, remove_graph, share_data
-from slimheads.exporting.kv_cache import kv_shapes, label_cache, seq2seq_kv_shapes, true_cache_config
+from slimheads.exporting.kv_cache import label_cache, true_cache_config
 from slimheads.exporting.metadata import label_axes
+from slimheads.models.kv_shapes import kv_shapes, seq2seq_kv_shapes
 from slimheads.names import KvAxes
 from slimheads.runtime.quiet import quiet
 

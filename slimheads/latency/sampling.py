@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from slimheads.errors import UsageError
+from slimheads.errors import UsageError, one_line
 from slimheads.formatting import shape_text
 from slimheads.names import Shape
 from slimheads.runtime.io_binding import BoundRun, Feed, bind, feed_for
@@ -154,7 +154,7 @@ def _failing(runs: Sequence[BoundRun], files: Sequence[Path]) -> str:
 
 def _cannot_run(file: str, shape: Shape, error: Exception) -> UsageError:
     return UsageError(
-        f"ONNX Runtime cannot run the shape {list(shape)} ({' '.join(str(error).split())[:200]})",
+        f"ONNX Runtime cannot run the shape {list(shape)} ({one_line(error)})",
         where=file,
         keys=("bench.shapes",),
         hint="give a shape that every file accepts",

@@ -25,7 +25,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 import slimheads
-from slimheads.errors import EnvironmentLackError
+from slimheads.errors import EnvironmentLackError, one_line
 from slimheads.files import remove, write
 from slimheads.latency.table import FORMAT, LatencyTable
 from slimheads.models.checkpoint import Source
@@ -102,8 +102,7 @@ def _read(source: Source, shape: Shape, setting: Setting) -> LatencyTable | None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        log.warning("the latency table %s is not used, it is damaged: %s", path, reason[:200])
+        log.warning("the latency table %s is not used, it is damaged: %s", path, one_line(error))
         return None
     return table
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from slimheads.data.inputs import make_inputs, to_torch
-from slimheads.errors import UsageError
+from slimheads.errors import UsageError, one_line
 
 
 def parameters(model: PreTrainedModel) -> int:
@@ -96,7 +96,7 @@ def _refused(batch: int, length: int, past: int) -> Iterator[None]:
     try:
         yield
     except (IndexError, RuntimeError) as error:  # past the end of a position table, say
-        raise _no_shape(" ".join(str(error).split())[:200], batch, length, past) from error
+        raise _no_shape(one_line(error), batch, length, past) from error
 
 
 def _no_shape(why: str, batch: int, length: int, past: int) -> UsageError:

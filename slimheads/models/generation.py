@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 
-from slimheads.errors import ModelRefusedError, in_short
+from slimheads.errors import ModelRefusedError, first_line
 from slimheads.intake.config_keys import allowed
 from slimheads.notices import tell
 from slimheads.runtime.quiet import quiet_transformers
@@ -43,7 +43,7 @@ def settings_of(folder: Path, config: PretrainedConfig) -> GenerationConfig:
             fallback = GenerationConfig.from_model_config(config)  # every model makes it, whatever the file says
         except (ValueError, *_UNREADABLE) as error:
             raise ModelRefusedError(
-                f"a generation setting that transformers does not take ({in_short(error)})",
+                f"a generation setting that transformers does not take ({first_line(error)})",
                 where=str(folder / "config.json"),
                 hint="correct it, or remove it to generate with the default",
             ) from error
@@ -80,10 +80,12 @@ def kept_settings(folder: Path) -> dict[str, Any] | None:
             to_blame = [key for key, value in data.items() if isinstance(_problem({key: value}), type(problem))]
             what = f"'{to_blame[0]}' has a value" if to_blame else "holds values"
             raise ModelRefusedError(
-                f"{what} that transformers cannot read ({in_short(problem)})", where=str(path), hint=hint
+                f"{what} that transformers cannot read ({first_line(problem)})", where=str(path), hint=hint
             ) from problem
         value = json.dumps(data.pop(named[0]))[:40]
-        tell(f"{FILE}: '{named[0]}: {value}' is left out, for transformers refuses it: {in_short(problem).rstrip('.')}")
+        tell(
+            f"{FILE}: '{named[0]}: {value}' is left out, for transformers refuses it: {first_line(problem).rstrip('.')}"
+        )
     return data
 
 

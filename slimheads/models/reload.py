@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from slimheads.errors import first_line
 from slimheads.families.sites import find_sites
 from slimheads.models.checkpoint import auto_classes
 from slimheads.runtime.quiet import quiet_transformers
@@ -30,10 +31,9 @@ def reload_tier(folder: Path, model: PreTrainedModel, task: str) -> tuple[Tier, 
                 folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
             )
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return (
             "slimheads",
-            f"Plain transformers does not rebuild these head counts ({first[:120]}): use slimheads.load.",
+            f"Plain transformers does not rebuild these head counts ({first_line(error)[:120]}): use slimheads.load.",
         )
     by = f"Plain transformers ({transformers.__version__}) reloads it with {auto}.from_pretrained"
     made_up = stock.state_dict().keys() - model.state_dict().keys()

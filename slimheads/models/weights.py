@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
-from slimheads.errors import ModelRefusedError
+from slimheads.errors import ModelRefusedError, one_line
 from slimheads.families.family import Family, is_projection
 from slimheads.runtime.quiet import quiet_transformers
 
@@ -62,7 +62,7 @@ def refused_loading(
     error: Exception, model_class: Any, settings: PretrainedConfig, files: Mapping[str, Path], folder: Path
 ) -> ModelRefusedError:
     """What transformers raised while it loaded a class of a configuration, with the remedy for that cause."""
-    text = " ".join(str(error).split())
+    text = one_line(error, None)
     config = str(folder / "config.json")
     if _MISMATCH in text:
         name, stored, wanted = next(_other_shapes(model_class, settings, files), ("a tensor", "another", "its own"))
@@ -84,7 +84,7 @@ def refused_loading(
             hint="save the whole model with save_pretrained, not its parts",
         )
     return ModelRefusedError(
-        f"transformers cannot load it ({text[:300] or type(error).__name__})",
+        f"transformers cannot load it ({text[:300]})",
         where=str(folder),
         hint="check that config.json and the weights were saved together, or fetch both again",
     )

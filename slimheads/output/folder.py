@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from slimheads.errors import UsageError
+from slimheads.errors import UsageError, one_line
 from slimheads.files import is_there, sha256_file
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def shown(out: Path) -> Shown:
     except FileNotFoundError:
         return Shown()
     except (OSError, ValueError) as error:
-        log.warning("published.json is damaged: %s", " ".join(str(error).split())[:200])
+        log.warning("published.json is damaged: %s", one_line(error))
         return Shown()
 
 

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import field_validator
 
-from slimheads.errors import SlimheadsError
+from slimheads.errors import SlimheadsError, one_line
 from slimheads.files import (
     exchange,
     failing_disk_named,
@@ -160,7 +160,7 @@ def undo(out: Path) -> bool:
         except FileNotFoundError:
             return True
         except ValueError as error:
-            log.warning("publishing.json is damaged: %s", " ".join(str(error).split())[:200])
+            log.warning("publishing.json is damaged: %s", one_line(error))
             return False
         aside = file.with_name(intent.folder)
         if aside.is_dir() and not any(path.is_symlink() for path in (aside, *aside.glob("*"))):

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
-from slimheads.errors import OutputBusyError
+from slimheads.errors import OutputBusyError, one_line
 from slimheads.files import (
     disk_full_named,
     files_below,
@@ -158,8 +158,7 @@ class Store:
                 raise ValueError("record.json belongs to another stage")
             _check_files(record)
         except (OSError, ValueError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            log.warning("the stage %s runs again, its stored result is damaged: %s", stage, reason[:200])
+            log.warning("the stage %s runs again, its stored result is damaged: %s", stage, one_line(error))
             return None
         return record
 

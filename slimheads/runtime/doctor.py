@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel, ConfigDict
 
+from slimheads.errors import one_line
 from slimheads.runtime.environment import GIB, PACKAGES, available_memory, installed, runtime_providers, usable_cores
 
 MIN_PYTHON = ">=3.11"
@@ -148,7 +149,7 @@ def _check_plots(draw: Callable[[], None] | None = None) -> Check:
     try:
         (draw or _draw_once)()
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        found = " ".join(f"{type(error).__name__}: {error}".split())
+        found = f"{type(error).__name__}: {one_line(error)}"
         hint = "reinstall matplotlib, and set MPLCONFIGDIR to a writable folder"
         return Check(name="plots", ok=False, found=found, expected="matplotlib draws without a display", hint=hint)
     return Check(name="plots", ok=True, found="drawn to SVG", expected="matplotlib draws without a display", hint=None)

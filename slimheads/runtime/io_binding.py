@@ -14,8 +14,9 @@ import numpy as np
 
 from slimheads.errors import UsageError
 from slimheads.names import Shape
+from slimheads.runtime.graph_inputs import Array, inputs_for
 from slimheads.runtime.onnx_runtime import onnxruntime
-from slimheads.runtime.onnx_signature import Array, Interface, inputs_for
+from slimheads.runtime.onnx_signature import Interface
 from slimheads.runtime.sessions import device_of
 
 # (batch, length), (batch, length, past), (batch, length, past, encoder's positions), (batch,)

@@ -1,10 +1,9 @@
-"""What an ONNX file says about its own inputs, and inputs made from that: every stage feeds a graph the same way."""
+"""The inputs and outputs of an ONNX file, as the file itself and its metadata describe them."""
 
 from __future__ import annotations
 
 import json
-import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,18 +12,17 @@ from typing import Any
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from numpy.typing import NDArray
 
-from slimheads.errors import UsageError
+from slimheads.errors import UsageError, one_line
+from slimheads.names import KvShape
 from slimheads.runtime.onnx_runtime import onnxruntime
-
-Array = NDArray[Any]
 
 KV_SHAPES_KEY = "slimheads.kv_shapes"  # metadata_props: JSON [[kv_heads, head_dim_k, head_dim_v], ...], one a layer
 CROSS_KV_SHAPES_KEY = "slimheads.cross_kv_shapes"  # the same for the cross-attention of an encoder-decoder
 # metadata_props: JSON {input: [[size at length 1, more for each further token or frame], ...]}, axes after the batch
 AXES_KEY = "slimheads.axes"
-UNKNOWN_VOCABULARY = 100
+# Images, spectrograms, waveforms and what an encoder left: not all of them have a length.
+FLOAT_INPUTS = frozenset({"pixel_values", "input_features", "input_values", "encoder_hidden_states"})
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ class Interface:
     where: str
     inputs: tuple[Input, ...]
     vocabulary: int | None = None
-    kv_shapes: tuple[tuple[int, int, int], ...] = ()
-    cross_kv_shapes: tuple[tuple[int, int, int], ...] = ()
+    kv_shapes: tuple[KvShape, ...] = ()
+    cross_kv_shapes: tuple[KvShape, ...] = ()
     axes: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
 
@@ -111,7 +109,7 @@ class Interface:
         if wanted.name in self.axes:
             return any(more for _, more in self.axes[wanted.name])
         free = [dim for dim in wanted.dims[1:] if isinstance(dim, str)]
-        return _FILLERS.get(wanted.name) is not _normal or any(dim.endswith("sequence_length") for dim in free)
+        return wanted.name not in FLOAT_INPUTS or any(dim.endswith("sequence_length") for dim in free)
 
 
 def read_interface(source: str | Path | onnxruntime.InferenceSession) -> Interface:
@@ -130,7 +128,7 @@ def read_interface(source: str | Path | onnxruntime.InferenceSession) -> Interfa
         model = onnx.load(str(source), load_external_data=False)
     except (OSError, DecodeError) as error:
         raise UsageError(
-            f"the ONNX file cannot be read ({' '.join(str(error).split())[:200]})",
+            f"the ONNX file cannot be read ({one_line(error)})",
             where=str(source),
             hint="export it again",
         ) from error
@@ -165,7 +163,7 @@ def _ort_dtype(name: str) -> np.dtype[Any]:
         return np.dtype(object)
 
 
-def _kv_shapes(metadata: dict[str, str], where: str) -> Iterator[tuple[tuple[int, int, int], ...]]:
+def _kv_shapes(metadata: dict[str, str], where: str) -> Iterator[tuple[KvShape, ...]]:
     for key in (KV_SHAPES_KEY, CROSS_KV_SHAPES_KEY):
         try:
             yield tuple((int(h), int(k), int(v)) for h, k, v in json.loads(metadata.get(key, "[]")))
@@ -222,155 +220,3 @@ def _vocabulary(graph: onnx.GraphProto) -> int | None:
             if table in tables:
                 rows.append(tables[table])
     return min(rows, default=None)
-
-
-@dataclass(frozen=True)
-class _Request:
-    interface: Interface
-    batch: int
-    length: int
-    past: int
-    encoder_length: int
-    seed: int
-
-    def rng(self, name: str) -> np.random.Generator:
-        """A stream of its own for each name: two files that share an input get the same values in it."""
-        return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
-
-
-def inputs_for(
-    source: str | Path | onnxruntime.InferenceSession | Interface,
-    batch: int,
-    length: int,
-    past: int = 0,
-    seed: int = 0,
-    encoder_length: int | None = None,
-) -> dict[str, Array]:
-    """Inputs for a transformer ONNX file, unpadded, made from the file's own input metadata.
-
-    Args:
-        source: the file, an open session, or what `read_interface` gave for one. From a session, ids stay under 100.
-        batch: sequences (or images, or clips).
-        length: new tokens a sequence; frames of a waveform where the file says how many samples these take (AXES_KEY),
-            otherwise samples.
-        past: tokens already in the KV cache; 0 gives caches with a zero-length axis 2.
-        seed: the same seed gives the same values, input by input, whatever other inputs a file has.
-        encoder_length: positions that a decoder's encoder saw, `length` unless given.
-
-    Returns:
-        Arrays by input name: ids [batch, length], attention_mask [batch, past + length], caches
-        [batch, heads, past, dim].
-
-    Raises:
-        UsageError: the shape is not a shape, the file fixes another one, or an input is not one that can be filled.
-    """
-    encoder_length = length if encoder_length is None else encoder_length
-    if min(batch, length, encoder_length) < 1 or past < 0:
-        raise UsageError(
-            f"shape (batch {batch}, length {length}, past {past}, encoder {encoder_length}) is not possible",
-            hint="batch and lengths start at 1, past at 0",
-        )
-    interface = source if isinstance(source, Interface) else read_interface(source)
-    request = _Request(interface, batch, length, past, encoder_length, seed)
-    return {wanted.name: _fill(wanted, request) for wanted in interface.inputs}
-
-
-def _fill(wanted: Input, request: _Request) -> Array:
-    fill = _FILLERS.get(wanted.name.split(".")[0])
-    if fill is None or wanted.dtype == object:
-        raise _cannot_fill(wanted, request, "it is not an input of a kind that is known here")
-    array = fill(wanted, request).astype(wanted.dtype)
-    fits = len(array.shape) == len(wanted.dims) and all(
-        size == dim or not isinstance(dim, int) for size, dim in zip(array.shape, wanted.dims, strict=True)
-    )
-    if not fits:
-        raise _cannot_fill(wanted, request, f"the file wants {list(wanted.dims)}, not {list(array.shape)}")
-    return array
-
-
-def _cannot_fill(wanted: Input, request: _Request, why: str) -> UsageError:
-    return UsageError(
-        f"input {wanted.name!r} cannot be filled: {why}",
-        where=request.interface.where,
-        hint="give a file whose inputs have the names and axes that optimum exports, or another shape",
-    )
-
-
-def _token_ids(wanted: Input, request: _Request) -> Array:
-    vocabulary = request.interface.vocabulary or UNKNOWN_VOCABULARY
-    return request.rng(wanted.name).integers(0, vocabulary, (request.batch, request.length))
-
-
-def _ones(wanted: Input, request: _Request) -> Array:
-    return np.ones((request.batch, request.past + request.length))
-
-
-def _encoder_ones(wanted: Input, request: _Request) -> Array:
-    return np.ones((request.batch, request.encoder_length))
-
-
-def _zeros(wanted: Input, request: _Request) -> Array:
-    return np.zeros((request.batch, request.length))
-
-
-def _positions(wanted: Input, request: _Request) -> Array:
-    span = np.arange(request.past, request.past + request.length)
-    return np.broadcast_to(span, (request.batch, request.length))
-
-
-def _cache_branch(wanted: Input, request: _Request) -> Array:
-    return np.full((1,), request.past > 0)
-
-
-# What exporters name the free axes of images, spectrograms and waveforms, and the usual size of each.
-_FREE_AXES = MappingProxyType(
-    {"num_channels": 3, "height": 224, "width": 224, "feature_size": 80, "num_mel_bins": 80, "nb_max_frames": 3000}
-)
-
-
-def _normal(wanted: Input, request: _Request) -> Array:
-    sizes = [request.batch]
-    stated = request.interface.axes.get(wanted.name, ())
-    for axis, dim in enumerate(wanted.dims[1:], start=1):
-        if isinstance(dim, int):
-            sizes.append(dim)
-        elif len(stated) == len(wanted.dims) - 1:
-            first, more = stated[axis - 1]
-            sizes.append(first + more * (request.length - 1))
-        elif dim is not None and dim in _FREE_AXES:
-            sizes.append(_FREE_AXES[dim])
-        elif dim is not None and dim.endswith("sequence_length"):
-            sizes.append(request.encoder_length if dim.startswith("encoder") else request.length)
-        else:
-            raise _cannot_fill(wanted, request, f"the size of its axis {axis} ({dim}) is not known")
-    return request.rng(wanted.name).standard_normal(sizes, dtype=np.float32)
-
-
-def _cache(wanted: Input, request: _Request) -> Array:
-    if len(wanted.dims) != 4:
-        raise _cannot_fill(wanted, request, "a cache of [batch, heads, past, dim] is expected")
-    if (size := request.interface.cache_size(wanted)) is None:
-        key = CROSS_KV_SHAPES_KEY if wanted.is_cross else KV_SHAPES_KEY
-        raise _cannot_fill(wanted, request, f"its axes 1 and 3 are free and metadata {key} does not give them")
-    heads, width = size
-    past = request.encoder_length if wanted.is_cross else request.past
-    return request.rng(wanted.name).standard_normal((request.batch, heads, past, width), dtype=np.float32)
-
-
-_FILLERS: MappingProxyType[str, Callable[[Input, _Request], Array]] = MappingProxyType(
-    {
-        "input_ids": _token_ids,
-        "decoder_input_ids": _token_ids,
-        "attention_mask": _ones,
-        "decoder_attention_mask": _ones,
-        "encoder_attention_mask": _encoder_ones,
-        "token_type_ids": _zeros,
-        "position_ids": _positions,
-        "use_cache_branch": _cache_branch,
-        "pixel_values": _normal,
-        "input_features": _normal,
-        "input_values": _normal,
-        "encoder_hidden_states": _normal,
-        "past_key_values": _cache,
-    }
-)

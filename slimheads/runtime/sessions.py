@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from slimheads.errors import EnvironmentLackError, UsageError, require_known
+from slimheads.errors import EnvironmentLackError, UsageError, one_line, require_known
 from slimheads.runtime.onnx_runtime import onnxruntime
 
 PROVIDERS = MappingProxyType({"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"})
@@ -70,7 +70,7 @@ def open_session(
         session = onnxruntime.InferenceSession(str(path), options, providers=_with_cpu(wanted))
     except ORT_ERRORS as error:
         raise UsageError(
-            f"ONNX Runtime cannot open the file ({_one_line(error)})", where=str(path), hint="export it again"
+            f"ONNX Runtime cannot open the file ({one_line(error)})", where=str(path), hint="export it again"
         ) from error
     session.disable_fallback()
     if (real := session.get_providers()[0]) != wanted:
@@ -181,7 +181,3 @@ def _with_cpu(provider: str) -> list[str]:
 def _provider_name(provider: str) -> str:
     require_known("bench.providers", provider, PROVIDERS)
     return PROVIDERS[provider]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

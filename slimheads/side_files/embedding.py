@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from slimheads.errors import ModelRefusedError, in_short
+from slimheads.errors import ModelRefusedError, first_line, one_line
 from slimheads.intake.json_files import read_json_as
 from slimheads.side_files.sentence_modules import (
     MODULES,
@@ -121,7 +121,7 @@ def require_embedding(folder: Path, width: int) -> None:
         embedding_of(folder).pool(torch.zeros((1, 1, width)), torch.ones((1, 1), dtype=torch.long))
     except RuntimeError as error:
         raise ModelRefusedError(
-            f"the modules do not fit a model of width {width} ({in_short(error)})",
+            f"the modules do not fit a model of width {width} ({first_line(error)})",
             where=str(folder / MODULES),
             hint="fetch the model folder again",
         ) from error
@@ -168,7 +168,7 @@ def _step(folder: Path, module: SentenceModule) -> Step | None:
         return partial(_dense, weight=weights["linear.weight"], bias=weights.get("linear.bias"), activation=activation)
     except (SafetensorError, OSError, KeyError, AttributeError, TypeError) as error:
         raise ModelRefusedError(
-            f"damaged module ({' '.join(str(error).split())[:200]})",
+            f"damaged module ({one_line(error)})",
             where=str(path),
             hint="fetch the model folder again",
         ) from error

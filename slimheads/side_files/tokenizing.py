@@ -18,7 +18,7 @@ from typing import Any
 import transformers
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from slimheads.errors import EnvironmentLackError, ModelRefusedError, SlimheadsError
+from slimheads.errors import EnvironmentLackError, ModelRefusedError, SlimheadsError, one_line
 from slimheads.intake.json_files import read_json_as
 from slimheads.notices import tell
 from slimheads.runtime.quiet import quiet
@@ -140,7 +140,7 @@ def _silent_panics() -> Iterator[None]:
 
 
 def _failure(folder: Path, files: Sequence[Path], error: BaseException) -> SlimheadsError:
-    where, said = folder / _named_file(folder), " ".join(str(error).split())
+    where, said = folder / _named_file(folder), one_line(error, 300)
     if lacking := _lacking(files, error):
         return EnvironmentLackError(
             f"the tokenizer needs the package {lacking}, which is not installed",
@@ -149,7 +149,7 @@ def _failure(folder: Path, files: Sequence[Path], error: BaseException) -> Slimh
         )
     if isinstance(error, ImportError):
         hint = "install what it names"
-        return EnvironmentLackError(f"the tokenizer needs more packages ({said[:300]})", where=str(where), hint=hint)
+        return EnvironmentLackError(f"the tokenizer needs more packages ({said})", where=str(where), hint=hint)
     hint = "fetch the model folder again"
     if all(name.name in _WITHOUT_WORDS for name in files):
         said = "there is no vocabulary beside it"
@@ -159,8 +159,8 @@ def _failure(folder: Path, files: Sequence[Path], error: BaseException) -> Slimh
     if fast.is_file():
         _, damage = _attempt(lambda: PreTrainedTokenizerFast(tokenizer_file=str(fast)))
         if damage is not None:
-            where, said = fast, " ".join(str(damage).split())
-    return ModelRefusedError(f"the tokenizer cannot be loaded ({said[:300]})", where=str(where), hint=hint)
+            where, said = fast, one_line(damage, 300)
+    return ModelRefusedError(f"the tokenizer cannot be loaded ({said})", where=str(where), hint=hint)
 
 
 def _lacking(files: Sequence[Path], error: BaseException) -> str | None:

@@ -27,7 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, computed_field
 from transformers import PreTrainedModel
 
-from slimheads.errors import CertificateError, SlimheadsError, in_short, require_known
+from slimheads.errors import CertificateError, SlimheadsError, first_line, require_known
 from slimheads.exporting.artifacts import FILES
 from slimheads.names import GraphForm, Int8For, OnWeakPrecision, Precision
 from slimheads.pruning.gates import gated
@@ -338,7 +338,7 @@ def _tokens(shown: str, generations: Sequence[Generation]) -> Link:
         try:
             reason = _first_other_token(generation)
         except _FAILURES as error:
-            reason = f"it does not run: {in_short(error)}"
+            reason = f"it does not run: {first_line(error)}"
         if reason:
             wrong.append((generation.prompt, reason))
     return Link(
@@ -397,4 +397,4 @@ def _link(number: int, name: str, subject: str, found: Sequence[Comparison], ato
 
 
 def _broken(number: int, name: str, subject: str, error: Exception) -> Link:
-    return Link(link=number, name=name, subject=subject, cases=0, passed=False, reason=in_short(error))
+    return Link(link=number, name=name, subject=subject, cases=0, passed=False, reason=first_line(error))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimheads.data.texts import TextBatch, text_batches
-from slimheads.errors import UsageError
+from slimheads.errors import UsageError, one_line
 from slimheads.families.limits import decoder_start, position_limit
 from slimheads.models.generation import seq2seq_generate
 from slimheads.side_files.embedding import MEAN, Embedding
@@ -145,10 +145,11 @@ def drift_on_inputs(
         try:
             tallies.add({name: tensor[start : start + batch_size] for name, tensor in inputs.items()})
         except (ValueError, RuntimeError, IndexError) as error:
-            said = " ".join(str(error).split())[:200]
             hint = "give inputs of the size that the model takes"
             raise UsageError(
-                f"the model does not run on the inputs of {sample_name} ({said})", keys=("verify.inputs",), hint=hint
+                f"the model does not run on the inputs of {sample_name} ({one_line(error)})",
+                keys=("verify.inputs",),
+                hint=hint,
             ) from error
     return tallies.summary(sample_name, count).model_copy(update={"noun": noun})
 

@@ -20,7 +20,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from slimheads.data.inputs import make_inputs, to_torch
-from slimheads.errors import in_short
+from slimheads.errors import first_line
 from slimheads.families.config_facts import has_length, takes_padding, takes_text, text_config
 from slimheads.runtime.onnx_runtime import onnxruntime
 from slimheads.runtime.sessions import ORT_ERRORS
@@ -303,7 +303,7 @@ def _run_and_compare(
         try:
             outputs.append(form(case))
         except REFUSALS as error:
-            return Comparison(str(case), np.inf, np.inf, False, f"{called} does not run: {in_short(error)}")
+            return Comparison(str(case), np.inf, np.inf, False, f"{called} does not run: {first_line(error)}")
     found = compare(outputs[0], outputs[1], case, atol, rtol)
     if agreement and found.passed:
         agreement.add(outputs[0], outputs[1], case)

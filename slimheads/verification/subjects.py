@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from slimheads.exporting.artifacts import ENCODER, FILES, FIRST_DECODER, MERGED_DECODER, NEXT_DECODER, PARTS, file_name
 from slimheads.exporting.clients import greedy_tokens, seq2seq_greedy_tokens
-from slimheads.exporting.kv_cache import kv_shapes
 from slimheads.exporting.quantize import SIXTEEN_BITS
 from slimheads.families.limits import decoder_start, position_limit
 from slimheads.families.sites import Site, find_sites
 from slimheads.models.generation import greedy_options, seq2seq_generate
+from slimheads.models.kv_shapes import kv_shapes
 from slimheads.names import Int8For, Precision
 from slimheads.pruning.plan import Plan
 from slimheads.runtime.onnx_signature import read_interface

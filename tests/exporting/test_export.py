@@ -27,7 +27,8 @@ from slimheads.models.generation import greedy_options
 from slimheads.names import KvAxes
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
-from slimheads.runtime.onnx_signature import KV_SHAPES_KEY, inputs_for, read_interface
+from slimheads.runtime.graph_inputs import inputs_for
+from slimheads.runtime.onnx_signature import KV_SHAPES_KEY, read_interface
 from slimheads.runtime.sessions import open_session
 from slimheads.verification.parity import cases, compare_all, onnx_form, onnx_greedy, torch_form
 

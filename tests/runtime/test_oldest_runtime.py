@@ -22,7 +22,8 @@ from tiny import task_of, tiny_model
 from slimheads.exporting.export import export
 from slimheads.exporting.graph_forms import build_candidate
 from slimheads.names import GraphForm
-from slimheads.runtime.onnx_signature import inputs_for, read_interface
+from slimheads.runtime.graph_inputs import inputs_for
+from slimheads.runtime.onnx_signature import read_interface
 from slimheads.runtime.sessions import ORT_ERRORS, open_session
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from onnx_files import assert_one_line, write_encoder
 
 from slimheads.errors import EnvironmentLackError, UsageError
-from slimheads.runtime.onnx_signature import inputs_for
+from slimheads.runtime.graph_inputs import inputs_for
 from slimheads.runtime.sessions import PROVIDERS, device_of, open_session, placement_of, session_options_record
 
 

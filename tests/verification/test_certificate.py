@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from slimheads.errors import CertificateError
 from slimheads.exporting.export import export
+from slimheads.families.evidence import LinkProof
 from slimheads.families.sites import find_sites
-from slimheads.families.support import LinkProof
 from slimheads.models.loading import load
 from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.surgery import prune

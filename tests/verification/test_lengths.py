@@ -15,8 +15,8 @@ from whole_runs import checkpoint, report_of, slimheads, steady, write_recipe
 
 from slimheads import load, prune, save, score, select
 from slimheads.exporting.export import export
-from slimheads.exporting.kv_cache import kv_shapes
 from slimheads.families.limits import position_limit
+from slimheads.models.kv_shapes import kv_shapes
 from slimheads.pipeline.stages import export as export_stage
 from slimheads.runtime.sessions import open_session
 from slimheads.verification import parity
