@@ -25,9 +25,9 @@ from slimheads.families.support import LinkProof
 from slimheads.models.loading import load
 from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.surgery import prune
-from slimheads.verification import certificate
 from slimheads.verification import subjects as chain
 from slimheads.verification.certificate import Certificate
+from slimheads.verification.prove import verify
 
 HEADS = (
     *(("bert", task) for task in ("fill-mask", "text-classification", "token-classification", "question-answering")),
@@ -94,7 +94,7 @@ def test_all_links_hold_with_another_count_in_every_site(
     task = task_of(model_type)
     told: list[str] = []
     made = ship(dense, ragged(dense), tmp_path, task=task, precisions=ALL_PRECISIONS)
-    found = certificate.verify(
+    found = verify(
         dense, made.slim, made.plan, made.folder, made.dense_onnx.parent, task=task, precisions=ALL_PRECISIONS,
         on_progress=told.append,
     )  # fmt: skip

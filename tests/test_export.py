@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from slimheads.data.inputs import make_inputs
 from slimheads.errors import ModelRefusedError
-from slimheads.exporting.artifacts import FILES, file_name
+from slimheads.exporting.artifacts import file_name
 from slimheads.exporting.export import export
 from slimheads.families.config_facts import has_length
 from slimheads.families.sites import find_sites
@@ -130,7 +130,7 @@ def test_a_decoders_file_says_the_true_shape_of_every_layers_cache(
     copies = sites[0].members if decoder_type == "falcon" else 1  # it keeps a group's keys once for every query head
     shapes = [[site.total * copies, site.head_dim, site.head_dim] for site in sites]
     assert len({heads for heads, *_ in shapes}) == len(shapes)
-    path = tmp_path / FILES["fp32"]
+    path = tmp_path / file_name("model", "fp32")
     metadata = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
     assert json.loads(metadata[KV_SHAPES_KEY]) == shapes
     axes = past_axes(path)
@@ -199,7 +199,7 @@ def test_each_precision_is_what_its_name_says_and_takes_the_same_inputs(
     slim: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
     export(slim("bert"), tmp_path, task="feature-extraction", precisions=("fp32", "fp16", "int8"))
-    plain, half, eighth = (tmp_path / FILES[precision] for precision in ("fp32", "fp16", "int8"))
+    plain, half, eighth = (tmp_path / file_name("model", precision) for precision in ("fp32", "fp16", "int8"))
     assert initializer_types(plain) == {TensorProto.FLOAT}
     assert TensorProto.FLOAT16 in initializer_types(half) and TensorProto.INT8 in initializer_types(eighth)
     assert io_types(plain) == io_types(half) == io_types(eighth) == {TensorProto.FLOAT, TensorProto.INT64}

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from slimheads.errors import ModelRefusedError
 from slimheads.exporting.artifacts import client_names
 from slimheads.exporting.export import export
+from slimheads.exporting.precisions import PRECISIONS
 from slimheads.exporting.quantize import Q4_BLOCK, to_int8, to_q4
 from slimheads.names import Int8For
 from slimheads.pruning.plan import Plan
 from slimheads.runtime.onnx_signature import nodes_of, read_interface
 from slimheads.runtime.sessions import open_session
 from slimheads.verification import structure as graph_check
-from slimheads.verification.precision_proof import TOLERANCES
 from slimheads.verification.rounded import write_rounded
 from slimheads.verification.structure import quantized_faults
 
@@ -245,7 +245,7 @@ def test_a_changed_weight_fails_link_3_though_outputs_agree(gpt2: Shipped, tmp_p
     assert [link.link for link in failed] == [3]
     assert failed[0].reason and failed[0].reason.endswith("c_fc.weight is not the float32 graph's, rounded")
     assert (
-        failed[0].max_rel is not None and failed[0].max_rel < TOLERANCES["q4"]
+        failed[0].max_rel is not None and failed[0].max_rel < PRECISIONS["q4"].tolerance
     )  # numbers alone would have let it pass
 
 

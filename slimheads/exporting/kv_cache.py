@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from slimheads.exporting.metadata import set_metadata
@@ -23,6 +22,16 @@ from slimheads.names import KvAxes
 from slimheads.runtime.onnx_signature import CROSS_KV_SHAPES_KEY, KV_SHAPES_KEY
 
 KvShape = tuple[int, int, int]  # KV heads, head_dim of keys, head_dim of values
+
+
+def has_cache(config: PretrainedConfig, task: str) -> bool:
+    """Whether the exported graphs have a KV cache: those of an encoder-decoder, and of a decoder that writes text."""
+    return bool(config.is_encoder_decoder) or task == "text-generation"
+
+
+def cache_shapes(model: PreTrainedModel) -> tuple[tuple[KvShape, ...], tuple[KvShape, ...]]:
+    """Shapes of the caches of self-attention and of cross-attention, which only an encoder-decoder has, per layer."""
+    return _seq2seq_kv_shapes(model) if model.config.is_encoder_decoder else (kv_shapes(model), ())
 
 
 def kv_shapes(model: PreTrainedModel) -> tuple[KvShape, ...]:
@@ -33,7 +42,7 @@ def kv_shapes(model: PreTrainedModel) -> tuple[KvShape, ...]:
     return tuple((key.shape[1], key.shape[3], value.shape[3]) for key, value, *_ in cache.to_legacy_cache())
 
 
-def seq2seq_kv_shapes(model: PreTrainedModel) -> tuple[tuple[KvShape, ...], tuple[KvShape, ...]]:
+def _seq2seq_kv_shapes(model: PreTrainedModel) -> tuple[tuple[KvShape, ...], tuple[KvShape, ...]]:
     """The same for an encoder-decoder, read off its decoder: of its self-attention, and of its cross-attention."""
     states = BaseModelOutput(last_hidden_state=torch.zeros((1, 2, model.config.hidden_size), dtype=model.dtype))
     with torch.no_grad():
@@ -45,31 +54,7 @@ def seq2seq_kv_shapes(model: PreTrainedModel) -> tuple[tuple[KvShape, ...], tupl
     return own, cross
 
 
-def true_cache_config(config_class: type[Any], shapes: Sequence[KvShape], cross: Sequence[KvShape] = ()) -> type[Any]:
-    """A subclass of an optimum OnnxConfig whose dummy past has each layer's own shape."""
-
-    class TrueCacheConfig(config_class):  # type: ignore[misc]
-        def overwrite_shape_and_generate_input(
-            self, dummy_input_gen: Any, input_name: str, framework: str, input_shapes: dict[str, Any]
-        ) -> Any:
-            made = super().overwrite_shape_and_generate_input(dummy_input_gen, input_name, framework, input_shapes)
-            if input_name != "past_key_values":
-                return made
-            batch, lengths = made[0][1].shape[0], [tensor.shape[2] for tensor in made[0][1::2]]
-            by_layer = zip(shapes, cross, strict=True) if cross else zip(shapes, strict=True)
-            return [
-                tuple(
-                    torch.rand(batch, heads, length, dim)
-                    for (heads, *dims), length in zip(layer, lengths, strict=True)
-                    for dim in dims
-                )
-                for layer in by_layer
-            ]
-
-    return TrueCacheConfig
-
-
-def label_cache(path: Path, shapes: Sequence[KvShape], axes: KvAxes, cross: Sequence[KvShape] = ()) -> None:
+def label_cache(path: Path, shapes: Sequence[KvShape], cross: Sequence[KvShape], axes: KvAxes) -> None:
     """Records the true cache shapes in the metadata and, for "symbolic", frees axes 1 and 3 of the past inputs."""
     proto = onnx.load(str(path), load_external_data=False)
     set_metadata(proto, KV_SHAPES_KEY, shapes)

@@ -52,7 +52,7 @@ def assemble(
     peak_rss_mb: float,
 ) -> Report:
     """Puts the report together, judges the gates and gives the verdict."""
-    certificate = job.certificate().with_candidate(job.shipped())
+    certificate = job.certificate().with_form(job.shipped())
     measured = job.result("bench") if "bench" in job.records else {"latency": []}
     latency = tuple(Latency.model_validate(row) for row in measured["latency"])
     drift, drift_text = (_drift_of(job, key) for key in ("drift", "drift_text"))

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from slimheads.errors import ModelRefusedError
-from slimheads.exporting.artifacts import FILES, client_names, file_name, parts_of
+from slimheads.exporting.artifacts import client_names, file_name, parts_of
 from slimheads.exporting.graph_files import graph_files
 from slimheads.latency.graph_choice import GraphChoice, Treatment, choices
 from slimheads.latency.head_counts import Selection
@@ -24,7 +24,7 @@ from slimheads.pipeline.latency_tables import tables_for
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.scores import Scores
 from slimheads.recipe.recipe import Recipe
-from slimheads.verification.certificate import CandidateProof, Certificate, LeftOut, Link, SkippedLink
+from slimheads.verification.certificate import Certificate, FormProof, LeftOut, Link, SkippedLink
 
 
 @dataclass
@@ -108,14 +108,14 @@ class Job:
 
     def proven_candidates(self) -> list[GraphForm]:
         """The candidate graphs that were built and that the certificate did not refuse."""
-        return [proof.candidate for proof in self.certificate().candidates if proof.passed]
+        return [proof.candidate for proof in self.certificate().forms if proof.passed]
 
     def graphs(self) -> tuple[GraphChoice, ...]:
         """The float32 graphs that could ship. One of them does, the plain one before anything was measured; none where
         the certificate failed.
         """
         built, certificate = self.result("export")["candidates"], self.certificate()
-        tried = {proof.candidate: proof.reason for proof in certificate.candidates}
+        tried = {proof.candidate: proof.reason for proof in certificate.forms}
         refused = tried if certificate.passed else None
         measured = self.result("bench") if "bench" in self.records else {"treatments": (), "again": ()}
         decides = self.recipe.bench.providers[0]
@@ -141,7 +141,7 @@ class Job:
     def published_graphs(self, side: str) -> dict[str, Path]:
         """The files of one side's onnx/ as published, by name: the shipped graph, and each under all of its names."""
         files = {path.name: path for path in sorted(self.onnx_folder(side).iterdir())}
-        plain, parts = FILES["fp32"], parts_of(self.dense().config)
+        plain, parts = file_name("model", "fp32"), parts_of(self.dense().config)
         left_out = set(self.recipe.export.precisions) - set(self.precisions())
         for part, precision in product(parts, left_out):
             for path in graph_files(self.onnx(side, precision, part)):
@@ -170,6 +170,6 @@ def certificate_of(result: Mapping[str, Any]) -> Certificate:
     return Certificate(
         tuple(Link.model_validate(link) for link in result["links"]),
         tuple(SkippedLink.model_validate(link) for link in result["skipped"]),
-        tuple(CandidateProof.model_validate(proof) for proof in result["candidates"]),
+        tuple(FormProof.model_validate(proof) for proof in result["candidates"]),
         tuple(LeftOut.model_validate(one) for one in result["left_out"]),
     )

@@ -21,7 +21,7 @@ from slimheads.data.inputs import read_inputs
 from slimheads.data.texts import read_texts
 from slimheads.exporting.artifacts import file_name
 from slimheads.exporting.export import export
-from slimheads.exporting.graph_forms import build_candidate
+from slimheads.exporting.graph_forms import build_form
 from slimheads.families.config_facts import NOUNS, inputs_kind
 from slimheads.files import sha256_file
 from slimheads.intake.examine import judged_config
@@ -49,8 +49,8 @@ from slimheads.side_files.embedding import embedding_of
 from slimheads.side_files.files import side_files
 from slimheads.side_files.sentence_modules import MODULES
 from slimheads.side_files.tokenizing import load_tokenizer
-from slimheads.verification.certificate import verify
 from slimheads.verification.drift import Drift, drift_on_inputs, measure_drift
+from slimheads.verification.prove import verify
 
 CONTROL_SEEDS = (1, 2, 3)
 _VERSIONED = (
@@ -203,7 +203,7 @@ def _candidate(job: Job, exported: Path, candidate: GraphForm) -> str | None:
     for side in ("dense", "slim"):
         plain, target = (root / side / "onnx" / file_name("model", "fp32") for root in (exported, folder))
         target.parent.mkdir(parents=True)
-        reason = build_candidate(candidate, plain, target, job.dense().config)
+        reason = build_form(candidate, plain, target, job.dense().config)
         if reason:
             shutil.rmtree(folder)
             return f"{side}: {reason}"
@@ -257,7 +257,7 @@ def _verify(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
     result: dict[str, Any] = {
         "links": [link.model_dump(mode="json") for link in certificate.links],
         "skipped": [link.model_dump(mode="json") for link in certificate.skipped],
-        "candidates": [proof.model_dump(mode="json") for proof in certificate.candidates],
+        "candidates": [proof.model_dump(mode="json") for proof in certificate.forms],
         "left_out": [one.model_dump(mode="json") for one in certificate.left_out],
         "drift": None,
         "drift_text": None,

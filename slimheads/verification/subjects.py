@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from slimheads.exporting.artifacts import ENCODER, FILES, FIRST_DECODER, MERGED_DECODER, NEXT_DECODER, PARTS, file_name
+from slimheads.exporting.artifacts import ENCODER, FIRST_DECODER, MERGED_DECODER, NEXT_DECODER, PARTS, file_name
 from slimheads.exporting.clients import greedy_tokens, seq2seq_greedy_tokens
 from slimheads.exporting.kv_cache import kv_shapes
+from slimheads.exporting.precisions import PRECISIONS
 from slimheads.exporting.quantize import SIXTEEN_BITS
 from slimheads.families.limits import decoder_start, position_limit
 from slimheads.families.sites import Site, find_sites
@@ -41,7 +42,6 @@ from slimheads.verification.rounded import write_losses, write_rounded
 from slimheads.verification.structure import fused_faults, graph_faults, merged_faults
 
 PROMPT_TOKENS, NEW_TOKENS = 8, 16
-ROUNDED: tuple[Precision, ...] = ("int8", "q4")  # precisions whose weights are whole numbers with a scale
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,11 @@ class Chain(Protocol):
 
     def structures(self, further: Sequence[Precision]) -> list[Structure]: ...
 
+    @property
+    def writes_text(self) -> bool:
+        """Whether the model generates tokens with a cache; only then are there generations."""
+        ...
+
     def generations(self) -> list[Generation]: ...
 
 
@@ -131,17 +136,25 @@ class Shipped:
         """The slim graphs."""
         return self.folder / "onnx"
 
-    def as_candidate(self, folder: Path) -> Shipped:
+    def graph(self, precision: Precision = "fp32", part: str = "model") -> Path:
+        """A slim graph."""
+        return self.onnx / file_name(part, precision)
+
+    def dense_graph(self, part: str = "model") -> Path:
+        """A dense graph, in float32."""
+        return self.dense_onnx / file_name(part, "fp32")
+
+    def as_form(self, folder: Path) -> Shipped:
         """The same models with another form of their graphs, which `folder` holds below dense/ and slim/."""
         return replace(self, dense_onnx=folder / "dense" / "onnx", folder=folder / "slim")
 
     def sums(self, part: str, further: Sequence[Precision]) -> list[Structure]:
-        """Whether the int8 file's sums fit into 16 bits, where it is for CPUs that may add them up so."""
-        if "int8" not in further or self.int8_for not in SIXTEEN_BITS:
+        """Whether sums of int8 products fit into 16 bits, in files for CPUs that may add them up so."""
+        if self.int8_for not in SIXTEEN_BITS:
             return []
-        path = self.onnx / file_name(part, "int8")
         claim = "no sum of two int8 products overflows 16 bits"
-        return [Structure(path, len(product_weights(path)), partial(overflow_faults, path), claim)]
+        paths = [self.graph(precision, part) for precision in further if PRECISIONS[precision].for_cpus]
+        return [Structure(path, len(product_weights(path)), partial(overflow_faults, path), claim) for path in paths]
 
 
 def chain_of(shipped: Shipped) -> Chain:
@@ -178,29 +191,29 @@ class OneFile:
 
     def __init__(self, shipped: Shipped) -> None:
         self._shipped = shipped
-        self._with_cache = shipped.task == "text-generation"
+        self.writes_text = shipped.task == "text-generation"
         self.cases = cases(shipped.dense.config, shipped.task)
 
     def torch_form(self, model: PreTrainedModel) -> Form:
         return torch_form(model)
 
     def subjects(self, precision: Precision) -> list[Subject]:
-        return [self._subject(self._shipped.onnx / FILES[precision], self._shipped.slim)]
+        return [self._subject(self._shipped.graph(precision), self._shipped.slim)]
 
     def dense_subject(self) -> Subject:
         """The dense model's file."""
-        return self._subject(self._shipped.dense_onnx / FILES["fp32"], self._shipped.dense)
+        return self._subject(self._shipped.dense_graph(), self._shipped.dense)
 
     def _subject(self, path: Path, model: PreTrainedModel) -> Subject:
         return Subject(path, self.cases, partial(self._form, path, model))
 
     def _form(self, path: Path, model: PreTrainedModel, *, optimize: bool = True) -> Form:
-        return onnx_form(open_session(path, optimize=optimize), kv_shapes(model) if self._with_cache else ())
+        return onnx_form(open_session(path, optimize=optimize), kv_shapes(model) if self.writes_text else ())
 
     def yardsticks(self, precision: Precision) -> list[Yardstick | None]:
-        if precision not in ROUNDED:
+        if not PRECISIONS[precision].rounded:
             return [None]
-        slim, plain, made = (self._shipped.slim, *(self._shipped.onnx / FILES[p] for p in ("fp32", precision)))
+        slim, plain, made = self._shipped.slim, self._shipped.graph(), self._shipped.graph(precision)
 
         def of_both(write: _Writer) -> Form:
             with _written(write, plain, made) as path:
@@ -213,27 +226,27 @@ class OneFile:
         """Of both files: whether each fused attention node counts the heads of its own layer."""
         sites, plan = find_sites(self._shipped.dense), self._shipped.plan
         whole = Plan(tuple(replace(site, kept=tuple(range(site.total))) for site in plan.sites))
-        sides = ((self._shipped.dense_onnx, whole), (self._shipped.onnx, plan))
-        paths = [(folder / FILES["fp32"], kept) for folder, kept in sides]
-        return [Structure(path, len(sites), partial(fused_faults, path, sites, kept)) for path, kept in paths]
+        graphs = ((self._shipped.dense_graph(), whole), (self._shipped.graph(), plan))
+        return [Structure(path, len(sites), partial(fused_faults, path, sites, kept)) for path, kept in graphs]
 
     def structures(self, further: Sequence[Precision]) -> list[Structure]:
-        sites, plan, path = find_sites(self._shipped.dense), self._shipped.plan, self._shipped.onnx / FILES["fp32"]
+        shipped = self._shipped
+        sites, plan, path = find_sites(shipped.dense), shipped.plan, shipped.graph()
 
         def faults() -> Iterator[str]:
-            yield from graph_faults(self._shipped.dense_onnx / FILES["fp32"], path, sites, plan)
+            yield from graph_faults(shipped.dense_graph(), path, sites, plan)
             for precision in further:
-                yield from fused_faults(self._shipped.onnx / FILES[precision], sites, plan)
+                yield from fused_faults(shipped.graph(precision), sites, plan)
 
         return [
             Structure(path, sum(len(site.projections) for site in sites), faults),
-            *self._shipped.sums("model", further),
+            *shipped.sums("model", further),
         ]
 
     def generations(self) -> list[Generation]:
-        if not self._with_cache:
+        if not self.writes_text:
             return []
-        slim, path = self._shipped.slim, self._shipped.onnx / FILES["fp32"]
+        slim, path = self._shipped.slim, self._shipped.graph()
 
         def found(ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
             if fixed_cache_axes(path):
@@ -264,6 +277,10 @@ class OneFile:
 
 
 class _FourFiles:
+    """The chain of an encoder-decoder."""
+
+    writes_text = True
+
     def __init__(self, shipped: Shipped) -> None:
         self._shipped = shipped
         self.cases = seq2seq.cases(shipped.dense.config)
@@ -281,7 +298,7 @@ class _FourFiles:
 
         return [
             Subject(
-                self._shipped.onnx / file_name(part, precision),
+                self._shipped.graph(precision, part),
                 run_by.get(part, self.cases),
                 partial(form, part),
                 converted=part != MERGED_DECODER,
@@ -291,7 +308,7 @@ class _FourFiles:
 
     def yardsticks(self, precision: Precision) -> list[Yardstick | None]:
         """The merged decoder's weights are those of the other two, which it is held against."""
-        if precision not in ROUNDED:
+        if not PRECISIONS[precision].rounded:
             return [None] * len(PARTS)
         folder = self._shipped.onnx
         parts = seq2seq.Files(*(folder / file_name(part, precision) for part in (ENCODER, FIRST_DECODER, NEXT_DECODER)))
@@ -324,12 +341,12 @@ class _FourFiles:
     def _structure(self, part: str, sites: tuple[Site, ...], further: Sequence[Precision]) -> Structure:
         names = {site.name for site in sites}
         plan = Plan(tuple(site for site in self._shipped.plan.sites if site.site in names))
-        before, after = (folder / file_name(part, "fp32") for folder in (self._shipped.dense_onnx, self._shipped.onnx))
+        before, after = self._shipped.dense_graph(part), self._shipped.graph("fp32", part)
 
         def faults() -> Iterator[str]:
             yield from graph_faults(before, after, sites, plan, cached=part == NEXT_DECODER)
             for precision in further:
-                yield from fused_faults(self._shipped.onnx / file_name(part, precision), sites, plan)
+                yield from fused_faults(self._shipped.graph(precision, part), sites, plan)
 
         return Structure(after, sum(len(site.projections) for site in sites), faults)
 
@@ -337,9 +354,9 @@ class _FourFiles:
         def faults() -> Iterator[str]:
             for precision in ("fp32", *further):
                 parts = (FIRST_DECODER, NEXT_DECODER, MERGED_DECODER)
-                yield from merged_faults(*(self._shipped.onnx / file_name(part, precision) for part in parts))
+                yield from merged_faults(*(self._shipped.graph(precision, part) for part in parts))
 
-        return Structure(self._shipped.onnx / file_name(MERGED_DECODER, "fp32"), 1 + len(further), faults)
+        return Structure(self._shipped.graph("fp32", MERGED_DECODER), 1 + len(further), faults)
 
     def generations(self) -> list[Generation]:
         slim, folder = self._shipped.slim, self._shipped.onnx
