@@ -30,7 +30,7 @@ from slimheads.runtime.memory import PeakMemory
 from slimheads.runtime.sessions import open_session
 from slimheads.verification.parity import cases, compare_all, onnx_form
 from slimheads.verification.precision_proof import FUSED_TOLERANCE
-from slimheads.verification.structure import quantized_faults
+from slimheads.verification.quantized_weights import quantized_faults
 
 TWO_GB = 2**31
 MEMORY_MB = 16_000  # eight times the weights

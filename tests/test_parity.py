@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import BertConfig, GPT2Config, MptConfig, PreTrainedModel, RobertaConfig
 
-from slimheads.verification.parity import Agreement, Case, Form, Outputs, cases, compare, compare_all, torch_form
+from slimheads.data.metrics import Agreement
+from slimheads.verification.parity import Case, Form, Outputs, cases, compare, compare_all, torch_form
 
 ENCODER = BertConfig(vocab_size=50, pad_token_id=3)
 DECODER = GPT2Config(vocab_size=50)
@@ -324,19 +325,17 @@ def test_agreement_is_the_mean_over_all_positions_that_are_not_padding() -> None
     b = np.array([[[7, 0], [3, 0], [3, 4]], [[-9, 0], [-9, 0], [0, -1]]], np.float32)
     agreement = Agreement()
     cache = {"present.0.key": np.zeros((2, 1, 3, 1), np.float32)}
-    agreement.add({"logits": a} | cache, {"logits": b} | cache, case)
+    compare_all(lambda _: {"logits": a} | cache, lambda _: {"logits": b} | cache, [case], None, np.inf, agreement)
     assert agreement.cosine == pytest.approx((1 + 0 + 0.6 - 1) / 4)
     assert agreement.top1 == 0.25
-    agreement.add({"logits": a[:, :1]}, {"logits": a[:, :1]}, Case(2, 1, "no", 0, {}))
+    agreement.add(a[:, :1], a[:, :1], logits=True)
     assert agreement.cosine == pytest.approx((1 + 0 + 0.6 - 1 + 1 + 1) / 6) and agreement.top1 == 0.5
 
 
 def test_agreement_of_nothing_is_none() -> None:
     agreement = Agreement()
     assert agreement.cosine is None and agreement.top1 is None
-    agreement.add(
-        {"last_hidden_state": np.ones((1, 2, 3))}, {"last_hidden_state": np.ones((1, 2, 3))}, Case(1, 2, "no", 0, {})
-    )
+    agreement.add(np.ones((1, 2, 3)), np.ones((1, 2, 3)), logits=False)
     assert agreement.cosine == pytest.approx(1.0) and agreement.top1 is None
 
 

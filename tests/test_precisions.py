@@ -23,9 +23,9 @@ from slimheads.names import Int8For
 from slimheads.pruning.plan import Plan
 from slimheads.runtime.onnx_signature import nodes_of, read_interface
 from slimheads.runtime.sessions import open_session
-from slimheads.verification import structure as graph_check
+from slimheads.verification import quantized_weights
+from slimheads.verification.quantized_weights import quantized_faults
 from slimheads.verification.rounded import write_rounded
-from slimheads.verification.structure import quantized_faults
 
 TARGETS: tuple[Int8For, ...] = ("any", "avx512_vnni", "avx2", "arm64")
 # Products as MatMul, as Gemm (GPT-2), as Gemm of a transposed weight (CLIP's projections), and in four files.
@@ -180,7 +180,7 @@ def faults(folder: Path, made: dict[str, np.ndarray]) -> list[str]:
 
 @pytest.mark.parametrize("block", [1, 100, 2**20])
 def test_blocks_rounded_by_the_book_are_no_fault(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_check, "_BLOCK", block)
+    monkeypatch.setattr(quantized_weights, "_BLOCK", block)
     assert faults(tmp_path, four_bit(WEIGHT)) == []
 
 

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from ruamel.yaml import YAML
 
+from slimheads.data.metrics import Figures
 from slimheads.latency.records import CacheBytes, Interval, Latency, Timing
 from slimheads.report import plots, tables
 from slimheads.report.headline import headline
@@ -32,7 +33,7 @@ from slimheads.report.render import (
 )
 from slimheads.runtime.environment import Environment, Gpu
 from slimheads.verification.certificate import Link, SkippedLink
-from slimheads.verification.drift import Drift, Figures, RandomControl
+from slimheads.verification.drift import Drift, RandomControl
 
 
 def lines_of(report: Report) -> list[str]:

@@ -15,9 +15,10 @@ from slimheads.report import wording
 from slimheads.report.svg import RAMP_STEPS, Axis, Canvas
 
 if TYPE_CHECKING:
+    from slimheads.data.metrics import Figures
     from slimheads.latency.records import Interval, Latency
     from slimheads.report.model import PlanTable, ScoreTable
-    from slimheads.verification.drift import Drift, Figures
+    from slimheads.verification.drift import Drift
 
 
 def heat_map(scores: ScoreTable, plan: PlanTable, *, width: int, name: str) -> str:

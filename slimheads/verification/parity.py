@@ -20,6 +20,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from slimheads.data.inputs import make_inputs, to_torch
+from slimheads.data.metrics import Agreement
 from slimheads.errors import in_short
 from slimheads.families.config_facts import has_length, takes_padding, takes_text, text_config
 from slimheads.runtime.onnx_runtime import onnxruntime
@@ -92,36 +93,6 @@ class Comparison:
     passed: bool
     reason: str | None
     numeric: bool = False  # what failed is a matter of numbers alone: they are too far off, or not finite
-
-
-class Agreement:
-    """How far two forms say the same, over the positions of many cases that are not padding."""
-
-    def __init__(self) -> None:
-        self._cosines: list[np.ndarray] = []
-        self._same_tokens: list[np.ndarray] = []
-
-    def add(self, reference: Outputs, other: Outputs, case: AnyCase) -> None:
-        """Takes both outputs of a case; a cache is no answer and is left out."""
-        for name in reference.keys() & other.keys():
-            if name.startswith("present."):
-                continue
-            a, b = (np.atleast_2d(case.unpadded(name, outputs[name])) for outputs in (reference, other))
-            a, b = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in (a, b))
-            lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-            self._cosines.append((a * b).sum(axis=1) / np.maximum(lengths, np.finfo(np.float32).tiny))
-            if name == "logits":
-                self._same_tokens.append(a.argmax(axis=1) == b.argmax(axis=1))
-
-    @property
-    def cosine(self) -> float | None:
-        """Mean cosine of the two output vectors of a position."""
-        return float(np.concatenate(self._cosines).mean()) if self._cosines else None
-
-    @property
-    def top1(self) -> float | None:
-        """Share of positions at which both have the same largest logit."""
-        return float(np.concatenate(self._same_tokens).mean()) if self._same_tokens else None
 
 
 def cases(config: PretrainedConfig, task: str, seed: int = 0) -> tuple[Case, ...]:
@@ -290,7 +261,7 @@ def compare_all(
     """`compare` over every case; a form that cannot run a case at all fails it, with the runtime's own words.
 
     Args:
-        agreement: is told of the outputs of each case that holds.
+        agreement: gathers the outputs of each case that holds.
     """
     return tuple(_run_and_compare(reference, other, case, atol, rtol, agreement) for case in over)
 
@@ -306,7 +277,10 @@ def _run_and_compare(
             return Comparison(str(case), np.inf, np.inf, False, f"{called} does not run: {in_short(error)}")
     found = compare(outputs[0], outputs[1], case, atol, rtol)
     if agreement and found.passed:
-        agreement.add(outputs[0], outputs[1], case)
+        for name in outputs[0].keys() & outputs[1].keys():
+            if not name.startswith("present."):  # a cache is no answer
+                a, b = (np.atleast_2d(case.unpadded(name, each[name])) for each in outputs)
+                agreement.add(a, b, logits=name == "logits")
     return found
 
 

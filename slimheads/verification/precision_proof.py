@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
 
+from slimheads.data.metrics import Agreement
 from slimheads.exporting.precisions import PRECISIONS
 from slimheads.names import Precision
-from slimheads.verification.parity import Agreement, AnyCase, Comparison, Form, Outputs, compare_all
+from slimheads.verification.parity import AnyCase, Comparison, Form, Outputs, compare_all
+from slimheads.verification.quantized_weights import quantized_faults
 from slimheads.verification.rounded import LOSS
-from slimheads.verification.structure import quantized_faults
 from slimheads.verification.subjects import Subject, Yardstick
 
 # How far ONNX Runtime's own fusions may move an int8 or q4 file: they change last bits, and these roundings. At most
