@@ -28,7 +28,7 @@ from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
 from slimheads.runtime.onnx_signature import KV_SHAPES_KEY, inputs_for, read_interface
 from slimheads.runtime.sessions import open_session
-from slimheads.verification.parity import cases, compare_all, onnx_form, onnx_greedy, torch_form
+from slimheads.verification.parity import cases, compare_all, onnx_greedy, onnx_runner, torch_runner
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_a_half_precision_model_is_exported_from_a_float32_copy(
     assert initializer_types(path) == {TensorProto.FLOAT} and TensorProto.FLOAT in io_types(path)
     same = copy.deepcopy(model).float()
     over = cases(model.config, "feature-extraction")
-    found = compare_all(torch_form(same), onnx_form(open_session(path), ()), over, 1e-4, 1e-4)
+    found = compare_all(torch_runner(same), onnx_runner(open_session(path), ()), over, 1e-4, 1e-4)
     assert all(outcome.passed for outcome in found)
 
 

@@ -28,7 +28,7 @@ from slimheads.names import Precision
 from slimheads.pruning.plan import Plan
 from slimheads.runtime.memory import PeakMemory
 from slimheads.runtime.sessions import open_session
-from slimheads.verification.parity import cases, compare_all, onnx_form
+from slimheads.verification.parity import cases, compare_all, onnx_runner
 from slimheads.verification.precision_proof import FUSED_TOLERANCE
 from slimheads.verification.quantized_weights import quantized_faults
 
@@ -183,7 +183,7 @@ def assert_it_becomes_smaller_and_stays_itself(out: Path, precision: Precision, 
     shrunk = graph_files.graph_bytes(plain) / {"fp16": 2, "int8": 4}[precision]
     assert made.stat().st_size == pytest.approx(shrunk, rel=0.01)
     over = [case for case in cases(read_config(out / "slim"), "feature-extraction") if case.length == 8]
-    forms = (onnx_form(open_session(path), ()) for path in (plain, made))
+    forms = (onnx_runner(open_session(path), ()) for path in (plain, made))
     tolerance = {"fp16": PRECISIONS["fp16"].tolerance, "int8": FUSED_TOLERANCE}[precision]
     found = compare_all(*forms, over, None, tolerance)
     assert len(found) == 3 and all(outcome.passed for outcome in found)

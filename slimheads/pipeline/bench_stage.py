@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from slimheads.families.config_facts import measured_shapes
-from slimheads.latency.attribution import bench_treated
+from slimheads.latency.attribution import Treatment, TreatmentKind, attribute, lacking_memory, treatment_of, unmeasured
 from slimheads.latency.bench import bench
-from slimheads.latency.graph_choice import Kind, Treatment, choose, lacking_memory, treatment_of, unmeasured
+from slimheads.latency.graph_choice import choose_graph
 from slimheads.latency.records import Latency
 from slimheads.latency.workloads import Workload, workloads
 from slimheads.models import flops
@@ -46,7 +46,7 @@ def bench_work(job: Job, _folder: Path) -> tuple[dict[str, Any], bool]:
                 rows, treatments = rows + of_precision, treatments + given
         for candidate in job.proven_candidates():
             treatments += measured.treated("fp32", candidate)[1]
-    ships, _ = choose([t for t in treatments if t.provider == section.providers[0]])
+    ships, _ = choose_graph([t for t in treatments if t.provider == section.providers[0]])
     again: list[Treatment] = []
     for chosen, measured in product([name for name in job.proven_candidates() if name == ships], subjects):
         job.tell(f"the {chosen} graph ships, and is measured afresh")
@@ -94,12 +94,12 @@ class _Measured:
         treatment: str = candidate if precision == "fp32" else precision
         self._job.tell(f"latency of {treatment}")
         plain, treated = self._files("fp32"), self._files(precision, candidate)
-        kind: Kind = "candidate" if precision == "fp32" else "precision"
+        kind: TreatmentKind = "candidate" if precision == "fp32" else "precision"
         if reason := lacking_memory((*treated, *plain)):
             rows = list(bench(*treated, precision=precision, **self._options))
             given = [unmeasured(row, treatment, kind, reason) for row in rows]
         else:
-            found = bench_treated(*plain, *treated, precision=precision, **self._options)
+            found = attribute(*plain, *treated, precision=precision, **self._options)
             rows = [one.latency for one in found]
             given = [treatment_of(one, treatment, kind) for one in found]
         return [row.model_copy(update={"candidate": candidate}) for row in rows], given

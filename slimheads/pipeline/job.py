@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from slimheads.errors import ModelRefusedError
 from slimheads.exporting.artifacts import client_names, file_name, parts_of
 from slimheads.exporting.graph_files import graph_files
-from slimheads.latency.graph_choice import GraphChoice, Treatment, choices
+from slimheads.latency.attribution import Treatment
+from slimheads.latency.graph_choice import GraphChoice, graph_choices
 from slimheads.latency.head_counts import Selection
 from slimheads.latency.table import LatencyTable
 from slimheads.models.checkpoint import Source
@@ -123,7 +124,7 @@ class Job:
             [row for row in map(Treatment.model_validate, measured[key]) if row.provider == decides]
             for key in ("treatments", "again")
         )
-        return choices(built, refused, rows, again)
+        return graph_choices(built, refused, rows, again)
 
     def treatments(self) -> tuple[Treatment, ...]:
         """What each treatment gave; of the graph that ships, when it was measured again."""

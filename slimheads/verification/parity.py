@@ -1,8 +1,8 @@
-"""Parity: the same inputs through two forms of a model, compared at every position that is not padding.
+"""Parity: the same inputs through two versions of a model, compared at every position that is not padding.
 
 Cases are batch {1, 4} x length {1, 8, 128}, and one input past every length at which the model changes its computation
 (lengths.py says which); batches of four have rows of different lengths, padded left and right;
-decoders also continue a cache of seven positions. Each form builds its own cache by running the first seven positions
+decoders also continue a cache of seven positions. Each runner builds its own cache by running the first seven positions
 itself, so the cache inputs and outputs of an ONNX file are part of what is compared. Images and spectrograms have one
 size, and waveforms no padding: the exported graphs take no mask for them.
 """
@@ -32,7 +32,7 @@ BATCHES, LENGTHS, PAST = (1, 4), (1, 8, USUAL), 7
 REFUSALS: tuple[type[Exception], ...] = (*ORT_ERRORS, ValueError, IndexError)
 Outputs = dict[str, np.ndarray]
 _NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
-Form = Callable[[Any], Outputs]  # of the case that the form is for
+Runner = Callable[[Any], Outputs]  # from a case to a model's outputs
 
 
 class AnyCase(Protocol):
@@ -135,7 +135,7 @@ def tried_changes(config: PretrainedConfig) -> tuple[Change, ...]:
     return tuple(change for change in changes if change.tried and change.length > 2 * PAST_IT)
 
 
-def torch_form(model: PreTrainedModel) -> Form:
+def torch_runner(model: PreTrainedModel) -> Runner:
     """A torch model as a function from a case to its float outputs by name."""
     takes_positions = model.can_generate() and "position_ids" in inspect.signature(model.forward).parameters
 
@@ -162,7 +162,7 @@ def _floats(made: Mapping[str, Any]) -> Outputs:
     return {k: v.numpy() for k, v in made.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
 
 
-def onnx_form(session: onnxruntime.InferenceSession, kv_shapes: tuple[tuple[int, int, int], ...]) -> Form:
+def onnx_runner(session: onnxruntime.InferenceSession, kv_shapes: tuple[tuple[int, int, int], ...]) -> Runner:
     """An ONNX Runtime session as the same function; `kv_shapes` are (heads, key head_dim, value head_dim) a layer."""
     step = _cached_step(session, kv_shapes)
 
@@ -251,14 +251,14 @@ def compare(reference: Outputs, other: Outputs, case: AnyCase, atol: float | Non
 
 
 def compare_all(
-    reference: Form,
-    other: Form,
+    reference: Runner,
+    other: Runner,
     over: Iterable[AnyCase],
     atol: float | None,
     rtol: float,
     agreement: Agreement | None = None,
 ) -> tuple[Comparison, ...]:
-    """`compare` over every case; a form that cannot run a case at all fails it, with the runtime's own words.
+    """`compare` over every case; a case that a runner cannot run fails with the runtime's own words.
 
     Args:
         agreement: gathers the outputs of each case that holds.
@@ -267,12 +267,12 @@ def compare_all(
 
 
 def _run_and_compare(
-    reference: Form, other: Form, case: AnyCase, atol: float | None, rtol: float, agreement: Agreement | None
+    reference: Runner, other: Runner, case: AnyCase, atol: float | None, rtol: float, agreement: Agreement | None
 ) -> Comparison:
     outputs: list[Outputs] = []
-    for form, called in ((reference, "the reference"), (other, "it")):
+    for run, called in ((reference, "the reference"), (other, "it")):
         try:
-            outputs.append(form(case))
+            outputs.append(run(case))
         except REFUSALS as error:
             return Comparison(str(case), np.inf, np.inf, False, f"{called} does not run: {in_short(error)}")
     found = compare(outputs[0], outputs[1], case, atol, rtol)

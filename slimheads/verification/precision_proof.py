@@ -14,7 +14,7 @@ from math import inf, isfinite
 from slimheads.data.metrics import Agreement
 from slimheads.exporting.precisions import PRECISIONS
 from slimheads.names import Precision
-from slimheads.verification.parity import AnyCase, Comparison, Form, Outputs, compare_all
+from slimheads.verification.parity import AnyCase, Comparison, Outputs, Runner, compare_all
 from slimheads.verification.quantized_weights import quantized_faults
 from slimheads.verification.rounded import LOSS
 from slimheads.verification.subjects import Subject, Yardstick
@@ -77,13 +77,13 @@ def examine(precision: Precision, plain: Subject, made: Subject, yardstick: Yard
     )
 
 
-def _once(form: Form) -> Form:
-    """The same form, which runs a case that it is given several times in a row only once."""
+def _once(runner: Runner) -> Runner:
+    """The same runner, which keeps the outputs of its last case."""
     last: list[tuple[AnyCase, Outputs]] = []
 
     def run(case: AnyCase) -> Outputs:
         if not last or last[0][0] is not case:
-            last[:] = [(case, form(case))]
+            last[:] = [(case, runner(case))]
         return last[0][1]
 
     return run

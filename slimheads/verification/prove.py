@@ -17,7 +17,7 @@ from slimheads.names import GraphForm, Int8For, OnWeakPrecision, Precision
 from slimheads.pruning.gates import gated
 from slimheads.pruning.plan import Plan
 from slimheads.verification.certificate import Certificate, FormProof, LeftOut, Link, SkippedLink, subject_of
-from slimheads.verification.parity import REFUSALS, Comparison, Form, Outputs, compare_all
+from slimheads.verification.parity import REFUSALS, Comparison, Outputs, Runner, compare_all
 from slimheads.verification.precision_proof import examine
 from slimheads.verification.subjects import Chain, Generation, OneFile, Shipped, Structure, Subject, Yardstick, chain_of
 
@@ -134,20 +134,20 @@ def _form(form: GraphForm, plain: OneFile, made: OneFile) -> FormProof:
 
 
 def _surgery(chain: Chain, dense: PreTrainedModel, slim: PreTrainedModel, plan: Plan) -> Link:
-    whole = chain.torch_form(dense)
+    whole = chain.torch_runner(dense)
 
     def gated_dense(case: Any) -> Outputs:
         with gated(dense, plan):
             return whole(case)
 
-    found = compare_all(gated_dense, chain.torch_form(slim), chain.cases, SURGERY_TOLERANCE, SURGERY_TOLERANCE)
+    found = compare_all(gated_dense, chain.torch_runner(slim), chain.cases, SURGERY_TOLERANCE, SURGERY_TOLERANCE)
     name = "gated dense torch == slim torch"
     return _link(1, name, "model.safetensors", found, SURGERY_TOLERANCE, SURGERY_TOLERANCE)
 
 
 def _exported(chain: Chain, slim: PreTrainedModel, subject: Subject, atol: float, rtol: float) -> Link:
     name = "slim torch == slim ONNX fp32"
-    return _compared(2, name, subject_of(subject.path), lambda: chain.torch_form(slim), subject, atol, rtol)
+    return _compared(2, name, subject_of(subject.path), lambda: chain.torch_runner(slim), subject, atol, rtol)
 
 
 def _derived_files(chain: Chain, precision: Precision) -> list[Link]:
@@ -191,7 +191,7 @@ def _compared(
     number: int,
     name: str,
     shown: str,
-    reference: Callable[[], Form],
+    reference: Callable[[], Runner],
     made: Subject,
     atol: float | None,
     rtol: float,

@@ -31,11 +31,11 @@ from slimheads.verification.integer_products import overflow_faults, product_wei
 from slimheads.verification.lengths import right_up_to
 from slimheads.verification.parity import (
     AnyCase,
-    Form,
+    Runner,
     cases,
-    onnx_form,
     onnx_greedy,
-    torch_form,
+    onnx_runner,
+    torch_runner,
     tried_changes,
 )
 from slimheads.verification.rounded import write_losses, write_rounded
@@ -53,7 +53,7 @@ class Subject:
 
     path: Path
     cases: Sequence[AnyCase]
-    open: Callable[[], Form]
+    open: Callable[[], Runner]
     converted: bool = True
 
 
@@ -64,9 +64,9 @@ class Yardstick:
     `losses` is the float32 graph with what each rounded product costs by itself, as `write_losses` names them.
     """
 
-    reference: Callable[[], Form]
-    as_written: Callable[[], Form]
-    losses: Callable[[], Form]
+    reference: Callable[[], Runner]
+    as_written: Callable[[], Runner]
+    losses: Callable[[], Runner]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Chain(Protocol):
     @property
     def cases(self) -> Sequence[AnyCase]: ...
 
-    def torch_form(self, model: PreTrainedModel) -> Form: ...
+    def torch_runner(self, model: PreTrainedModel) -> Runner: ...
 
     def subjects(self, precision: Precision) -> list[Subject]:
         """The slim files of a precision."""
@@ -180,8 +180,8 @@ def _written(write: _Writer, plain: Path, made: Path) -> Iterator[Path]:
         yield path
 
 
-def _own(part: str, run: Form) -> Form:
-    """A form that gives only what one of an encoder-decoder's files puts out."""
+def _own(part: str, run: Runner) -> Runner:
+    """A runner that gives only what one of an encoder-decoder's files puts out."""
     own = seq2seq.outputs_of(part)
     return lambda case: {name: array for name, array in run(case).items() if own(name)}
 
@@ -194,8 +194,8 @@ class OneFile:
         self.writes_text = shipped.task == "text-generation"
         self.cases = cases(shipped.dense.config, shipped.task)
 
-    def torch_form(self, model: PreTrainedModel) -> Form:
-        return torch_form(model)
+    def torch_runner(self, model: PreTrainedModel) -> Runner:
+        return torch_runner(model)
 
     def subjects(self, precision: Precision) -> list[Subject]:
         return [self._subject(self._shipped.graph(precision), self._shipped.slim)]
@@ -205,21 +205,21 @@ class OneFile:
         return self._subject(self._shipped.dense_graph(), self._shipped.dense)
 
     def _subject(self, path: Path, model: PreTrainedModel) -> Subject:
-        return Subject(path, self.cases, partial(self._form, path, model))
+        return Subject(path, self.cases, partial(self._runner, path, model))
 
-    def _form(self, path: Path, model: PreTrainedModel, *, optimize: bool = True) -> Form:
-        return onnx_form(open_session(path, optimize=optimize), kv_shapes(model) if self.writes_text else ())
+    def _runner(self, path: Path, model: PreTrainedModel, *, optimize: bool = True) -> Runner:
+        return onnx_runner(open_session(path, optimize=optimize), kv_shapes(model) if self.writes_text else ())
 
     def yardsticks(self, precision: Precision) -> list[Yardstick | None]:
         if not PRECISIONS[precision].rounded:
             return [None]
         slim, plain, made = self._shipped.slim, self._shipped.graph(), self._shipped.graph(precision)
 
-        def of_both(write: _Writer) -> Form:
+        def of_both(write: _Writer) -> Runner:
             with _written(write, plain, made) as path:
-                return self._form(path, slim, optimize=False)
+                return self._runner(path, slim, optimize=False)
 
-        as_written = partial(self._form, made, slim, optimize=False)
+        as_written = partial(self._runner, made, slim, optimize=False)
         return [Yardstick(partial(of_both, write_rounded), as_written, partial(of_both, write_losses))]
 
     def fused(self) -> list[Structure]:
@@ -285,22 +285,22 @@ class _FourFiles:
         self._shipped = shipped
         self.cases = seq2seq.cases(shipped.dense.config)
 
-    def torch_form(self, model: PreTrainedModel) -> Form:
-        return seq2seq.torch_form(model)
+    def torch_runner(self, model: PreTrainedModel) -> Runner:
+        return seq2seq.torch_runner(model)
 
     def subjects(self, precision: Precision) -> list[Subject]:
         """Each file in turn, with the others in float32."""
         fresh = [case for case in self.cases if not case.past]
         run_by = {ENCODER: fresh, FIRST_DECODER: fresh, NEXT_DECODER: [case for case in self.cases if case.past]}
 
-        def form(part: str) -> Form:
-            return _own(part, seq2seq.Files.in_folder(self._shipped.onnx, part, precision).open().form)
+        def opened(part: str) -> Runner:
+            return _own(part, seq2seq.Files.in_folder(self._shipped.onnx, part, precision).open().runner)
 
         return [
             Subject(
                 self._shipped.graph(precision, part),
                 run_by.get(part, self.cases),
-                partial(form, part),
+                partial(opened, part),
                 converted=part != MERGED_DECODER,
             )
             for part in PARTS
@@ -315,14 +315,14 @@ class _FourFiles:
         plain = seq2seq.Files.in_folder(folder)
         names: dict[str, str] = {ENCODER: "encoder", FIRST_DECODER: "first", NEXT_DECODER: "following"}
 
-        def of_both(write: _Writer, part: str) -> Form:
+        def of_both(write: _Writer, part: str) -> Runner:
             if part == MERGED_DECODER:
-                return _own(part, replace(parts, encoder=plain.encoder).open(optimize=False).form)
+                return _own(part, replace(parts, encoder=plain.encoder).open(optimize=False).runner)
             with _written(write, folder / file_name(part, "fp32"), getattr(parts, names[part])) as path:
-                return _own(part, replace(plain, **{names[part]: path}).open(optimize=False).form)
+                return _own(part, replace(plain, **{names[part]: path}).open(optimize=False).runner)
 
-        def as_written(part: str) -> Form:
-            return _own(part, seq2seq.Files.in_folder(folder, part, precision).open(optimize=False).form)
+        def as_written(part: str) -> Runner:
+            return _own(part, seq2seq.Files.in_folder(folder, part, precision).open(optimize=False).runner)
 
         return [
             Yardstick(
