@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from slimheads import cli, errors
-from slimheads.exporting.artifacts import FILES
+from slimheads.exporting.precisions import PRECISIONS
 from slimheads.models.checkpoint import SEQ2SEQ_TASKS, TASKS
 from slimheads.names import Precision, Provider, Task
 from slimheads.pruning.select import select
@@ -51,7 +51,7 @@ def test_the_readme_lists_every_exit_code() -> None:
 
 def test_the_recipe_offers_exactly_what_the_library_does() -> None:
     assert set(get_args(Task)) == {"auto", *TASKS, *SEQ2SEQ_TASKS}
-    assert get_args(Precision) == tuple(FILES)
+    assert get_args(Precision) == tuple(PRECISIONS)
     assert set(get_args(Provider)) == set(PROVIDERS)
     parameters = inspect.signature(select).parameters
     for key, field in Select.model_fields.items():

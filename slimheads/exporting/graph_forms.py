@@ -34,7 +34,7 @@ from slimheads.runtime.quiet import quiet
 _FUSED_AS = MappingProxyType({"gpt2": "gpt2"})
 
 
-def build_candidate(name: GraphForm, plain: Path, target: Path, config: PretrainedConfig) -> str | None:
+def build_form(name: GraphForm, plain: Path, target: Path, config: PretrainedConfig) -> str | None:
     """Writes another form of a graph, with the same inputs, outputs and metadata.
 
     Args:

@@ -14,10 +14,11 @@ from slimheads.report import wording
 from slimheads.report.svg import RAMP_STEPS, Axis, Drawing, text_width
 
 if TYPE_CHECKING:
+    from slimheads.data.metrics import Figures
     from slimheads.latency.records import Interval, Latency
     from slimheads.pruning.plan import Plan
     from slimheads.pruning.scores import ScoreTable
-    from slimheads.verification.drift import Drift, Figures
+    from slimheads.verification.drift import Drift
 
 
 def heat_map(scores: ScoreTable, plan: Plan, *, width: int, name: str) -> str:

@@ -27,7 +27,7 @@ from slimheads.runtime.onnx_signature import read_interface
 from slimheads.runtime.sessions import open_session
 from slimheads.verification import parity
 from slimheads.verification.lengths import Change
-from slimheads.verification.parity import BATCHES, LENGTHS, PAST, Form, Outputs, Padding, tried_changes
+from slimheads.verification.parity import BATCHES, LENGTHS, PAST, Outputs, Padding, Runner, tried_changes
 
 _NO_IDS = np.zeros((1, 0), np.int64)
 ENCODED = "encoder_last_hidden_state"
@@ -111,11 +111,11 @@ def encoder_sites(model: PreTrainedModel) -> tuple[Site, ...]:
 
 
 def outputs_of(part: str) -> Callable[[str], bool]:
-    """Which outputs of a form say something about one file: the encoder's states, or all the others."""
+    """The outputs of a runner that come from one file: the encoder's states, or all the others."""
     return (lambda name: name == ENCODED) if part == ENCODER else (lambda name: name != ENCODED)
 
 
-def torch_form(model: PreTrainedModel) -> Form:
+def torch_runner(model: PreTrainedModel) -> Runner:
     """A torch model as a function from a case to its encoder's states and its logits."""
 
     def run(case: Seq2SeqCase) -> Outputs:
@@ -204,7 +204,7 @@ class Decoding:
         }
 
     @property
-    def form(self) -> Form:
+    def runner(self) -> Runner:
         """The files as a function from a case to all they put out."""
 
         def run(case: Seq2SeqCase) -> Outputs:

@@ -7,22 +7,18 @@ left is next to nothing; what rounding costs is drift, and has a floor below whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
-from types import MappingProxyType
 
+from slimheads.data.metrics import Agreement
+from slimheads.exporting.precisions import PRECISIONS
 from slimheads.names import Precision
-from slimheads.verification.parity import Agreement, AnyCase, Comparison, Form, Outputs, compare_all
+from slimheads.verification.parity import AnyCase, Comparison, Outputs, Runner, compare_all
+from slimheads.verification.quantized_weights import quantized_faults
 from slimheads.verification.rounded import LOSS
-from slimheads.verification.structure import quantized_faults
 from slimheads.verification.subjects import Subject, Yardstick
 
-# The largest difference allowed, as a share of the largest output. fp16, against float32: 0.001 to 0.002 measured. int8
-# as written, against exact sums of the same whole numbers: equal to the last bit in every family's test model and
-# MiniLM. q4 as written: at most 0.033 (Qwen 3's test model; MiniLM 0.012), for the last bit of an activation can move
-# its rounding by a step. Heads swapped in one layer of MiniLM cost 0.15 to 0.25.
-TOLERANCES: Mapping[Precision, float] = MappingProxyType({"fp16": 0.01, "int8": 1e-5, "q4": 0.05})
 # How far ONNX Runtime's own fusions may move an int8 or q4 file: they change last bits, and these roundings. At most
 # 0.07 measured (MiniLM). No fault of the file can hide in it: the file was held as written.
 FUSED_TOLERANCE = 0.3
@@ -54,7 +50,12 @@ def examine(precision: Precision, plain: Subject, made: Subject, yardstick: Yard
     Raises:
         SlimheadsError, OSError, or what ONNX Runtime raises: a file cannot be opened.
     """
-    tolerance, agreement, run, exact = TOLERANCES[precision], Agreement(), _once(made.open()), _once(plain.open())
+    tolerance, agreement, run, exact = (
+        PRECISIONS[precision].tolerance,
+        Agreement(),
+        _once(made.open()),
+        _once(plain.open()),
+    )
     written, reference = (_once(yardstick.as_written()), yardstick.reference()) if yardstick else (run, exact)
     comparisons: list[Comparison] = []
     fused: list[Comparison] = []
@@ -76,13 +77,13 @@ def examine(precision: Precision, plain: Subject, made: Subject, yardstick: Yard
     )
 
 
-def _once(form: Form) -> Form:
-    """The same form, which runs a case that it is given several times in a row only once."""
+def _once(runner: Runner) -> Runner:
+    """The same runner, which keeps the outputs of its last case."""
     last: list[tuple[AnyCase, Outputs]] = []
 
     def run(case: AnyCase) -> Outputs:
         if not last or last[0][0] is not case:
-            last[:] = [(case, form(case))]
+            last[:] = [(case, runner(case))]
         return last[0][1]
 
     return run

@@ -31,7 +31,7 @@ def write_rounded(source: Path, quantized: Path, target: Path) -> None:
     """Writes the float32 graph as an int8 or q4 file computes it.
 
     Args:
-        source, quantized: as `slimheads.graph_check.quantized_faults` takes them.
+        source, quantized: as `slimheads.verification.quantized_weights.quantized_faults` takes them.
         target: an ONNX file in an existing folder.
     """
     proto = onnx.load(str(source))

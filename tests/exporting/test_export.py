@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from slimheads.data.inputs import make_inputs
 from slimheads.errors import ModelRefusedError
-from slimheads.exporting.artifacts import FILES, file_name
+from slimheads.exporting.artifacts import file_name
 from slimheads.exporting.export import export
 from slimheads.families.config_facts import has_length
 from slimheads.families.sites import find_sites
@@ -30,7 +30,7 @@ from slimheads.pruning.surgery import prune
 from slimheads.runtime.graph_inputs import inputs_for
 from slimheads.runtime.onnx_signature import KV_SHAPES_KEY, read_interface
 from slimheads.runtime.sessions import open_session
-from slimheads.verification.parity import cases, compare_all, onnx_form, onnx_greedy, torch_form
+from slimheads.verification.parity import cases, compare_all, onnx_greedy, onnx_runner, torch_runner
 
 # What `shipped` has of a decoder for other tests too.
 PLAIN: dict[str, dict[str, Any]] = {"symbolic": {}, "static": {"precisions": ("fp32",), "kv_axes": "static"}}
@@ -99,7 +99,7 @@ def test_the_file_says_what_size_of_images_or_sound_to_feed_it_in_every_precisio
 ) -> None:
     graphs = shipped(exported_wordless)
     config = graphs.slim.config
-    for path in (graphs.onnx(FILES[precision]) for precision in ALL_PRECISIONS):
+    for path in (graphs.onnx(file_name("model", precision)) for precision in ALL_PRECISIONS):
         session = open_session(path)
         assert read_interface(path).has_length == has_length(config)
         for batch, length in ((1, 1), (2, 9)):
@@ -193,12 +193,12 @@ def test_a_half_precision_model_is_exported_from_a_float32_copy(
     assert initializer_types(path) == {TensorProto.FLOAT} and TensorProto.FLOAT in io_types(path)
     same = copy.deepcopy(model).float()
     over = cases(model.config, "feature-extraction")
-    found = compare_all(torch_form(same), onnx_form(open_session(path), ()), over, 1e-4, 1e-4)
+    found = compare_all(torch_runner(same), onnx_runner(open_session(path), ()), over, 1e-4, 1e-4)
     assert all(outcome.passed for outcome in found)
 
 
 def test_each_precision_is_what_its_name_says_and_takes_the_same_inputs(shipped: Callable[..., Shipped]) -> None:
-    plain, half, eighth = (shipped("bert").onnx(FILES[precision]) for precision in ALL_PRECISIONS)
+    plain, half, eighth = (shipped("bert").onnx(file_name("model", precision)) for precision in ALL_PRECISIONS)
     assert initializer_types(plain) == {TensorProto.FLOAT}
     assert TensorProto.FLOAT16 in initializer_types(half) and TensorProto.INT8 in initializer_types(eighth)
     assert io_types(plain) == io_types(half) == io_types(eighth) == {TensorProto.FLOAT, TensorProto.INT64}

@@ -343,7 +343,7 @@ def test_a_weight_that_is_wrong_is_no_weak_precision(bert: Shipped, tmp_path: Pa
     """Left out is what rounding spoils; what was built wrongly fails, whatever the recipe says."""
     made = bert.copied(tmp_path)
     damaged(made, one_step)
-    from slimheads.verification.certificate import verify
+    from slimheads.verification.prove import verify
 
     found = verify(
         copy.deepcopy(made.dense),
