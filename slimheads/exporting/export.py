@@ -18,7 +18,7 @@ from slimheads.exporting.optimum_backend import merge_decoders, to_onnx
 from slimheads.exporting.quantize import to_fp16, to_int8, to_q4
 from slimheads.families.adapters import opened
 from slimheads.families.sites import find_sites
-from slimheads.models.checkpoint import SEQ2SEQ_TASKS, TASKS
+from slimheads.models.tasks import SEQ2SEQ_TASKS, TASKS
 from slimheads.names import Int8For, KvAxes, Precision
 from slimheads.runtime.onnx_signature import read_interface
 

@@ -23,7 +23,7 @@ from tiny import AUDIO, VISION
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from slimheads.data.inputs import make_inputs, to_torch
-from slimheads.models.checkpoint import TASKS
+from slimheads.models.tasks import TASKS
 from slimheads.pruning.plan import Plan
 
 TEXTS = ["Close the file.", "A mapping of names to values that keeps the order of insertion.", "Ünïcode — and 数字 42"]
