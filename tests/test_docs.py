@@ -13,7 +13,7 @@ import typer
 
 from slimheads import cli, errors
 from slimheads.exporting.precisions import PRECISIONS
-from slimheads.models.checkpoint import SEQ2SEQ_TASKS, TASKS
+from slimheads.models.tasks import SEQ2SEQ_TASKS, TASKS
 from slimheads.names import Precision, Provider, Task
 from slimheads.pruning.select import select
 from slimheads.recipe.recipe import Recipe, recipe_schema

@@ -20,8 +20,8 @@ from slimheads.exporting.metadata import label_axes
 from slimheads.exporting.precisions import PRECISIONS
 from slimheads.families.adapters import opened
 from slimheads.families.sites import find_sites
-from slimheads.models.checkpoint import SEQ2SEQ_TASKS, TASKS
 from slimheads.models.kv_shapes import cache_shapes, has_cache
+from slimheads.models.tasks import SEQ2SEQ_TASKS, TASKS
 from slimheads.names import Int8For, KvAxes, Precision
 from slimheads.runtime.onnx_signature import read_interface
 

@@ -19,7 +19,7 @@ from slimheads.pipeline.predictions import predict_rows
 from slimheads.pipeline.stages.export import SIDES
 from slimheads.report.model import GateResult, Heads, ModelFacts, Report, Size, StageRecord, Verdict
 from slimheads.runtime.environment import Environment
-from slimheads.side_files.files import stated_terms
+from slimheads.side_files.shipped_files import stated_terms
 from slimheads.verification.lengths import lengths
 
 BROKEN_PROOF = "the certificate failed, so nothing after it was measured"

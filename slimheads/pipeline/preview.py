@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from pydantic import BaseModel, ConfigDict
 
+from slimheads.errors import about_keys
 from slimheads.families.config_facts import measured_shapes
 from slimheads.latency.head_counts import Selection
 from slimheads.latency.records import Interval
@@ -89,6 +90,7 @@ def _preview(recipe: Recipe, note: Callable[[str], None]) -> Preview:
     plan, selection = choose(score(model, recipe.score.method), recipe.select, tuple(tables.values()))
     shape = measured_shapes(model.config, recipe.bench.shapes)[-1]
 
+    @about_keys("bench.shapes")
     def cost(units: int) -> Cost:
         return Cost(
             heads=units,

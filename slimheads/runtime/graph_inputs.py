@@ -37,7 +37,7 @@ class _Request:
     seed: int
 
     def rng(self, name: str) -> np.random.Generator:
-        """A stream of its own for each name: two files that share an input get the same values in it."""
+        """One random stream per input name, so that two files get the same values for a shared input."""
         return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
 
 
@@ -52,20 +52,20 @@ def inputs_for(
     """Inputs for a transformer ONNX file, unpadded, made from the file's own input metadata.
 
     Args:
-        source: the file, an open session, or what `read_interface` gave for one. From a session, ids stay under 100.
+        source: the file, an open session, or what `read_interface` returned. For a session, ids are below 100.
         batch: sequences (or images, or clips).
-        length: new tokens a sequence; frames of a waveform where the file says how many samples these take (AXES_KEY),
-            otherwise samples.
-        past: tokens already in the KV cache; 0 gives caches with a zero-length axis 2.
-        seed: the same seed gives the same values, input by input, whatever other inputs a file has.
-        encoder_length: positions that a decoder's encoder saw, `length` unless given.
+        length: new tokens per sequence; for waveforms frames if the file gives their size in samples (AXES_KEY), else
+            samples.
+        past: tokens already in the KV cache; with 0, axis 2 of the caches has length zero.
+        seed: the same seed gives the same values for each input, independent of a file's other inputs.
+        encoder_length: encoder positions behind a decoder, `length` by default.
 
     Returns:
         Arrays by input name: ids [batch, length], attention_mask [batch, past + length], caches
         [batch, heads, past, dim].
 
     Raises:
-        UsageError: the shape is not a shape, the file fixes another one, or an input is not one that can be filled.
+        UsageError: the shape is not possible, the file has another fixed shape, or an input is of an unknown kind.
     """
     encoder_length = length if encoder_length is None else encoder_length
     if min(batch, length, encoder_length) < 1 or past < 0:
@@ -81,13 +81,13 @@ def inputs_for(
 def _fill(wanted: Input, request: _Request) -> Array:
     fill = _FILLERS.get(wanted.name.split(".")[0])
     if fill is None or wanted.dtype == object:
-        raise _cannot_fill(wanted, request, "it is not an input of a kind that is known here")
+        raise _cannot_fill(wanted, request, "its kind is not known")
     array = fill(wanted, request).astype(wanted.dtype)
     fits = len(array.shape) == len(wanted.dims) and all(
         size == dim or not isinstance(dim, int) for size, dim in zip(array.shape, wanted.dims, strict=True)
     )
     if not fits:
-        raise _cannot_fill(wanted, request, f"the file wants {list(wanted.dims)}, not {list(array.shape)}")
+        raise _cannot_fill(wanted, request, f"the file needs {list(wanted.dims)}, not {list(array.shape)}")
     return array
 
 
@@ -95,7 +95,7 @@ def _cannot_fill(wanted: Input, request: _Request, why: str) -> UsageError:
     return UsageError(
         f"input {wanted.name!r} cannot be filled: {why}",
         where=request.interface.where,
-        hint="give a file whose inputs have the names and axes that optimum exports, or another shape",
+        hint="use a file whose inputs have the names and axes of an optimum export, or another shape",
     )
 
 
@@ -125,7 +125,7 @@ def _cache_branch(wanted: Input, request: _Request) -> Array:
     return np.full((1,), request.past > 0)
 
 
-# What exporters name the free axes of images, spectrograms and waveforms, and the usual size of each.
+# Names that exporters give to free axes of images and spectrograms, and their usual sizes.
 _FREE_AXES = MappingProxyType(
     {"num_channels": 3, "height": 224, "width": 224, "feature_size": 80, "num_mel_bins": 80, "nb_max_frames": 3000}
 )
@@ -151,7 +151,7 @@ def _normal(wanted: Input, request: _Request) -> Array:
 
 def _cache(wanted: Input, request: _Request) -> Array:
     if len(wanted.dims) != 4:
-        raise _cannot_fill(wanted, request, "a cache of [batch, heads, past, dim] is expected")
+        raise _cannot_fill(wanted, request, "a cache should be [batch, heads, past, dim]")
     if (size := request.interface.cache_size(wanted)) is None:
         key = CROSS_KV_SHAPES_KEY if wanted.is_cross else KV_SHAPES_KEY
         raise _cannot_fill(wanted, request, f"its axes 1 and 3 are free and metadata {key} does not give them")

@@ -17,17 +17,17 @@ from slimheads.errors import UsageError, one_line
 from slimheads.names import KvShape
 from slimheads.runtime.onnx_runtime import onnxruntime
 
-KV_SHAPES_KEY = "slimheads.kv_shapes"  # metadata_props: JSON [[kv_heads, head_dim_k, head_dim_v], ...], one a layer
+KV_SHAPES_KEY = "slimheads.kv_shapes"  # metadata_props: JSON [[kv_heads, head_dim_k, head_dim_v], ...], one per layer
 CROSS_KV_SHAPES_KEY = "slimheads.cross_kv_shapes"  # the same for the cross-attention of an encoder-decoder
-# metadata_props: JSON {input: [[size at length 1, more for each further token or frame], ...]}, axes after the batch
+# metadata_props: JSON {input: [[size at length 1, growth per further token or frame], ...]}, axes after the batch
 AXES_KEY = "slimheads.axes"
-# Images, spectrograms, waveforms and what an encoder left: not all of them have a length.
+# Images, spectrograms, waveforms and encoder outputs. Some of them have no length.
 FLOAT_INPUTS = frozenset({"pixel_values", "input_features", "input_values", "encoder_hidden_states"})
 
 
 @dataclass(frozen=True)
 class Input:
-    """One graph input: a dimension is a number where the file fixes it and a name (or None) where it does not."""
+    """One graph input. A dimension is a number if the file fixes it, otherwise a name or None."""
 
     name: str
     dtype: np.dtype[Any]
@@ -40,18 +40,17 @@ class Input:
 
     @property
     def is_cross(self) -> bool:
-        """Whether it holds what a decoder keeps of its encoder."""
+        """Whether it is the cache of a decoder's cross-attention."""
         return self.is_cache and "encoder" in self.name.split(".")
 
 
 @dataclass(frozen=True)
 class Interface:
-    """What an ONNX file says about its own inputs.
+    """The inputs and outputs of an ONNX file.
 
-    `vocabulary` is the number of rows of the table that input_ids index, where the graph shows it. `kv_shapes` holds
-    (kv_heads, head_dim of keys, head_dim of values) of every layer, `cross_kv_shapes` the same for what a decoder keeps
-    of its encoder, and `axes` the sizes of images' and sounds' axes (see AXES_KEY), where the file's metadata carries
-    them.
+    `vocabulary` is the number of rows of the table that input_ids index, if the graph shows it. From the metadata, if
+    present: `kv_shapes` with the cache shape of every layer, `cross_kv_shapes` with those of a decoder's
+    cross-attention, and `axes` with the sizes of image and sound axes (see AXES_KEY).
     """
 
     where: str
@@ -64,16 +63,16 @@ class Interface:
 
     @property
     def cache(self) -> dict[str, str]:
-        """Which outputs of a run are the caches of the next: output -> input."""
+        """The outputs of a run that are the caches of the next: output -> input."""
         inputs = (wanted.name for wanted in self.inputs if wanted.is_cache)
         carried = {"present" + name.removeprefix("past_key_values"): name for name in inputs}
         return {output: name for output, name in carried.items() if output in self.outputs}
 
     @property
     def cache_bytes_per_token(self) -> int | None:
-        """Bytes that a decoder's cache grows by with each token of a sequence: over all layers, KV heads x (key width
-        + value width) x bytes an element. None where there is no such cache, or the file does not give its sizes.
-        What is kept of an encoder does not grow.
+        """Bytes by which a decoder's cache grows per token of a sequence: KV heads x (key width + value width) x bytes
+        per element, over all layers. The cross-attention cache does not grow. None if there is no cache, or the file
+        does not give its sizes.
         """
         own = [wanted for wanted in self.inputs if wanted.is_cache and not wanted.is_cross]
         sizes = [(self.cache_size(wanted), wanted.dtype.itemsize) for wanted in own]
@@ -82,7 +81,7 @@ class Interface:
         return sum(size[0] * size[1] * item for size, item in sizes if size)
 
     def cache_size(self, wanted: Input) -> tuple[int, int] | None:
-        """(KV heads, width) of a cache [batch, heads, past, width], where its axes or the metadata give them."""
+        """(KV heads, width) of a cache [batch, heads, past, width], if its axes or the metadata give them."""
         if len(wanted.dims) != 4:
             return None
         heads, width = wanted.dims[1], wanted.dims[3]
@@ -97,7 +96,7 @@ class Interface:
         return heads if isinstance(heads, int) else kv_heads, width if isinstance(width, int) else stated
 
     def without(self, names: Collection[str]) -> Interface:
-        """The same file as if it had none of these inputs."""
+        """The same without these inputs."""
         return replace(self, inputs=tuple(wanted for wanted in self.inputs if wanted.name not in names))
 
     @property
@@ -113,10 +112,10 @@ class Interface:
 
 
 def read_interface(source: str | Path | onnxruntime.InferenceSession) -> Interface:
-    """Read a file's (or an open session's) inputs; external data is not loaded. A session does not show its vocabulary.
+    """Read the inputs and outputs of a file or an open session, without external data. A session has no vocabulary.
 
     Raises:
-        UsageError: the file is missing or damaged, or its metadata is not what KV_SHAPES_KEY stands for.
+        UsageError: the file is missing or damaged, or its metadata does not have the form of the keys above.
     """
     if isinstance(source, onnxruntime.InferenceSession):
         inputs = tuple(Input(i.name, _ort_dtype(i.type), tuple(i.shape)) for i in source.get_inputs())
@@ -133,7 +132,7 @@ def read_interface(source: str | Path | onnxruntime.InferenceSession) -> Interfa
             hint="export it again",
         ) from error
     if not model.HasField("graph"):  # what an empty file parses as
-        raise UsageError("the ONNX file holds no graph", where=str(source), hint="export it again")
+        raise UsageError("the ONNX file has no graph", where=str(source), hint="export it again")
     stored = {tensor.name for tensor in model.graph.initializer}  # old files list initializers among the inputs
     inputs = tuple(
         Input(value.name, _proto_dtype(value.type.tensor_type.elem_type), tuple(_dims(value)))
@@ -159,7 +158,7 @@ def _ort_dtype(name: str) -> np.dtype[Any]:
     element = name.removeprefix("tensor(").removesuffix(")")
     try:
         return np.dtype({"float": "float32", "double": "float64"}.get(element, element))
-    except TypeError:  # a type numpy has no name for: refused by name if it has to be filled
+    except TypeError:  # a type that numpy does not have: refused when it has to be filled
         return np.dtype(object)
 
 
@@ -181,20 +180,20 @@ def _axes(metadata: dict[str, str], where: str) -> dict[str, tuple[tuple[int, in
         return {str(name): tuple((int(first), int(more)) for first, more in axes) for name, axes in stored.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"metadata {AXES_KEY} is not a table of [size, more for each length] by input",
+            f"metadata {AXES_KEY} is not a table of [size, growth per length] by input",
             where=where,
             hint="export it again",
         ) from error
 
 
-# Where an operator that looks rows up takes its indices and its table.
+# Lookup operators, with the positions of their inputs for indices and table.
 _LOOKUPS = MappingProxyType({"Gather": (1, 0), "GatherBlockQuantized": (1, 0), "EmbedLayerNormalization": (0, 2)})
 
 _SAME_IDS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 
 
 def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Every node in topological order (by the ONNX standard), those of an If's branches and the like before itself."""
+    """Every node in topological order (by the ONNX standard); subgraphs come before the node that holds them."""
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("g"):
@@ -203,7 +202,7 @@ def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def _vocabulary(graph: onnx.GraphProto) -> int | None:
-    """Rows of the table that input_ids are looked up in, or None where the graph does not show it."""
+    """Rows of the table that input_ids index, or None if the graph does not show it."""
     tables = {tensor.name: tensor.dims[0] for tensor in graph.initializer if len(tensor.dims) == 2}
     nodes = list(nodes_of(graph))
     origin = {output: node for node in nodes for output in node.output}
@@ -215,7 +214,7 @@ def _vocabulary(graph: onnx.GraphProto) -> int | None:
         indices, data = _LOOKUPS.get(node.op_type, (0, 0))
         if indices != data and node.input[indices] in ids:
             table = node.input[data]
-            while table not in tables and table in origin:  # a quantized or half-precision table is converted first
+            while table not in tables and table in origin:  # through the conversion of a quantized or fp16 table
                 table = origin[table].input[0] if origin[table].input else ""
             if table in tables:
                 rows.append(tables[table])

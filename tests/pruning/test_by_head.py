@@ -243,7 +243,7 @@ def test_each_group_keeps_a_head() -> None:
 
 
 def test_within_groups_is_refused_where_there_are_none(tiny: Tiny) -> None:
-    with pytest.raises(UsageError, match="nothing to act on"):
+    with pytest.raises(UsageError, match="within_groups has no effect"):
         select(score(tiny("bert")), 0.25, within_groups=True)
 
 

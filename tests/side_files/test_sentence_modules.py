@@ -106,19 +106,19 @@ def entry(**changes: Any) -> list[dict[str, Any]]:
     [
         ("{", "not readable as JSON"),
         ({}, "not a JSON list"),
-        ([], "no transformer"),
+        ([], "not a transformer"),
         ([7], "without a name, a type or a path"),
         (entry(type=None), "without a name, a type or a path"),
-        (entry(path="../1_Pooling"), "leaves the folder"),
-        (entry(path="/etc"), "leaves the folder"),
-        (entry(path="C:\\x"), "leaves the folder"),
-        (entry(type="mymodule.MyModule"), "'mymodule.MyModule' is no class of sentence-transformers"),
-        (entry(type="sentence_transformers_evil.models.Pooling"), "is no class of sentence-transformers"),
-        (entry(type="evil.sentence_transformers.models.Pooling"), "is no class of sentence-transformers"),
+        (entry(path="../1_Pooling"), "leads out of the folder"),
+        (entry(path="/etc"), "leads out of the folder"),
+        (entry(path="C:\\x"), "leads out of the folder"),
+        (entry(type="mymodule.MyModule"), "'mymodule.MyModule' is not a class of sentence-transformers"),
+        (entry(type="sentence_transformers_evil.models.Pooling"), "is not a class of sentence-transformers"),
+        (entry(type="evil.sentence_transformers.models.Pooling"), "is not a class of sentence-transformers"),
         (entry(type="sentence_transformers.models.WeightedLayerPooling"), "WeightedLayerPooling is not covered"),
         (entry(type="sentence_transformers.util.import_from_string"), "import_from_string is not covered"),
-        (entry(path=""), "a module with a folder of its own"),
-        (entry()[1:], "no transformer"),
+        (entry(path=""), "not a module with its own folder"),
+        (entry()[1:], "not a transformer"),
         ([entry(type="sentence_transformers.models.StaticEmbedding")[1]], "StaticEmbedding is not covered"),
     ],
 )
@@ -192,5 +192,5 @@ def test_a_task_that_the_modules_cannot_use_is_told_with_the_one_they_can(tmp_pa
 
 
 def test_an_encoder_decoder_among_the_modules_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelRefusedError, match="the encoder alone of an encoder-decoder"):
+    with pytest.raises(ModelRefusedError, match="only the encoder of an encoder-decoder"):
         find(str(lay_out(copied(tmp_path / "m", "t5"), {"1_Pooling": MEAN})))

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from slimheads.errors import about_keys
 from slimheads.families.config_facts import measured_shapes
 from slimheads.latency.attribution import Treatment, TreatmentKind, attribute, lacking_memory, treatment_of, unmeasured
 from slimheads.latency.bench import bench
@@ -114,7 +115,8 @@ def _work(section: Bench, models: RunModels, graphs: Graphs, note: Callable[[str
     place: dict[str, int] = {name: at for at, name in enumerate((*section.providers, *graphs.precisions))}
     rows.sort(key=lambda row: (place[row.provider], place[row.precision]))
     shape = measured_shapes(dense.config, section.shapes)[-1]
-    counted = Counted(shape=shape, dense=flops.flops(dense, *shape), slim=flops.flops(slim, *shape))
+    with about_keys("bench.shapes"):
+        counted = Counted(shape=shape, dense=flops.flops(dense, *shape), slim=flops.flops(slim, *shape))
     return Benched(latency=tuple(rows), treatments=tuple(treatments), again=tuple(again), flops=counted)
 
 
@@ -132,13 +134,15 @@ class _Timed:
     ) -> None:
         pair = (models.dense(), models.slim(graphs.pruned.slim))
         self._exported, self._note, self._graph = graphs.exported, note, workload.graph
+        with about_keys("bench.shapes"):
+            counts = {shape: tuple(workload.flops(model, *shape) for model in pair) for shape in workload.shapes}
         self._options: dict[str, Any] = {
             "shapes": workload.shapes,
             "provider": provider,
             "threads": section.threads,
             "graph": workload.graph if pair[0].config.is_encoder_decoder else None,
             "min_seconds": section.min_seconds,
-            "flops": {shape: tuple(workload.flops(model, *shape) for model in pair) for shape in workload.shapes},
+            "flops": counts,
             "on_missing": section.on_missing,
             "on_progress": note,
         }

@@ -11,7 +11,7 @@ from typing import Any
 from slimheads.exporting.artifacts import file_name
 from slimheads.exporting.export import export
 from slimheads.exporting.graph_forms import build_form
-from slimheads.intake.examine import judged_config
+from slimheads.intake.examine import checked_config
 from slimheads.names import PLAIN, GraphForm, Precision, Side
 from slimheads.pipeline.run_models import RunModels
 from slimheads.pipeline.stage import Result, Stage
@@ -100,7 +100,7 @@ class _Work:
 
     def _beside_graphs(self, folder: Path) -> None:
         """optimum's and transformers.js's clients look for config.json beside onnx/."""
-        config = json.dumps(judged_config(self._models.source.folder), indent=2, ensure_ascii=False) + "\n"
+        config = json.dumps(checked_config(self._models.source.folder), indent=2, ensure_ascii=False) + "\n"
         (folder / "dense" / "config.json").write_text(config, encoding="utf-8")
         shutil.copyfile(self._slim / "config.json", folder / "slim" / "config.json")
         generation = self._slim / "generation_config.json"

@@ -10,7 +10,7 @@ from slimheads.models import flops
 from slimheads.models.checkpoint import Source, weight_files
 from slimheads.pipeline.run_models import RunModels
 from slimheads.pipeline.stage import Result, Stage
-from slimheads.side_files.files import side_files
+from slimheads.side_files.shipped_files import side_files
 
 
 class Loaded(Result):
