@@ -18,6 +18,7 @@ import slimheads
 from slimheads.errors import EnvironmentLackError, UsageError
 from slimheads.latency import bench as bench_module
 from slimheads.latency import sampling as measuring
+from slimheads.latency import statistics
 from slimheads.latency.records import Interval, Latency, Verdict
 from slimheads.latency.sampling import SETS
 from slimheads.latency.statistics import judge, ratio_interval, timing
@@ -41,7 +42,7 @@ def noisy_samples(rng: np.random.Generator, medians: tuple[float, float], sets: 
 
 
 def test_a_repeat_falls_into_the_interval_in_about_95_of_100_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_module, "RESAMPLES", 999)
+    monkeypatch.setattr(statistics, "RESAMPLES", 999)
     rng = np.random.default_rng(5)
     repeated = covered = 0
     for _ in range(300):

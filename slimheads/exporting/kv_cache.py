@@ -1,10 +1,9 @@
-"""Decoders whose KV cache has another head count in every layer: their true shapes at export, and the axes of the file.
+"""KV caches whose head count differs between layers: their shapes, and the axes of the exported cache inputs.
 
-An encoder-decoder has two caches a layer, of self-attention and of cross-attention, and their counts differ too.
+An encoder-decoder has two caches per layer, of self-attention and of cross-attention, and their counts differ too.
 
-optimum's dummy `past_key_values` have one head count for all layers, which fails on a non-uniform model; and its client
-sizes the first, empty cache by config.json. So the dummy inputs here are read off a real forward, and (kv_axes:
-symbolic) axes 1 and 3 of every past input are made free: ONNX Runtime's Concat ignores an empty operand.
+optimum's client sizes the first, empty cache by config.json, which has one head count for all layers. So with `kv_axes:
+symbolic`, axes 1 and 3 of every past input are free: ONNX Runtime's Concat ignores an empty operand.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ def cache_shapes(model: PreTrainedModel) -> tuple[tuple[KvShape, ...], tuple[KvS
 
 
 def kv_shapes(model: PreTrainedModel) -> tuple[KvShape, ...]:
-    """Per layer: (KV heads, key head_dim, value head_dim), read off a forward of two tokens."""
+    """Per layer: (KV heads, key head_dim, value head_dim), from a forward of two tokens."""
     with torch.no_grad():
         cache = model(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=True).past_key_values
-    # GPTBigCode's cache has room for cross-attention behind the two.
+    # GPTBigCode's cache has further entries for cross-attention.
     return tuple((key.shape[1], key.shape[3], value.shape[3]) for key, value, *_ in cache.to_legacy_cache())
 
 
 def _seq2seq_kv_shapes(model: PreTrainedModel) -> tuple[tuple[KvShape, ...], tuple[KvShape, ...]]:
-    """The same for an encoder-decoder, read off its decoder: of its self-attention, and of its cross-attention."""
+    """The same for an encoder-decoder, from its decoder: of self-attention and of cross-attention."""
     states = BaseModelOutput(last_hidden_state=torch.zeros((1, 2, model.config.hidden_size), dtype=model.dtype))
     with torch.no_grad():
         made = model(encoder_outputs=states, decoder_input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=True)
@@ -66,5 +65,5 @@ def label_cache(path: Path, shapes: Sequence[KvShape], cross: Sequence[KvShape],
                 _, *owner, kind = value.name.split(".")  # past_key_values.0.key, or past_key_values.0.encoder.key
                 dims, cache = value.type.tensor_type.shape.dim, "_".join(owner)
                 dims[1].dim_param, dims[3].dim_param = f"kv_heads_{cache}", f"head_dim_{cache}_{kind}"
-    # The weights of a large file stay where they are: only the graph is written again.
+    # Only the graph is written again; external weights stay where they are.
     path.write_bytes(proto.SerializeToString())

@@ -1,1 +1,1 @@
-"""The certificate, which proves what every file that ships computes, and the drift, which measures its quality."""
+"""The certificate: proofs of what every file that ships computes. And the drift: figures of its quality."""
