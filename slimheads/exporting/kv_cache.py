@@ -1,10 +1,9 @@
-"""Decoders whose KV cache has another head count in every layer: their true shapes at export, and the axes of the file.
+"""KV caches whose head count differs between layers: their shapes, and the axes of the exported cache inputs.
 
-An encoder-decoder has two caches a layer, of self-attention and of cross-attention, and their counts differ too.
+An encoder-decoder has two caches per layer, of self-attention and of cross-attention, and their counts differ too.
 
-optimum's dummy `past_key_values` have one head count for all layers, which fails on a non-uniform model; and its client
-sizes the first, empty cache by config.json. So the dummy inputs here are read off a real forward, and (kv_axes:
-symbolic) axes 1 and 3 of every past input are made free: ONNX Runtime's Concat ignores an empty operand.
+optimum's client sizes the first, empty cache by config.json, which has one head count for all layers. So with `kv_axes:
+symbolic`, axes 1 and 3 of every past input are free: ONNX Runtime's Concat ignores an empty operand.
 """
 
 from __future__ import annotations
@@ -31,5 +30,5 @@ def label_cache(path: Path, shapes: Sequence[KvShape], cross: Sequence[KvShape],
                 _, *owner, kind = value.name.split(".")  # past_key_values.0.key, or past_key_values.0.encoder.key
                 dims, cache = value.type.tensor_type.shape.dim, "_".join(owner)
                 dims[1].dim_param, dims[3].dim_param = f"kv_heads_{cache}", f"head_dim_{cache}_{kind}"
-    # The weights of a large file stay where they are: only the graph is written again.
+    # Only the graph is written again; external weights stay where they are.
     path.write_bytes(proto.SerializeToString())

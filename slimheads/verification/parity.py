@@ -4,7 +4,7 @@ Cases are batch {1, 4} x length {1, 8, 128}, and one input past every length at 
 (lengths.py says which); batches of four have rows of different lengths, padded left and right;
 decoders also continue a cache of seven positions. Each runner builds its own cache by running the first seven positions
 itself, so the cache inputs and outputs of an ONNX file are part of what is compared. Images and spectrograms have one
-size, and waveforms no padding: the exported graphs take no mask for them.
+size, and waveforms no padding, because the exported graphs take no mask for them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Runner = Callable[[Any], Outputs]  # from a case to a model's outputs
 
 
 class AnyCase(Protocol):
-    """What a comparison has to know of an input."""
+    """The part of an input that a comparison uses."""
 
     def unpadded(self, name: str, output: np.ndarray) -> np.ndarray: ...
 
@@ -69,7 +69,7 @@ class Case:
 
     @property
     def others(self) -> dict[str, np.ndarray]:
-        """What is fed besides token ids and their mask."""
+        """The inputs besides token ids and their mask."""
         return {name: array for name, array in self.inputs.items() if name not in ("input_ids", "attention_mask")}
 
     @property
@@ -92,7 +92,7 @@ class Comparison:
     max_rel: float  # max_abs over the reference's largest magnitude
     passed: bool
     reason: str | None
-    numeric: bool = False  # what failed is a matter of numbers alone: they are too far off, or not finite
+    numeric: bool = False  # whether it failed by numbers alone: too far off, or not finite
 
 
 def cases(config: PretrainedConfig, task: str, seed: int = 0) -> tuple[Case, ...]:
@@ -114,9 +114,9 @@ def cases(config: PretrainedConfig, task: str, seed: int = 0) -> tuple[Case, ...
 
 
 def _around(change: Change, *, decoder: bool) -> Iterator[tuple[int, int]]:
-    """(length, past) of the inputs that try a change: whole, across it with a cache, and with all but one token cached.
+    """(length, past) of the inputs for a change: whole, across it with a cache, and with all but one token cached.
 
-    Where nothing is right past it, they end there.
+    They end at the change where nothing is right past it.
     """
     longest = change.tried or 0
     if longest <= max(LENGTHS) and change.wrong_past == "model":
@@ -129,7 +129,7 @@ def _around(change: Change, *, decoder: bool) -> Iterator[tuple[int, int]]:
 
 
 def tried_changes(config: PretrainedConfig) -> tuple[Change, ...]:
-    """The lengths of change that are reached, of an input long enough to be continued up to there."""
+    """The changes that are tried, at lengths that an input can be continued to."""
     found = lengths(config)
     changes = found.changes if found else ()
     return tuple(change for change in changes if change.tried and change.length > 2 * PAST_IT)
@@ -185,7 +185,7 @@ def onnx_greedy(
     mask: np.ndarray,
     new_tokens: int,
 ) -> np.ndarray:
-    """Greedy search straight through a session and its cache: for files whose cache axes no client can size.
+    """Greedy search through the session itself: for fixed cache axes, whose caches clients create in the wrong size.
 
     Args:
         ids, mask: int64 [batch, length]; padding is on the left.
@@ -232,10 +232,10 @@ def _cached_step(
 
 
 def compare(reference: Outputs, other: Outputs, case: AnyCase, atol: float | None, rtol: float) -> Comparison:
-    """Holds two outputs together at every unpadded position of every output that both have; finite values only.
+    """Compares two outputs at every unpadded position of every output that both have; all values must be finite.
 
     The reference a and the other b agree where |a - b| <= atol + rtol |a| everywhere; with `atol` None, where the
-    largest difference is at most rtol times the largest |a| (for precisions whose error goes with the tensor's size).
+    largest difference is at most rtol times the largest |a| (for errors that grow with the tensor's values).
     """
     shared = [name for name in reference if name in other]
     if not shared:
@@ -320,7 +320,7 @@ def _positions(mask: np.ndarray) -> np.ndarray:
 def _paddings(batch: int, length: int, past: int) -> tuple[Padding, ...]:
     if batch == 1:
         return ("no",)
-    if past:  # right padding before new tokens is no use anybody has
+    if past:  # nobody pads on the right before new tokens
         return ("left",)
     return ("no",) if length == 1 else ("left", "right")
 

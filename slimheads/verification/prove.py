@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -61,12 +62,11 @@ def verify(
         atol, rtol: for link 2.
         int8_for: the CPUs that the int8 files are for.
         on_weak_precision: "drop" leaves out a precision whose link 3 fails by its numbers, in all of its files.
-        candidates: other forms of the graph -> folder with dense/ and slim/, each with config.json and
-            onnx/model.onnx; for models in one file.
+        candidates: other forms of a model in one file -> folder with dense/ and slim/, laid out like `folder`.
         on_progress: called with each link's name before it is tried.
 
     Returns:
-        The certificate. A link that fails is in it; it raises nothing.
+        The certificate. A link that fails is in it and raises nothing.
 
     Raises:
         UsageError: the name of a precision or form is not known.
@@ -76,17 +76,30 @@ def verify(
     for form in candidates:
         require_known("export.candidates", form, get_args(GraphForm))
     shipped = Shipped(dense, slim, plan, Path(dense_onnx), Path(folder), task, int8_for)
+    further, tell = [p for p in precisions if p != "fp32"], on_progress or (lambda _: None)
+    found = _prove_plain(shipped, further, (atol, rtol), tell, drop_weak=on_weak_precision == "drop")
+    return replace(found, forms=tuple(_forms(shipped, candidates, tell))) if found.passed else found
+
+
+def _prove_plain(
+    shipped: Shipped,
+    further: Sequence[Precision],
+    tolerances: tuple[float, float],
+    tell: Callable[[str], None],
+    *,
+    drop_weak: bool,
+) -> Certificate:
+    """The five links of the graphs as exported."""
     chain = chain_of(shipped)
-    tell = on_progress or (lambda _: None)
     tell("link 1: gated dense torch == slim torch")
-    links = [_surgery(chain, dense, slim, plan)]
+    links = [_surgery(chain, shipped.dense, shipped.slim, shipped.plan)]
     tell("link 2: slim torch == slim ONNX")
-    links += [_exported(chain, slim, subject, atol, rtol) for subject in chain.subjects("fp32")]
+    links += [_exported(chain, shipped.slim, subject, *tolerances) for subject in chain.subjects("fp32")]
     kept, left_out = list[Precision](), list[LeftOut]()
-    for precision in (p for p in precisions if p != "fp32"):
+    for precision in further:
         tell(f"link 3: {precision} against fp32")
         derived = _derived_files(chain, precision)
-        if on_weak_precision == "drop" and (weak := _only_weak(precision, derived)):
+        if drop_weak and (weak := _only_weak(precision, derived)):
             left_out.append(weak)
         else:
             kept.append(precision)
@@ -96,8 +109,7 @@ def verify(
     if chain.writes_text:
         tell("link 5: greedy tokens with the cache")
     links += _written_tokens(chain)
-    forms = list(_forms(shipped, candidates, tell)) if all(link.passed for link in links) else []
-    return Certificate(tuple(links), tuple(_skipped(chain, kept, left_out)), tuple(forms), tuple(left_out))
+    return Certificate(tuple(links), tuple(_skipped(chain, kept, left_out)), left_out=tuple(left_out))
 
 
 def _skipped(chain: Chain, kept: Sequence[Precision], left_out: Sequence[LeftOut]) -> Iterator[SkippedLink]:
@@ -180,7 +192,7 @@ def _derived(precision: Precision, plain: Subject, made: Subject, yardstick: Yar
 
 
 def _only_weak(precision: Precision, links: Sequence[Link]) -> LeftOut | None:
-    """The precision as left out, if its numbers are all that is wrong with it."""
+    """The precision as left out, if it fails by its numbers alone."""
     failed = [link for link in links if not link.passed]
     if not failed or not all(link.weak for link in failed):
         return None
@@ -254,7 +266,7 @@ def _first_of(faults: Sequence[str]) -> str:
 
 def _link(number: int, name: str, subject: str, found: Sequence[Comparison], atol: float | None, rtol: float) -> Link:
     worst = min(found, key=lambda c: (c.passed, -c.max_abs))
-    finite = worst.max_abs != float("inf")  # a case that could not be compared has no difference to state
+    finite = worst.max_abs != float("inf")  # a case that could not be compared has no difference
     return Link(
         link=number,
         name=name,

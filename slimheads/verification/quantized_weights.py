@@ -36,7 +36,7 @@ def quantized_faults(source: Path, quantized: Path) -> Iterator[str]:
 
 
 def _rounding_fault(name: str, array: np.ndarray, made: Mapping[str, np.ndarray]) -> str | None:
-    """A tensor that several nodes read may be there twice: as it was, and rounded; each must be right."""
+    """A tensor with several readers may be stored twice, in float32 and rounded; both must be right."""
     faults: list[str | None] = []
     for stored, expected in ((name, array), (f"{name}_Transposed", array.T)):
         if stored in made:
@@ -64,10 +64,10 @@ def _block_fault(expected: np.ndarray, packed: np.ndarray, scales: np.ndarray) -
 
 
 def _is_rounded(exact: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> bool:
-    """Whether `steps`, scaled, is `exact` to half a step. `scale` and `zero` are single or one a last index."""
+    """Whether `steps`, scaled, is `exact` to half a step. `scale` and `zero` are single, or one per last index."""
     scale, zero = scale.astype(np.float64), zero.astype(np.float64)
     rows = max(1, len(exact) if exact.ndim < 2 else _BLOCK // math.prod(exact.shape[1:]))
-    for start in range(0, len(exact), rows):  # in float64, a large table would not fit into memory at once
+    for start in range(0, len(exact), rows):  # in parts, because a large table does not fit into memory in float64
         part = slice(start, start + rows)
         if not (np.abs((steps[part] - zero) * scale - exact[part]) <= _HALF_A_STEP * scale).all():  # False for NaN
             return False
@@ -80,7 +80,7 @@ def _is_rounded_in_blocks(exact: np.ndarray, packed: np.ndarray, scales: np.ndar
     Args:
         exact: [inputs, outputs].
         packed: uint8 [outputs, blocks, half a block], the lower four bits first; 8 stands for zero.
-        scales: [outputs, blocks]: an eighth of the block's largest value, turned so that this becomes -8.
+        scales: [outputs, blocks]: minus an eighth of the block's value of largest magnitude, which becomes -8.
     """
     size = 2 * packed.shape[2]
     columns = max(1, _BLOCK // (packed.shape[1] * size))
@@ -93,7 +93,7 @@ def _is_rounded_in_blocks(exact: np.ndarray, packed: np.ndarray, scales: np.ndar
         largest = np.abs(blocks).max(axis=-1, keepdims=True)
         ends = -8 * scale, 7 * scale
         off = np.abs(steps * scale - blocks.clip(np.minimum(*ends), np.maximum(*ends))) / np.abs(scale).clip(_TINY)
-        # What fills up the last block stands for nothing.
+        # The padding of the last block is ignored.
         rounded = off.reshape(whole.shape)[:, : len(exact)] <= _HALF_A_STEP
         if not (rounded.all() and (np.abs(8 * np.abs(scale) - largest) <= 1e-6 * largest).all()):
             return False

@@ -21,17 +21,17 @@ from slimheads.runtime.onnx_signature import nodes_of
 from slimheads.verification.onnx_files import TensorShape, read_graph, sizes_text
 
 _HEAD_COUNTS = ("num_heads", "kv_num_heads")
-# What may stand between a fused node and the projection that reads it.
+# Operators between a fused node and the projection that reads it.
 _MOVES = {"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 _FUSED = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention", "PackedMultiHeadAttention"}
 
 
 def graph_faults(dense: Path, slim: Path, sites: Sequence[Site], plan: Plan, *, cached: bool = False) -> Iterator[str]:
-    """Everything in which the slim graph is not the dense one less the plan, in words; nothing if it is.
+    """All differences between the slim graph and the dense one less the plan, in words; nothing if there is none.
 
     Args:
         dense, slim: ONNX files exported the same way, unfused.
-        sites: the dense model's, or those of them that are in the graph.
+        sites: the dense model's, or those that are in the graph.
         cached: whether keys and values may come from the cache alone, without projections in either graph.
     """
     before, after = _Graph(dense), _Graph(slim)
@@ -49,7 +49,7 @@ def graph_faults(dense: Path, slim: Path, sites: Sequence[Site], plan: Plan, *, 
         if site.tables:
             yield from _table_faults(before, after, site, kept)
     targeted = [projection.module for site in sites for projection in site.projections]
-    targeted += [site.name for site in sites if site.tables]  # what is left of these was compared site by site
+    targeted += [site.name for site in sites if site.tables]  # these were compared site by site
     others = before.shapes_outside(targeted), after.shapes_outside(targeted)
     if others[0] != others[1]:
         gone, new_ones = others[0] - others[1], others[1] - others[0]
@@ -58,7 +58,7 @@ def graph_faults(dense: Path, slim: Path, sites: Sequence[Site], plan: Plan, *, 
 
 
 def _table_faults(before: _Graph, after: _Graph, site: Site, kept: tuple[int, ...]) -> Iterator[str]:
-    """Beside its projections, a site reads its tables, perhaps folded into other shapes; each loses the same heads."""
+    """A site's tables, which may be folded into other shapes: each must lose the same heads as the projections."""
     dense, slim = (len(site.kept_heads(units)) for units in (tuple(range(site.total)), kept))
     modules = [projection.module for projection in site.projections]
     old, new = (graph.shapes_outside(modules, within=site.name) for graph in (before, after))
@@ -82,8 +82,8 @@ def _table_faults(before: _Graph, after: _Graph, site: Site, kept: tuple[int, ..
 def fused_faults(path: Path, sites: Sequence[Site], plan: Plan) -> Iterator[str]:
     """Fused attention nodes that do not carry their own layer's head count; nothing if there are none or all do.
 
-    A node's layer is the one whose output projection reads it: fusing renames all before that. Where the tool fused
-    some layers and left others, or one layer is called again and again, every node is held against its own.
+    A node's layer is the one whose output projection reads it, because fusing renames everything before that. This
+    also holds where only some layers were fused, or one layer is called several times.
     """
     graph = _Graph(path)
     nodes = [node for node in graph.nodes if node.op_type in _FUSED]
@@ -112,7 +112,7 @@ def merged_faults(first: Path, following: Path, merged: Path) -> Iterator[str]:
 
 
 def _contents(path: Path) -> set[tuple[int, TensorShape, bytes]]:
-    """Every tensor of a file by its type, shape and bytes, whatever its name; scalars say nothing."""
+    """Every tensor of a file by its type, shape and bytes, without its name. Scalars are left out."""
     graph = read_graph(path, weights=True)
     branches = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
     return {
@@ -160,7 +160,7 @@ class _Graph:
         )
 
     def feeds(self, node: onnx.NodeProto, module: str) -> bool:
-        """Whether a node of the module reads what this node puts out first, be it moved around on the way."""
+        """Whether a node of the module reads this node's first output, perhaps through reshapes and the like."""
         scope = self._scope(module)
         readers = [reader for reader in self.nodes if node.output[0] in reader.input]
         return any(
@@ -169,9 +169,9 @@ class _Graph:
         )
 
     def _scope(self, module: str) -> re.Pattern[str]:
-        """How the names of a module's nodes begin. A module that is called again has a number after its name."""
-        # The exporter names only what was called: OPT's head class calls `model.decoder` past `model`, and an encoder's
-        # own file begins below `model.encoder`.
+        """The prefix of a module's node names. A module that is called again has a number after its name."""
+        # The exporter names only modules that were called: OPT's head class calls `model.decoder` without `model`, and
+        # an encoder's own file begins below `model.encoder`.
         path = module.split(".")
         called = (".".join(path[start:]) for start in range(min(len(path), 3)))
         name = next((name for name in called if self._has(f"{name}.")), module)
@@ -182,7 +182,7 @@ class _Graph:
 
 
 def _scope_of(node: onnx.NodeProto) -> str:
-    """The module that a node came from, and what it is there."""
+    """The module that a node came from, and the node's own name."""
     path: str = node.name
     return path.removeprefix("/").replace("/", ".")
 

@@ -1,4 +1,4 @@
-"""What the certificate's links hold against each other: a model in one file, or an encoder-decoder in four."""
+"""The two sides that each link compares: of a model in one file, or of an encoder-decoder in four."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ PROMPT_TOKENS, NEW_TOKENS = 8, 16
 
 @dataclass(frozen=True)
 class Subject:
-    """One file, the cases that run it, and how to open it as a function of them.
+    """One file, the cases that run it, and how to open it.
 
-    `converted` is false for a graph that no converter made from its float32 one.
+    `converted` is false for a graph that no converter wrote: the merged decoder is merged from converted ones.
     """
 
     path: Path
@@ -59,9 +59,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What an int8 or q4 file is held against, and the file itself, both run as written: without any fusion.
+    """The reference of an int8 or q4 file, and the file itself, both without ONNX Runtime's fusions.
 
-    `losses` is the float32 graph with what each rounded product costs by itself, as `write_losses` names them.
+    `losses` is the float32 graph with the rounding error of each product, as `write_losses` writes it.
     """
 
     reference: Callable[[], Runner]
@@ -71,7 +71,7 @@ class Yardstick:
 
 @dataclass(frozen=True)
 class Structure:
-    """One file's structure: how much there is to hold against the plan, and how to find what is wrong."""
+    """One file's structure: how many tensors are compared with the plan, and how to find the faults."""
 
     path: Path
     tensors: int
@@ -81,7 +81,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class Generation:
-    """Greedy search from one prompt: `expected` is torch's, `found` comes from a file. int64 [batch, positions]."""
+    """Greedy search from one prompt: `expected` by torch, `found` by a file. int64 [batch, positions]."""
 
     path: Path
     prompt: str
@@ -91,7 +91,7 @@ class Generation:
 
 
 class Chain(Protocol):
-    """All that the links compare."""
+    """Everything that the links compare."""
 
     @property
     def cases(self) -> Sequence[AnyCase]: ...
@@ -103,10 +103,7 @@ class Chain(Protocol):
         ...
 
     def yardsticks(self, precision: Precision) -> list[Yardstick | None]:
-        """For each of these, what its arithmetic is held against where its weights are whole numbers.
-
-        Rounding changes outputs by as much as a wrong head does, so the float32 graph is no yardstick for them.
-        """
+        """The references of these files where their weights are whole numbers, else None."""
         ...
 
     def structures(self, further: Sequence[Precision]) -> list[Structure]: ...
@@ -149,7 +146,7 @@ class Shipped:
         return replace(self, dense_onnx=folder / "dense" / "onnx", folder=folder / "slim")
 
     def sums(self, part: str, further: Sequence[Precision]) -> list[Structure]:
-        """Whether sums of int8 products fit into 16 bits, in files for CPUs that may add them up so."""
+        """Whether sums of int8 products fit into 16 bits, in files for CPUs that may add in 16 bits."""
         if self.int8_for not in SIXTEEN_BITS:
             return []
         claim = "no sum of two int8 products overflows 16 bits"
@@ -163,7 +160,7 @@ def chain_of(shipped: Shipped) -> Chain:
 
 
 def fixed_cache_axes(path: Path) -> bool:
-    """Whether a file fixes its cache's axes: then optimum cannot feed it, for it sizes empty caches by config.json."""
+    """Whether a file fixes its cache's axes. optimum cannot run it, because it sizes empty caches by config.json."""
     caches = [i for i in read_interface(path).inputs if i.name.startswith("past_key_values.")]
     return any(isinstance(i.dims[1], int) for i in caches)
 
@@ -181,7 +178,7 @@ def _written(write: _Writer, plain: Path, made: Path) -> Iterator[Path]:
 
 
 def _own(part: str, run: Runner) -> Runner:
-    """A runner that gives only what one of an encoder-decoder's files puts out."""
+    """A runner that returns only the outputs of one file of an encoder-decoder."""
     own = seq2seq.outputs_of(part)
     return lambda case: {name: array for name, array in run(case).items() if own(name)}
 
@@ -223,7 +220,7 @@ class OneFile:
         return [Yardstick(partial(of_both, write_rounded), as_written, partial(of_both, write_losses))]
 
     def fused(self) -> list[Structure]:
-        """Of both files: whether each fused attention node counts the heads of its own layer."""
+        """In both files: whether each fused attention node has the head count of its own layer."""
         sites, plan = find_sites(self._shipped.dense), self._shipped.plan
         whole = Plan(tuple(replace(site, kept=tuple(range(site.total))) for site in plan.sites))
         graphs = ((self._shipped.dense_graph(), whole), (self._shipped.graph(), plan))
@@ -262,7 +259,7 @@ class OneFile:
         return made
 
     def _prompts(self) -> Iterator[tuple[str, np.ndarray, np.ndarray, int]]:
-        """What is continued, as (its name, ids, mask, new tokens): a short text, and one across each change."""
+        """Prompts as (name, ids, mask, new tokens): a short text, and one that ends before each change."""
         config = self._shipped.dense.config
         limit = right_up_to(config)
         fresh = [case for case in self.cases if case.padding in ("no", "left") and not case.past]
@@ -307,7 +304,7 @@ class _FourFiles:
         ]
 
     def yardsticks(self, precision: Precision) -> list[Yardstick | None]:
-        """The merged decoder's weights are those of the other two, which it is held against."""
+        """The merged decoder has the weights of the other two decoders, so it is compared with them."""
         if not PRECISIONS[precision].rounded:
             return [None] * len(PARTS)
         folder = self._shipped.onnx

@@ -257,7 +257,7 @@ def test_a_form_without_one_of_the_outputs_is_none(
         return optimized
 
     monkeypatch.setattr(candidates, "optimize_model", forgetful)
-    assert build(made, "fused")["slim"] == "it takes away inputs or outputs of the graph"
+    assert build(made, "fused")["slim"] == "it removes inputs or outputs of the graph"
 
 
 def test_an_encoder_decoder_has_none(tiny: Callable[..., PreTrainedModel], tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def test_a_weak_precision_ends_with_code_4_and_the_remedies(
     (reason,) = report_of(out)["verdict"]["reasons"]
     for said in ("model_int8.onnx", "int8 out of export.precisions", "export.int8_for", "on_weak_precision: drop"):
         assert said in reason
-    assert "classifier" in reason and "report this" not in reason  # the product that loses most
+    assert "classifier" in reason and "report this" not in reason  # the product with the largest error
 
 
 def test_a_weak_precision_is_left_out_by_name_and_the_rest_is_published(
