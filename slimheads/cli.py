@@ -226,7 +226,8 @@ def init(
     from slimheads.families.family import families
     from slimheads.families.limits import fitting
     from slimheads.models.checkpoint import describe, find, read_config
-    from slimheads.recipe.recipe import DEFAULT_SHAPES, commented_recipe
+    from slimheads.recipe.sections import DEFAULT_SHAPES
+    from slimheads.recipe.template import commented_recipe
 
     source = find(model)
     decoder, fed_texts = source.task == "text-generation", families()[source.family].inputs == "text"

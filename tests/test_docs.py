@@ -16,8 +16,8 @@ from slimheads.exporting.artifacts import FILES
 from slimheads.models.checkpoint import SEQ2SEQ_TASKS, TASKS
 from slimheads.names import Precision, Provider, Task
 from slimheads.pruning.select import select
-from slimheads.recipe import recipe
 from slimheads.recipe.recipe import Recipe, recipe_schema
+from slimheads.recipe.sections import Select
 from slimheads.runtime.sessions import PROVIDERS
 from slimheads.strict_yaml import parse_yaml
 
@@ -54,7 +54,7 @@ def test_the_recipe_offers_exactly_what_the_library_does() -> None:
     assert get_args(Precision) == tuple(FILES)
     assert set(get_args(Provider)) == set(PROVIDERS)
     parameters = inspect.signature(select).parameters
-    for key, field in recipe.Select.model_fields.items():
+    for key, field in Select.model_fields.items():
         assert key == "ratio" or field.default == parameters[key].default
 
 

@@ -30,7 +30,8 @@ from whole_runs import (
 )
 
 from slimheads.pipeline.gates import judge
-from slimheads.recipe.recipe import Gates, Recipe
+from slimheads.recipe.recipe import Recipe
+from slimheads.recipe.sections import Gates
 from slimheads.report.model import Report, Size
 from slimheads.verification.drift import Drift, Figures
 

@@ -9,7 +9,7 @@ from slimheads.errors import GateError
 from slimheads.latency.gate import latency_bound
 from slimheads.latency.records import Latency
 from slimheads.pipeline.job import Job
-from slimheads.recipe.recipe import Gates
+from slimheads.recipe.sections import Gates
 from slimheads.report.model import GateResult, Size
 from slimheads.verification.certificate import Link
 from slimheads.verification.drift import Drift

@@ -32,7 +32,7 @@ from whole_runs import (
 )
 
 from slimheads.models.loading import save
-from slimheads.recipe.recipe import Export
+from slimheads.recipe.sections import Export
 from slimheads.report.tables import stages
 
 AS_SHIPPED = {"candidates": list(Export().candidates)}
