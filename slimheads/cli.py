@@ -165,8 +165,7 @@ def bench(
     from slimheads import console as terminal
     from slimheads.latency.bench import bench as measure
     from slimheads.latency.gate import require_limit, require_ratio
-    from slimheads.report.svg import require_picture
-    from slimheads.report.timeline import write_timeline
+    from slimheads.report.timeline import require_picture, write_timeline
 
     wanted = [_shape(text) for text in shapes or ["1x16", "1x128"]]
     if plot:

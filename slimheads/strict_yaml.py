@@ -94,13 +94,9 @@ def read_yaml(path: Path | str) -> tuple[Any, Positions]:
     try:
         with Path(path).open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise UsageError("there is no such file", where=where, hint="check the path") from None
-    except IsADirectoryError:
-        raise UsageError("this is a folder, not a YAML file", where=where, hint="name the file inside it") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"cannot be read: {reason}", where=printable(where), hint="check the path") from None
+        raise UsageError(f"cannot be read: {reason}", where=printable(where, 1000), hint="check the path") from None
     if len(raw) > MAX_BYTES:
         raise UsageError(f"is over {MAX_BYTES} bytes", where=f"{where}:1:1", hint="check that this is the right file")
     try:
@@ -254,12 +250,10 @@ class _Document:
         try:
             value: str | int | float | bool | None = self._yaml.constructor.construct_object(node)
             node.value.encode("utf-8")
-        except UnicodeEncodeError:
-            what, hint = "an escape is not a Unicode character", "write the character itself"
-            raise _RefusedError(what, node.start_mark, hint) from None
-        except ValueError:  # Python reads whole numbers of up to 4300 digits
-            what, hint = "this whole number has too many digits", "write a smaller number"
-            raise _RefusedError(what, node.start_mark, hint) from None
+        except ValueError as error:  # Python reads whole numbers of up to 4300 digits
+            half = isinstance(error, UnicodeEncodeError)
+            what = "an escape is not a Unicode character" if half else "this whole number has too many digits"
+            raise _RefusedError(what, node.start_mark, "write another value") from None
         return value
 
     def _grow(self, node: Node, path: KeyPath) -> None:

@@ -131,8 +131,8 @@ def test_files_that_are_no_yaml_file(tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_bytes(b"a: 1\nb: caf\xe9\n")
     for path, says in [
-        (tmp_path / "none.yaml", "no such file"),
-        (tmp_path, "a folder"),
+        (tmp_path / "none.yaml", "No such file"),
+        (tmp_path, "Is a directory"),
         (bad, "bad.yaml:2:7: is not UTF-8: byte 0xe9"),
         (tmp_path / "nul\0.yaml", "cannot be read"),
         (bad / "below.yaml", "cannot be read"),
