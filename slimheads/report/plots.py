@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from slimheads import formatting as fmt
 from slimheads.report import wording
-from slimheads.report.svg import RAMP_STEPS, Axis, Drawing
+from slimheads.report.svg import RAMP_STEPS, Axis, Drawing, text_width
 
 if TYPE_CHECKING:
     from slimheads.latency.records import Interval, Latency
@@ -27,9 +27,9 @@ def heat_map(scores: ScoreTable, plan: PlanTable, *, width: int, name: str) -> s
     kept = [set(site.kept) for site in plan.sites]
     rows, columns = len(scores.sites), max(len(site.scores) for site in scores.sites)
     labels, axis = wording.site_labels([site.site for site in scores.sites])
-    if 6.6 * max(map(len, labels)) > width * 0.35:  # long names would leave no room for tiles: number the rows
+    if max(map(text_width, labels)) > width * 0.35:  # long names would leave no room for tiles: number the rows
         labels = [str(row) for row in range(rows)]
-    left = 14 + 6.6 * max(len(label) for label in [*labels, axis])
+    left = 14 + max(map(text_width, [*labels, axis]))
     cell_w = min(64.0, (width - left - 62) / columns)
     cell_h = min(28.0, max(cell_w, 4.0), max(4.0, 620 / rows))
     top = 34.0
@@ -76,13 +76,14 @@ def _tile(drawing: Drawing, box: tuple[float, float, float, float], colour: str,
 
 
 def _heat_legend(drawing: Drawing, x: float, y: float, low: float, high: float) -> None:
-    drawing.text(x, y, f"score {fmt.figures(low)}", colour="muted")
-    start = x + 46 + 6.6 * len(fmt.figures(low))
+    lowest, highest = f"score {fmt.figures(low)}", fmt.figures(high)
+    drawing.text(x, y, lowest, colour="muted")
+    start = x + text_width(lowest) + 8
     for step in range(RAMP_STEPS):
         drawing.rect(start + step * 5, y - 5, 5.5, 10, fill=f"heat{step}")
     end = start + RAMP_STEPS * 5 + 8
-    drawing.text(end, y, fmt.figures(high), colour="muted")
-    mark = end + 6.6 * len(fmt.figures(high)) + 22
+    drawing.text(end, y, highest, colour="muted")
+    mark = end + text_width(highest) + 22
     drawing.rect(mark + 0.5, y - 5.5, 12, 11, fill="heat3")
     drawing.dot(mark + 6.5, y, 2.6, fill="limit", stroke="paper")
     drawing.text(mark + 20, y, "removed", colour="ink")
@@ -95,9 +96,9 @@ def latency(rows: Sequence[Latency], *, width: int, name: str) -> str | None:
         return None
     side_by_side = width > 600
     labels = [(wording.latency_place(row), wording.latency_setup(row)) for row in measured]
-    label_w = max(150.0, *(max(7.3 * len(place), 5.8 * len(setup)) + 14 for place, setup in labels))
+    label_w = max(150.0, *(max(text_width(place, bold=True), text_width(setup)) + 8 for place, setup in labels))
     label_w = min(label_w, 290.0) if side_by_side else 0.0
-    below = 16.0 if any(7.3 * len(place) + 5.8 * len(setup) > width for place, setup in labels) else 0.0
+    below = 16.0 if any(text_width(place, bold=True) + text_width(setup) > width for place, setup in labels) else 0.0
     band = 64.0 if side_by_side else 128.0 + below
     head = 52.0 if side_by_side else 62.0
     panel_w = (width - label_w - 40) / 2 if side_by_side else float(width)
@@ -190,7 +191,7 @@ def _speedup(drawing: Drawing, row: Latency, axis: Axis, y: float) -> None:
         _whisker(drawing, row.speedup, axis, y, "slim", 3.0)
         drawing.dot(axis(row.speedup.estimate), y, 4.5, fill="slim")
         text = f"{fmt.ratio(row.speedup.estimate)}" if row.verdict in ("faster", "slower") else row.verdict
-        half = 4.0 * len(text)  # keeps a verdict in words inside the panel
+        half = text_width(text, bold=True) / 2  # keeps a verdict in words inside the panel
         middle = min(max(axis(row.speedup.estimate), axis.start + half), axis.end - half)
         drawing.text(middle, y - 15, text, align="center", bold=True, paper=True)
 
@@ -229,7 +230,7 @@ def drift(found: Drift | None, *, width: int, name: str) -> str | None:
     for label, colour, filled in (("slim", "slim", True), (random, "limit", False)):
         drawing.dot(x, 94, 4.5, fill=colour if filled else "paper", stroke=None if filled else colour)
         drawing.text(x + 11, 94, label, colour="muted")
-        x += 30 + 6.4 * len(label)
+        x += 24 + text_width(label)
     drawing.line(x, 88, x, 100, colour="ink", weight=1.4)
     drawing.text(x + 8, 94, "unchanged", colour="muted")
     values = ", ".join(f"{value:.3f}" for value in seeds)

@@ -39,6 +39,11 @@ PALETTE |= {
 }
 
 
+def text_width(text: str, *, bold: bool = False) -> float:
+    """About how wide a text is, px; rather too much than too little."""
+    return len(text) * (7.3 if bold else 6.5)
+
+
 def palette_css(dark: bool) -> str:
     """The palette as CSS custom properties, for a `:root` rule."""
     return "; ".join(f"--{name}: {colours[1 if dark else 0]}" for name, colours in PALETTE.items())
