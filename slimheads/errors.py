@@ -13,7 +13,7 @@ class SlimheadsError(Exception):
         what: what went wrong, in one sentence without a full stop.
         where: the file, line, tensor or link it concerns, if there is one.
         hint: what the user can do about it.
-        keys: the recipe's keys that it is about, the one to blame first; `Recipe.located` makes `where` of them.
+        keys: the recipe keys that it is about, the one at fault first; `Recipe.located` turns them into `where`.
     """
 
     exit_code = 1
@@ -30,7 +30,7 @@ class SlimheadsError(Exception):
 
 
 class UsageError(SlimheadsError):
-    """The recipe or the command line asks for something that cannot be."""
+    """The recipe or the command line is wrong."""
 
     exit_code = 2
 

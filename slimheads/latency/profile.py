@@ -96,7 +96,7 @@ def _measure(
     source: Source, shapes: Sequence[Shape], setting: Setting, min_seconds: float, tell: Callable[[str], None]
 ) -> Iterator[LatencyTable]:
     """One table per shape. All shapes of a point are measured on the same two files."""
-    model = load(source.folder, source.asked).float()
+    model = load(source.folder, source.given_task).float()
     kinds = kinds_of(model, setting.within_groups)
     wanted = [(index, count) for index, kind in enumerate(kinds) for count in kind.counts(setting.threads)]
     if not wanted:

@@ -16,7 +16,7 @@ from slimheads.families.family import check_head_counts, dense_value, family_of,
 from slimheads.intake.examine import checked_config, examine
 from slimheads.intake.model_files import check_shards
 from slimheads.intake.switches import without_switches
-from slimheads.models.generation_settings import settings_of
+from slimheads.models.generation_settings import generation_settings
 from slimheads.models.locate import locate
 from slimheads.models.tasks import SEQ2SEQ_TASKS, TASKS, architecture_of, task_of
 from slimheads.pruning.plan_record import recorded_plan
@@ -40,7 +40,7 @@ class Source:
     task_named: bool = False  # by the user or by modules.json, not guessed
 
     @property
-    def asked(self) -> str:
+    def given_task(self) -> str:
         """The task to pass to `find` for the same result: "auto" if it was guessed."""
         return self.task if self.task_named else "auto"
 
@@ -80,7 +80,7 @@ def find(source: str, task: str = "auto") -> Source:
     architecture = architecture_of(config, task)
     require_padding(architecture, config, folder)
     if architecture.can_generate():
-        settings_of(folder, config)
+        generation_settings(folder, config)
     from_hub = not source.startswith("pkg://") and folder != Path(source).expanduser()
     return Source(source, folder, task, str(config.model_type), family, architecture.__name__, from_hub, named)
 

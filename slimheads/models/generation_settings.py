@@ -30,7 +30,7 @@ _LOADS_MORE = {"auto_map", "trust_remote_code", "custom_generate", "assistant_mo
 _UNREADABLE = (TypeError, AttributeError, KeyError)
 
 
-def settings_of(folder: Path, config: PretrainedConfig) -> GenerationConfig:
+def generation_settings(folder: Path, config: PretrainedConfig) -> GenerationConfig:
     """The settings of a checkpoint that generates text, from its generation_config.json or else its config.json.
 
     Raises:

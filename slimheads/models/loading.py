@@ -23,7 +23,7 @@ from slimheads.families.sites import Site, find_sites
 from slimheads.files import new_folder, remove
 from slimheads.intake.side_json import strip_code
 from slimheads.models.checkpoint import Source, find, read_config, weight_files
-from slimheads.models.generation_settings import settings_left_alone, settings_of, write_settings
+from slimheads.models.generation_settings import generation_settings, settings_left_alone, write_settings
 from slimheads.models.unused_weights import account_for_unused
 from slimheads.models.weights import check_loaded, refused_loading, tensor_files
 from slimheads.pruning.plan import Plan
@@ -103,7 +103,7 @@ def _from_pretrained(
     folder = found.folder
     shards = weight_files(folder)
     files = tensor_files(shards)
-    settings = settings_of(folder, config) if model_class.can_generate() else None
+    settings = generation_settings(folder, config) if model_class.can_generate() else None
 
     def build(**extra: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         return cast(

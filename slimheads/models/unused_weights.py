@@ -1,6 +1,6 @@
 """Weights that are in a checkpoint but not in the model built from it, most often a custom task head.
 
-They are never dropped without a word:
+They are never dropped silently:
 1. Buffers that other versions stored (position ids, masks) are not weights and do not count.
 2. If the recipe names the task, or the checkpoint names the class that is built, there is a notice.
 3. There is also a notice for pretraining heads, which fine-tuned models do not use.

@@ -86,7 +86,7 @@ def _preview(recipe: Recipe, note: Callable[[str], None]) -> Preview:
         tables = recipe_tables.measured(note)
     elif not read_config(source.folder).is_encoder_decoder:
         tables = recipe_tables.stored()
-    model = load(source.folder, source.asked)
+    model = load(source.folder, source.given_task)
     plan, selection = choose(score(model, recipe.score.method), recipe.select, tuple(tables.values()))
     shape = measured_shapes(model.config, recipe.bench.shapes)[-1]
 

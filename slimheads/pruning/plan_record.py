@@ -21,8 +21,8 @@ def record_plan(config: PretrainedConfig, family: Family, sites: Sequence[Site],
     dense = {key: dense_value(config, key) for key in family.recorded_keys}
     setattr(config, PLAN_KEY, {"format": 1, "dense": dense, "sites": records})
     if family.reload == "pruned_heads":
-        gone = [sorted(set(range(r["total"])) - set(r["kept"])) for r in records]
-        config.pruned_heads = {site.layer: heads for site, heads in zip(sites, gone, strict=True) if heads}
+        deleted = [sorted(set(range(r["total"])) - set(r["kept"])) for r in records]
+        config.pruned_heads = {site.layer: heads for site, heads in zip(sites, deleted, strict=True) if heads}
     elif family.reload == "head_counts":
         counts = dense | _equal_head_counts(family, dense, pairs)
         for key, value in (counts if _accepts(config, counts) else dense).items():

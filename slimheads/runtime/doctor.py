@@ -16,7 +16,8 @@ from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel, ConfigDict
 
 from slimheads.errors import one_line
-from slimheads.runtime.environment import GIB, PACKAGES, available_memory, installed, runtime_providers, usable_cores
+from slimheads.names import GIB
+from slimheads.runtime.environment import PACKAGES, available_memory, installed, runtime_providers, usable_cores
 
 MIN_PYTHON = ">=3.11"
 MIN_CORES = 2  # bench.threads unless the recipe says otherwise

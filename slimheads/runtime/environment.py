@@ -21,7 +21,6 @@ from slimheads.runtime.memory import available_bytes, physical_cores, total_byte
 
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime")
 OTHER_BUILDS = {"onnxruntime": ("onnxruntime-gpu",)}  # the same package under another name
-GIB = 1024**3
 CGROUPS = Path("/sys/fs/cgroup")
 CPUS = Path("/sys/devices/system/cpu")
 

@@ -16,7 +16,7 @@ _LEADING_ELSEWHERE = {"auto_map", "init_inputs", "fast_tokenizer_files"}
 _OF_FIVE = {"backend", "is_local", "model_specific_special_tokens"}
 
 
-def settings_of(folder: Path) -> dict[str, Any] | None:
+def tokenizer_settings(folder: Path) -> dict[str, Any] | None:
     """The settings in a form that both major versions of transformers read; None if there is no such file.
 
     A list under `extra_special_tokens` moves to `additional_special_tokens`, which both versions read.
@@ -45,7 +45,7 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
 
 def translated(folder: Path) -> dict[str, Any] | None:
     """The settings if they must differ from the file; None if the file can be copied unchanged."""
-    made = settings_of(folder)
+    made = tokenizer_settings(folder)
     return None if made == read_json_as(folder / TOKENIZER_SETTINGS, dict) else made
 
 

@@ -191,9 +191,8 @@ def test_ids_without_an_embedding_are_refused_where_the_sample_has_them_and_told
     tokenizer = loaded(checkpoint())
     ids = tokenizer("the a of")["input_ids"]
     rows = max(ids)
-    with pytest.raises(
-        ModelRefusedError, match=rf"ids up to \d+, but the model has only {rows} embeddings.*use id {rows}"
-    ):
+    message = rf"ids up to \d+, but the model has only {rows} embeddings.*use id {rows}"
+    with pytest.raises(ModelRefusedError, match=message):
         require_vocabulary(tokenizer, ["the a of"], rows, checkpoint())
     with collected() as told:
         require_vocabulary(tokenizer, ["the a"], rows, checkpoint())

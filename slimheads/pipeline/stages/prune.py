@@ -41,7 +41,7 @@ def prune_stage(source: Source, loaded: Loaded, selected: Selected) -> Stage[Pru
 
 
 def _prune(source: Source, plan: Plan, out: Path) -> Pruned:
-    model = prune(load(source.folder, source.asked), plan)
+    model = prune(load(source.folder, source.given_task), plan)
     save(model, out)
     if plan.removed == 0:
         _ship_unchanged(source.folder, out)
