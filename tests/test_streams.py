@@ -57,7 +57,7 @@ COMMANDS += [(name, ">&-") for name in ("version", "help", "families", "schema")
 def test_a_command_whose_reader_leaves_ends_quietly(name: str, away: str, subjects: dict[str, str]) -> None:
     ended = shell(f"slimheads {subjects[name]} {away}")
     assert ended.returncode == 0, ended.stderr
-    left = [line for line in ended.stderr.splitlines() if not line.startswith("  bench:")]
+    left = [line for line in ended.stderr.splitlines() if not line.startswith("bench    ")]
     assert left == []
 
 

@@ -13,6 +13,8 @@ from slimheads.latency.sampling import Floats, Series
 from slimheads.latency.statistics import judge, ratio_interval
 from slimheads.names import OnMissing, Shape
 
+EFFORT = 5 / 3  # times what `bench` takes: five sessions instead of three
+
 
 class Ratio(BaseModel):
     """How much faster the second of two files is than the first, and whether that can be believed."""
@@ -53,6 +55,7 @@ def bench_treated(
     on_missing: OnMissing = "fail",
     seed: int = 0,
     on_progress: Callable[[str], None] | None = None,
+    on_share: Callable[[float], None] | None = None,
 ) -> tuple[TreatedLatency, ...]:
     """Measure two models and two treated graphs of them (fused, quantized) in the same rounds, to tell apart what
     pruning gives, what the treatment gives, and what both give together.
@@ -62,14 +65,14 @@ def bench_treated(
         dense_treated, slim_treated: the treated ones. The control is a second session of `dense_treated`.
         precision, graph: labels for the report, of the treated files.
         min_seconds: as `bench` takes it; a shape takes five thirds of it, so that each file runs as often as there.
-        shapes, provider, threads, min_pairs, flops, on_missing, seed, on_progress: as `bench` takes them.
+        shapes, provider, threads, min_pairs, flops, on_missing, seed, on_progress, on_share: as `bench` takes them.
 
     Returns, raises: as `bench`.
     """
-    effort = effort_of(min_seconds * 5 / 3, min_pairs)
+    effort = effort_of(min_seconds * EFFORT, min_pairs)
     setup = Setup(provider, threads, precision, graph, flops or {}, on_missing, seed)
     files = (Path(dense_treated), Path(slim_treated), Path(dense), Path(slim))
-    found = measured_rows(files, shapes, setup, effort, on_progress)
+    found = measured_rows(files, shapes, setup, effort, on_progress, on_share)
     return tuple(_treated(row, series, seed) for row, series in found)
 
 

@@ -42,6 +42,7 @@ def bench(
     on_missing: OnMissing = "fail",
     seed: int = 0,
     on_progress: Callable[[str], None] | None = None,
+    on_share: Callable[[float], None] | None = None,
 ) -> tuple[Latency, ...]:
     """Measure how much faster `slim` runs than `dense`: any two ONNX files that take a transformer's inputs.
 
@@ -60,6 +61,8 @@ def bench(
         on_missing: `skip` answers a missing provider with rows that say "not measured".
         seed: of the inputs, the orders and the bootstrap.
         on_progress: called with one line of text after each session set of a shape.
+        on_share: called along with it, with the share of the measurement that is done, 0 to 1. It falls where the
+            control asks for more.
 
     Returns:
         One row a shape, in the order of `shapes`; where the files' inputs have no length, one row a batch size.
@@ -71,7 +74,7 @@ def bench(
     effort = effort_of(min_seconds, min_pairs)
     require_known("bench.on_missing", on_missing, ("fail", "skip"))
     setup = Setup(provider, threads, precision, graph, flops or {}, on_missing, seed)
-    found = measured_rows((Path(dense), Path(slim)), shapes, setup, effort, on_progress)
+    found = measured_rows((Path(dense), Path(slim)), shapes, setup, effort, on_progress, on_share)
     return tuple(row for row, _ in found)
 
 
@@ -108,6 +111,7 @@ def measured_rows(
     setup: Setup,
     effort: Effort,
     on_progress: Callable[[str], None] | None,
+    on_share: Callable[[float], None] | None,
 ) -> list[tuple[Latency, Series | None]]:
     """A row a shape about the first two files, and the samples of all of them; no samples where nothing was measured.
 
@@ -136,6 +140,7 @@ def measured_rows(
             vouched=lambda first, control: control_fault(ratio_interval(first, control, setup.seed)) is None,
             seed=setup.seed,
             on_progress=on_progress or (lambda line: None),
+            on_share=on_share or (lambda share: None),
         )
     except EnvironmentLackError as error:
         if setup.on_missing == "fail":

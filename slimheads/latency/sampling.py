@@ -60,6 +60,11 @@ class Series:
         """One role's samples, [sets, rounds], milliseconds a run."""
         return np.array(self.sets)[:, :, role]
 
+    def share(self, effort: Effort) -> float:
+        """How much is done, 0 to 1; it falls where the control asks for more session sets."""
+        sets = len(self.sets) / max(SETS, self.next_look)
+        return 1.0 if self.done else min(1.0, sets, self.seconds / effort.min_seconds)
+
     def consider(self, effort: Effort, vouched: Callable[[Floats, Floats], bool]) -> None:
         """Decide whether another set is needed.
 
@@ -89,6 +94,7 @@ def measure(
     vouched: Callable[[Floats, Floats], bool],
     seed: int,
     on_progress: Callable[[str], None],
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> dict[Shape, Series]:
     """Rounds of all files at every shape in the same session sets, until each shape is finished.
 
@@ -99,6 +105,7 @@ def measure(
         provider, threads: as `open_session` takes them.
         seed: of the inputs and the orders.
         on_progress: called with one line of text after each session set of a shape.
+        on_share: called along with it, with the share of the measurement that is done, 0 to 1.
 
     Raises:
         UsageError: a file cannot be opened or fed, or does not run at a shape.
@@ -123,6 +130,7 @@ def measure(
             del runs
             series[shape].consider(effort, vouched)
             on_progress(f"latency {shape_text(shape)}: session set {len(series[shape].sets)}")
+            on_share(sum(one.share(effort) for one in series.values()) / len(series))
         del sessions  # before the next are opened: one set at a time is enough for the memory
     return series
 
