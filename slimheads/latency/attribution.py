@@ -24,6 +24,8 @@ from slimheads.runtime.memory import available_bytes
 
 TreatmentKind = Literal["candidate", "precision"]
 
+EFFORT = 5 / 3  # times what `bench` takes: five sessions instead of three
+
 
 class Ratio(BaseModel):
     """How much faster the second of two files is than the first, with a verdict."""
@@ -82,6 +84,7 @@ def attribute(
     on_missing: OnMissing = "fail",
     seed: int = 0,
     on_progress: Callable[[str], None] | None = None,
+    on_share: Callable[[float], None] | None = None,
 ) -> tuple[Attribution, ...]:
     """Measures two models and two treated graphs of them (fused, quantized) in the same rounds.
 
@@ -90,14 +93,14 @@ def attribute(
         treated_dense, treated_slim: the treated ones. The control is a second session of `treated_dense`.
         precision, graph: labels of the treated files, for the report.
         min_seconds: as for `bench`; a shape takes five thirds of it, so that each file runs as often as there.
-        shapes, provider, threads, min_pairs, flops, on_missing, seed, on_progress: as for `bench`.
+        shapes, provider, threads, min_pairs, flops, on_missing, seed, on_progress, on_share: as for `bench`.
 
     Returns, raises: as `bench`.
     """
-    effort = effort_of(min_seconds * 5 / 3, min_pairs)
+    effort = effort_of(min_seconds * EFFORT, min_pairs)
     setup = Setup(provider, threads, precision, graph, flops or {}, on_missing, seed)
     files = (Path(treated_dense), Path(treated_slim), Path(dense), Path(slim))
-    found = measured_rows(files, shapes, setup, effort, on_progress)
+    found = measured_rows(files, shapes, setup, effort, on_progress, on_share)
     return tuple(_attribution(row, series, seed) for row, series in found)
 
 

@@ -36,6 +36,7 @@ def bench(
     on_missing: OnMissing = "fail",
     seed: int = 0,
     on_progress: Callable[[str], None] | None = None,
+    on_share: Callable[[float], None] | None = None,
 ) -> tuple[Latency, ...]:
     """Measures how much faster `slim` runs than `dense`: any two ONNX files that take a transformer's inputs.
 
@@ -54,6 +55,8 @@ def bench(
         on_missing: with "skip", a missing provider gives rows with the verdict "not measured".
         seed: of the inputs, the orders and the bootstrap.
         on_progress: called with one line of text after each session set of a shape.
+        on_share: called along with it, with the share of the measurement that is done, 0 to 1. It falls where the
+            control asks for more.
 
     Returns:
         One row per shape, in the order of `shapes`; where inputs have no length, one row per batch size.
@@ -65,7 +68,7 @@ def bench(
     effort = effort_of(min_seconds, min_pairs)
     require_known("bench.on_missing", on_missing, ("fail", "skip"))
     setup = Setup(provider, threads, precision, graph, flops or {}, on_missing, seed)
-    found = measured_rows((Path(dense), Path(slim)), shapes, setup, effort, on_progress)
+    found = measured_rows((Path(dense), Path(slim)), shapes, setup, effort, on_progress, on_share)
     return tuple(row for row, _ in found)
 
 
@@ -103,6 +106,7 @@ def measured_rows(
     setup: Setup,
     effort: Effort,
     on_progress: Callable[[str], None] | None,
+    on_share: Callable[[float], None] | None,
 ) -> list[tuple[Latency, Series | None]]:
     """One row per shape about the first two files, and the samples of all files where any were measured.
 
@@ -131,6 +135,7 @@ def measured_rows(
             control_ok=lambda first, control: control_fault(ratio_interval(first, control, setup.seed)) is None,
             seed=setup.seed,
             on_progress=on_progress or (lambda line: None),
+            on_share=on_share or (lambda share: None),
         )
     except EnvironmentLackError as error:
         if setup.on_missing == "fail":

@@ -49,6 +49,7 @@ def profile(
     min_seconds: float = MIN_SECONDS,
     again: bool = False,
     tell: Callable[[str], None] = lambda line: None,
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> tuple[Profile, ...]:
     """The model's latency tables, one per shape. Those that are not stored yet are measured together, and stored.
 
@@ -58,6 +59,7 @@ def profile(
         min_seconds: least time in timed runs per point and shape.
         again: whether to measure what is stored already.
         tell: called with a line of text for each point.
+        on_share: called with the share of the work that is done, 0 to 1.
 
     Raises:
         UsageError: an encoder-decoder, a model of single heads, or a shape that the model does not run at.
@@ -70,7 +72,7 @@ def profile(
     if lacking:
         with writable(folder()):
             pass  # found out before hours of measuring
-        for table in _measure(source, lacking, setting, min_seconds, tell):
+        for table in _measure(source, lacking, setting, min_seconds, tell, on_share):
             store(path_of(source, table.shape, setting), table)
             found[table.shape] = table
     return tuple(Profile(found[s], path_of(source, s, setting), s not in lacking) for s in shapes)
@@ -93,7 +95,12 @@ def table_shapes(source: Source, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
 
 
 def _measure(
-    source: Source, shapes: Sequence[Shape], setting: Setting, min_seconds: float, tell: Callable[[str], None]
+    source: Source,
+    shapes: Sequence[Shape],
+    setting: Setting,
+    min_seconds: float,
+    tell: Callable[[str], None],
+    on_share: Callable[[float], None],
 ) -> Iterator[LatencyTable]:
     """One table per shape. All shapes of a point are measured on the same two files."""
     model = load(source.folder, source.given_task).float()
@@ -112,6 +119,7 @@ def _measure(
         for number, (index, count) in enumerate(wanted, 1):
             place = f"point {number} of {len(wanted)}: {kinds[index].name} keeps {count} of {kinds[index].total}"
             tell(place)
+            on_share((number - 1) / len(wanted))
             slim_model = prune(copy.deepcopy(model), plan_keeping(kinds, index, count))
             slim = _exported(slim_model, Path(home, "slim"), source.task)
             for shape, row in _rows(dense, slim, shapes, setting, min_seconds, place, tell).items():

@@ -61,6 +61,11 @@ class Series:
         """One role's samples, [sets, rounds], milliseconds per run."""
         return np.array(self.sets)[:, :, role]
 
+    def share(self, effort: Effort) -> float:
+        """How much is done, 0 to 1; it falls where the control asks for more session sets."""
+        sets = len(self.sets) / max(SETS, self.next_check)
+        return 1.0 if self.done else min(1.0, sets, self.seconds / effort.min_seconds)
+
     def update_done(self, effort: Effort, control_ok: Callable[[Floats, Floats], bool]) -> None:
         """Decides whether another set is needed.
 
@@ -90,6 +95,7 @@ def measure(
     control_ok: Callable[[Floats, Floats], bool],
     seed: int,
     on_progress: Callable[[str], None],
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> dict[Shape, Series]:
     """Rounds of all files at every shape in the same session sets, until each shape is finished.
 
@@ -100,6 +106,7 @@ def measure(
         provider, threads: as `open_session` takes them.
         seed: of the inputs and the orders.
         on_progress: called with one line of text after each session set of a shape.
+        on_share: called along with it, with the share of the measurement that is done, 0 to 1.
 
     Raises:
         UsageError: a file cannot be opened or fed, or does not run at a shape.
@@ -124,6 +131,7 @@ def measure(
             del runs
             series[shape].update_done(effort, control_ok)
             on_progress(f"latency {shape_text(shape)}: session set {len(series[shape].sets)}")
+            on_share(sum(one.share(effort) for one in series.values()) / len(series))
         del sessions  # before the next set is opened, because memory holds one set
     return series
 

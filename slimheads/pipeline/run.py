@@ -64,7 +64,7 @@ def _stages(recipe: Recipe, source: Source, runner: Runner) -> Finished:
     verified = do(verify_stage(recipe, models, Subjects(scored, selected, pruned, recovered, exported), note))
     benched = None
     if not verified.ends_run:
-        benched = do(bench_stage(recipe.bench, models, Graphs.of(recipe, pruned, exported, verified), note))
+        benched = do(bench_stage(recipe.bench, models, Graphs.of(recipe, pruned, exported, verified), runner.progress))
     return Finished(recipe, source, loaded, scored, selected, pruned, exported, verified, benched)
 
 

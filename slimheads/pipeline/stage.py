@@ -66,6 +66,7 @@ class Stage(Generic[R]):
         depends: what of the recipe, the model's files and the machine the result depends on, as JSON types. It is read
             before the work to look for a stored result, and after it to store one; it does no work itself.
         reads: the results of earlier stages that it depends on as a whole.
+        about: what the work is, and how long it takes if that is known; shown when it begins.
         presumed: what a dry run goes on with where the stage would have to work; None where it cannot go on.
     """
 
@@ -75,6 +76,7 @@ class Stage(Generic[R]):
     depends: Callable[[], Mapping[str, Any]]
     reads: tuple[Result, ...] = ()
     presumed: R | None = None
+    about: str = ""
 
     def key(self) -> str:
         """What the result depends on, as one hash."""
@@ -122,6 +124,7 @@ class Runner:
         if found is None:
             if self.dry:
                 return _presumed(stage)
+            self.progress.work(stage.about)
             found = self._work(stage, started, memory)
         record, result = found
         for notice in record.notices:

@@ -107,8 +107,8 @@ class Ended:
         return json.loads(self.out)
 
 
-_NAMES = "|".join(STAGES)
-_PROGRESS = re.compile(rf"(?:{_NAMES}) +(?:reused \(took )?\d+\.\d s\)?|  (?:{_NAMES}): .+")
+_NAMES = "|".join((*STAGES, "plan", "profile"))
+_PROGRESS = re.compile(rf"(?:{_NAMES}) +(?:reused \(took \d+\.\d s\)|\d+\.\d s|starts(?:: .+)?|\d+ (?:s|min) so far.*)")
 
 
 def slimheads(*arguments: object) -> Ended:

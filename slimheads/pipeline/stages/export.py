@@ -62,7 +62,8 @@ def export_stage(
     def depends() -> dict[str, Any]:
         return section.model_dump(mode="json", exclude={"on_weak_precision"})
 
-    return Stage("export", Exported, work, depends, (loaded, pruned, recovered))
+    about = f"dense and slim to ONNX, as {', '.join((*section.precisions, *section.candidates))}"
+    return Stage("export", Exported, work, depends, (loaded, pruned, recovered), about=about)
 
 
 class _Work:

@@ -28,7 +28,8 @@ def load_stage(models: RunModels) -> Stage[Loaded]:
     def work(folder: Path) -> Loaded:
         return Loaded(task=task, files=files(), parameters=flops.parameters(models.dense()))
 
-    return Stage("load", Loaded, work, lambda: {"task": task, "files": files()})
+    about = "load the model and hash its files"
+    return Stage("load", Loaded, work, lambda: {"task": task, "files": files()}, about=about)
 
 
 def _files(source: Source) -> dict[str, str]:

@@ -37,7 +37,7 @@ def prune_stage(source: Source, loaded: Loaded, selected: Selected) -> Stage[Pru
     def work(folder: Path) -> Pruned:
         return _prune(source, selected.plan, folder / "slim")
 
-    return Stage("prune", Pruned, work, dict, (loaded, selected))
+    return Stage("prune", Pruned, work, dict, (loaded, selected), about="delete them, save and reload the slim model")
 
 
 def _prune(source: Source, plan: Plan, out: Path) -> Pruned:

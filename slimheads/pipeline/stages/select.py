@@ -36,7 +36,8 @@ def select_stage(section: Select, tables: RecipeTables, scored: Scored, note: Ca
     def depends() -> dict[str, Any]:
         return section.model_dump(mode="json") | ({"tables": tables.fingerprints()} if auto else {})
 
-    return Stage("select", Selected, work, depends, (scored,))
+    about = "choose the units to delete" + (", by latency tables" if auto else "")
+    return Stage("select", Selected, work, depends, (scored,), about=about)
 
 
 def choose(scores: Scores, section: Select, tables: Sequence[LatencyTable] = ()) -> tuple[Plan, Selection]:

@@ -96,7 +96,9 @@ def verify_stage(recipe: Recipe, models: RunModels, subjects: Subjects, note: Ca
         return section.model_dump(mode="json") | samples | exported | {"cpu": cpu_features()}
 
     reads = (subjects.selected, subjects.recovered, subjects.exported)
-    return Stage("verify", Verified, work, depends, reads, presumed=_all_proven(subjects.exported.built))
+    about = "prove every graph, then measure the drift of the outputs"
+    presumed = _all_proven(subjects.exported.built)
+    return Stage("verify", Verified, work, depends, reads, presumed, about)
 
 
 def _all_proven(forms: Sequence[GraphForm]) -> Verified:
