@@ -1,9 +1,9 @@
-"""Peak memory of loading, scoring and pruning, against the size of the model.
+"""Peak memory of loading, scoring and pruning, compared with the size of the model.
 
-Each measurement is a process of its own that loads a checkpoint from disk, scores it and prunes it. What is told is the
-highest resident set (VmHWM, files that are mapped included) from before the load to after the deletion, less what was
-resident when all modules had been imported and no model was there. The limit is the size of the model, its largest
-tensor and 300 MB; the process exits with 1 where a model took more.
+Each measurement is a separate process that loads a checkpoint from disk, scores it and prunes it. The figure is the
+highest resident set (VmHWM, mapped files included) from before the load to after the deletion, minus the resident set
+after all imports and before the load. The limit is the size of the model, its largest tensor and 300 MiB; exit code 1
+if a model needs more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SPARE_MB = 300.0
 
 
 def child(folder: str, ratio: float) -> None:
-    """Loads, scores and prunes; prints what it took in MiB."""
+    """Loads, scores and prunes; prints the memory used, in MiB."""
     before, memory = resident_megabytes(), PeakMemory()
     model = load(folder)
     loaded = memory.megabytes() - before

@@ -165,8 +165,7 @@ def bench(
     from slimheads import console as terminal
     from slimheads.latency.bench import bench as measure
     from slimheads.latency.gate import require_limit, require_ratio
-    from slimheads.report.svg import require_picture
-    from slimheads.report.timeline import write_timeline
+    from slimheads.report.timeline import require_picture, write_timeline
 
     wanted = [_shape(text) for text in shapes or ["1x16", "1x128"]]
     if plot:
@@ -226,7 +225,8 @@ def init(
     from slimheads.families.family import families
     from slimheads.families.limits import fitting
     from slimheads.models.checkpoint import describe, find, read_config
-    from slimheads.recipe.recipe import DEFAULT_SHAPES, commented_recipe
+    from slimheads.recipe.sections import DEFAULT_SHAPES
+    from slimheads.recipe.template import commented_recipe
 
     source = find(model)
     decoder, fed_texts = source.task == "text-generation", families()[source.family].inputs == "text"

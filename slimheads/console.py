@@ -98,11 +98,11 @@ def print_profiles(profiles: Sequence[Profile]) -> None:
             each = (1 - point.share.estimate) / (kind.total - point.kept) / len(kind.sites)
             interval = f"{point.share.estimate:.3f} ({point.share.low:.3f} to {point.share.high:.3f})"
             saved = f"{each:.2%}, {1000 * each * table.dense_ms:.3g} µs"
-            doubt = f"in doubt: {point.doubt}" if point.doubt else ""
+            doubt = f"in doubt: {point.noise}" if point.noise else ""
             rows.add_row(f"{len(kind.sites)} {kind.name}", f"{point.kept} of {kind.total}", interval, saved, doubt)
         console.print(rows)
-        if table.doubtful:
-            console.print(f"{_in_doubt(table.doubtful)}: {_AGAIN}", soft_wrap=True)
+        if table.noisy_points:
+            console.print(f"{_in_doubt(table.noisy_points)}: {_AGAIN}", soft_wrap=True)
 
 
 def _in_doubt(points: int) -> str:

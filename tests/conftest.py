@@ -2,8 +2,8 @@
 
 A test that takes `variety` runs on their variants too, and one that takes `variant` on those alone.
 
-`pytest` runs one model type per family file, which is one per layout, one seed, and no slow test. `pytest --whole` runs
-all of them.
+`pytest` runs one model type per family file, which is one per layout, one seed, and no slow test; and where models are
+exported, one model type per way of writing a graph. `pytest --whole` runs all of them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,28 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import AUDIO, CONFIGS, DECODERS, ENCODERS, SEQ2SEQ, VARIANTS, VISION, tiny_model
+from filelock import FileLock
+from shipped import ALL_PRECISIONS, Shipped, ship
+from tiny import (
+    AUDIO,
+    CONFIGS,
+    DECODERS,
+    ENCODERS,
+    SEQ2SEQ,
+    SPREAD,
+    SPREAD_VARIANTS,
+    VARIANTS,
+    VISION,
+    task_of,
+    tiny_model,
+)
 from transformers import PreTrainedModel
 
 from slimheads.data.inputs import make_inputs, to_torch
@@ -31,6 +46,7 @@ from slimheads.families.config_facts import has_length, takes_text
 from slimheads.families.family import families
 from slimheads.families.sites import find_sites
 from slimheads.models.loading import load
+from slimheads.names import KvAxes, Precision
 from slimheads.pruning.plan import Plan, SitePlan
 
 pytest_plugins = ["evidence"]
@@ -38,19 +54,26 @@ MODEL_TYPES = sorted(model_type for family in families().values() for model_type
 REPRESENTATIVES = [family.model_types[0] for family in families().values()]
 
 
-def _parameters(model_types: Sequence[str], seeds: Sequence[int]) -> dict[str, Sequence[Any]]:
+def _parameters(whole: bool) -> dict[str, Sequence[Any]]:
+    model_types = MODEL_TYPES if whole else REPRESENTATIVES
+    exported = MODEL_TYPES if whole else sorted(SPREAD)
     varieties = [*model_types, *sorted(VARIANTS)]
     return {
         "model_type": model_types,
-        "family_type": REPRESENTATIVES,  # for what the layout alone decides
         "variety": varieties,
-        "variant": sorted(VARIANTS),
         "decoder_variety": [v for v in varieties if v in DECODERS],
-        "encoder_type": [m for m in model_types if m in ENCODERS],  # of texts
         "decoder_type": [m for m in model_types if m in DECODERS],
         "seq2seq_type": [m for m in model_types if m in SEQ2SEQ],
         "wordless_type": [m for m in model_types if m in VISION | AUDIO],  # fed images or sound alone
-        "seed": seeds,
+        # Of tests that export:
+        "exported_type": exported,
+        "exported_layout": REPRESENTATIVES if whole else exported,  # what the layout alone decides
+        "exported_variant": sorted(VARIANTS) if whole else SPREAD_VARIANTS,
+        "exported_encoder": [m for m in exported if m in ENCODERS],  # of texts
+        "exported_decoder": [m for m in exported if m in DECODERS],
+        "exported_seq2seq": [m for m in exported if m in SEQ2SEQ],
+        "exported_wordless": [m for m in exported if m in VISION | AUDIO],
+        "seed": (0, 1) if whole else (0,),
     }
 
 
@@ -79,8 +102,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     given = [name for mark in metafunc.definition.iter_markers("parametrize") for name in str(mark.args[0]).split(",")]
     whole = _is_whole(metafunc.config)
-    parameters = _parameters(MODEL_TYPES, (0, 1)) if whole else _parameters(REPRESENTATIVES, (0,))
-    for argument, values in parameters.items():
+    for argument, values in _parameters(whole).items():
         if argument in metafunc.fixturenames and argument not in given:
             metafunc.parametrize(argument, values)
 
@@ -138,6 +160,39 @@ def ragged() -> Callable[..., Plan]:
         )
 
     return plan
+
+
+@pytest.fixture(scope="session")
+def shipped(
+    tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Shipped]:
+    """`shipped(variety, task=None, **options of ship)`: pruned by `ragged`, with every graph of both sides.
+
+    Exported once in a session, whatever the number of workers. Not to be changed: copy it.
+    """
+    home = tmp_path_factory.getbasetemp()
+    home = (home.parent if "PYTEST_XDIST_WORKER" in os.environ else home) / "shipped"
+    home.mkdir(exist_ok=True)
+
+    def of(
+        variety: str,
+        task: str | None = None,
+        *,
+        precisions: tuple[Precision, ...] = ALL_PRECISIONS,
+        kv_axes: KvAxes = "symbolic",
+    ) -> Shipped:
+        dense, task = tiny(variety, task=task), task or task_of(variety)
+        root = home / "-".join((variety, task, *precisions, kv_axes))
+        with FileLock(root.with_suffix(".lock")):
+            if root.exists():
+                return Shipped(root, dense, load(root / "slim", task), ragged(dense), task)
+            made = ship(
+                dense, ragged(dense), root.with_suffix(".new"), task=task, precisions=precisions, kv_axes=kv_axes
+            )
+            made.root.rename(root)
+        return replace(made, root=root)
+
+    return of
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ def rows(script: str, *arguments: str) -> list[dict[str, Any]]:
     return list(found["rows"])
 
 
+@pytest.mark.slow
 def test_scoring_is_measured_in_every_layout_and_dtype() -> None:
     layouts, dtypes = ("llama", "gpt2", "bert", "gpt_neox"), ("float32", "bfloat16")
     found = rows("scoring.py", "--sizes", "1M", *FEW)
@@ -44,6 +45,7 @@ def test_scoring_is_measured_in_every_layout_and_dtype() -> None:
     assert found[0]["scored MB"] * 1e6 == pytest.approx(2 * 3 * 64 * 64 * 4)
 
 
+@pytest.mark.slow
 def test_surgery_is_compared_with_a_copy_of_what_it_keeps() -> None:
     half, whole = (rows("surgery.py", "--sizes", "1M", *FEW, "--ratio", ratio) for ratio in ("0.5", "0"))
     assert [r["layout"] for r in half] == ["llama", "gpt2", "bert", "gpt_neox"] * 2
@@ -51,6 +53,7 @@ def test_surgery_is_compared_with_a_copy_of_what_it_keeps() -> None:
         assert cut["kept MB"] == pytest.approx(uncut["kept MB"] / 2)
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own_and_held_to_the_limit(tmp_path: Path) -> None:
     [row] = rows("memory.py", "--sizes", "1M", "--dtypes", "float32", "--folder", str(tmp_path))
     assert row["model MiB"] == pytest.approx(4 * row["parameters"] / 2**20)
@@ -59,11 +62,13 @@ def test_memory_is_measured_in_a_process_of_its_own_and_held_to_the_limit(tmp_pa
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_export_is_compared_with_bare_optimum() -> None:
     [row] = rows("export_overhead.py", "--sizes", "1M", "--layouts", "llama", *FEW)
     assert row["optimum s"] > 0 and row["slimheads s"] > 0
 
 
+@pytest.mark.slow
 def test_int8_of_7_bits_is_compared_with_8() -> None:
     found = rows("int8.py", "--model", str(checkpoint()), "--length", "8", "--threads", "1", "--seconds", "0.05")
     assert [row["weights"] for row in found] == ["signed 7", "signed 8", "unsigned 8"]

@@ -7,15 +7,18 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forks import Forks, Stdout
 from whole_runs import checkpoint, write_recipe
 
 from slimheads.exporting.export import export
 from slimheads.models.loading import load
 
 COMMAND = [sys.executable, "-m", "slimheads"]
+CHEAP = (("help of a command", "| true"), ("schema", "| head -1"), *((n, ">&-") for n in ("version", "help", "schema")))
 
 
 def shell(line: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -48,24 +51,38 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-COMMANDS = [(name, "| true") for name in ("doctor", "families", "score", "plan", "init", "bench", "help of a command")]
-COMMANDS += [(name, "| head -1") for name in ("families as JSON", "families as Markdown", "schema")]
-COMMANDS += [(name, ">&-") for name in ("version", "help", "families", "schema")]
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    with Forks(tmp_path_factory.mktemp("forks")) as made:
+        yield made
 
 
-@pytest.mark.parametrize(("name", "away"), COMMANDS)
-def test_a_command_whose_reader_leaves_ends_quietly(name: str, away: str, subjects: dict[str, str]) -> None:
+def test_a_command_whose_reader_leaves_ends_quietly(subjects: dict[str, str], forks: Forks) -> None:
+    leaves: dict[Stdout, tuple[str, ...]] = {
+        "gone": ("doctor", "families", "score", "plan", "init", "bench"),
+        "after a line": ("families as JSON", "families as Markdown"),
+        "closed": ("families",),
+    }
+    for stdout, names in leaves.items():
+        for name in names:
+            ended = forks.run(*shlex.split(subjects[name]), stdout=stdout)
+            assert ended.returncode == 0, f"{name}, {stdout}: {ended.stderr}"
+            left = [line for line in ended.stderr.splitlines() if not line.startswith("  bench:")]
+            assert left == [], f"{name}, {stdout}"
+
+
+@pytest.mark.parametrize("name,away", CHEAP)
+def test_a_command_whose_reader_leaves_ends_quietly_in_a_shell(name: str, away: str, subjects: dict[str, str]) -> None:
     ended = shell(f"slimheads {subjects[name]} {away}")
-    assert ended.returncode == 0, ended.stderr
-    left = [line for line in ended.stderr.splitlines() if not line.startswith("  bench:")]
-    assert left == []
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("away", ["| true", "2>&1 | true", ">&-"])
-def test_the_verdict_of_a_run_stays_its_exit_code(away: str, subjects: dict[str, str]) -> None:
-    ended = shell(f"slimheads {subjects['run']} {away}")
-    assert ended.returncode == 7, ended.stderr
-    assert "Traceback" not in ended.stderr and "BrokenPipe" not in ended.stderr
+def test_the_verdict_of_a_run_stays_its_exit_code(subjects: dict[str, str], forks: Forks) -> None:
+    ways: tuple[tuple[Stdout, bool], ...] = (("gone", False), ("gone", True), ("closed", False))
+    for stdout, merged in ways:
+        ended = forks.run(*shlex.split(subjects["run"]), stdout=stdout, merged=merged)
+        assert ended.returncode == 7, f"{stdout}: {ended.stderr}"
+        assert "Traceback" not in ended.stderr and "BrokenPipe" not in ended.stderr, stdout
 
 
 def test_an_output_that_cannot_be_written_is_told(subjects: dict[str, str]) -> None:

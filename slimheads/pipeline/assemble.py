@@ -39,7 +39,7 @@ class Circumstances:
 
 def assemble(run: Finished, circumstances: Circumstances) -> Report:
     """Puts the report together, judges the gates and gives the verdict."""
-    certificate = run.verified.certificate.with_candidate(run.shipped)
+    certificate = run.verified.certificate.with_form(run.shipped)
     latency = run.benched.latency if run.benched else ()
     drift, drift_text = run.verified.drift, run.verified.drift_text
     drift_reason, text_reason = _no_drift(run)

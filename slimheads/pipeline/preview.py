@@ -123,5 +123,5 @@ def _predicted(table: LatencyTable, plan: Plan) -> PlannedLatency:
         dense_ms=found.dense_ms,
         slim_ms=found.slim_ms,
         speedup=found.speedup,
-        doubtful=table.doubtful,
+        doubtful=table.noisy_points,
     )

@@ -24,7 +24,6 @@ from slimheads.report.model import StageRecord
 from slimheads.runtime.environment import installed
 from slimheads.runtime.memory import PeakMemory
 
-STAGE_NAMES = ("load", "score", "select", "prune", "recover", "export", "verify", "bench", "report")
 _VERSIONED = (
     "torch",
     "transformers",
@@ -107,6 +106,7 @@ class Runner:
     dry: bool = False
     done: dict[str, Result] = field(default_factory=dict)
     timings: list[StageRecord] = field(default_factory=list)
+    _forced: bool = False  # `from_stage` was reached
 
     def do(self, stage: Stage[R]) -> R:
         """The stage's result, stored or new.
@@ -135,8 +135,8 @@ class Runner:
         return result
 
     def _stored(self, stage: Stage[R]) -> tuple[Record, R] | None:
-        forced = self.from_stage is not None and STAGE_NAMES.index(stage.name) >= STAGE_NAMES.index(self.from_stage)
-        record = None if forced else self.store.find(stage.name, stage.key())
+        self._forced = self._forced or stage.name == self.from_stage
+        record = None if self._forced else self.store.find(stage.name, stage.key())
         if record is None:
             return None
         try:

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from optimum.onnxruntime import ORTModelForCausalLM
-from tiny import tiny_model
+from tiny import spread, tiny_model
 from whole_runs import report_of, slimheads, steady, write_recipe
 
 from slimheads.models.loading import load
 
 
 @pytest.mark.parametrize("head_dim", [2, 6])
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma"])
+@pytest.mark.parametrize("model_type", spread("llama", "qwen3", "gemma"))
 def test_dense_and_slim_of_a_run_generate_torchs_tokens(
     model_type: str, head_dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

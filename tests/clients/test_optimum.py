@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,13 +17,12 @@ from optimum.onnxruntime import (
     ORTModelForFeatureExtraction,
     ORTModelForImageClassification,
 )
-from shipped import Shipped, ship
-from tiny import AUDIO, VISION
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from shipped import Shipped
+from tiny import AUDIO, VISION, spread
+from transformers import AutoConfig, AutoTokenizer
 
 from slimheads.data.inputs import make_inputs, to_torch
 from slimheads.models.tasks import TASKS
-from slimheads.pruning.plan import Plan
 
 TEXTS = ["Close the file.", "A mapping of names to values that keeps the order of insertion.", "Ünïcode — and 数字 42"]
 
@@ -45,10 +43,9 @@ def test_the_slim_minilm_gives_torchs_hidden_states(slim_minilm: Shipped) -> Non
 
 
 def test_an_encoder_of_every_type_gives_torchs_hidden_states(
-    encoder_type: str, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
+    exported_encoder: str, shipped: Callable[..., Shipped]
 ) -> None:
-    dense = tiny(encoder_type)
-    made = ship(dense, ragged(dense), tmp_path, task="feature-extraction", beside_dense=False)
+    made = shipped(exported_encoder)
     client = ORTModelForFeatureExtraction.from_pretrained(made.folder)
     ids = torch.randint(5, 120, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(9) < torch.tensor([[9], [4], [7]])).long()
@@ -69,22 +66,23 @@ CLIENTS = {
 
 @pytest.mark.parametrize(
     "model_type,task",
-    [
-        (model_type, task)
-        for model_type in sorted(VISION | AUDIO)
-        for task in CLIENTS
-        if type(AutoConfig.for_model(model_type)) in getattr(transformers, TASKS[task])._model_mapping
-        and task in TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
-    ],
+    spread(
+        *(
+            (model_type, task)
+            for model_type in sorted(VISION | AUDIO)
+            for task in CLIENTS
+            if type(AutoConfig.for_model(model_type)) in getattr(transformers, TASKS[task])._model_mapping
+            and task in TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
+        )
+    ),
 )
 def test_every_model_of_images_or_sound_gives_torchs_outputs(
-    model_type: str, task: str, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
+    model_type: str, task: str, shipped: Callable[..., Shipped]
 ) -> None:
-    dense = tiny(model_type, task=task)
-    made = ship(dense, ragged(dense), tmp_path, task=task, beside_dense=False)
+    made = shipped(model_type, task)
     client = CLIENTS[task].from_pretrained(made.folder)
     for batch in (1, 3):
-        feed = to_torch(make_inputs(dense.config, batch, 9, np.random.default_rng(batch)), made.slim)
+        feed = to_torch(make_inputs(made.dense.config, batch, 9, np.random.default_rng(batch)), made.slim)
         with torch.no_grad():
             expected = made.slim(**feed)[0]
         found = torch.as_tensor(client(**feed)[0])
@@ -92,14 +90,9 @@ def test_every_model_of_images_or_sound_gives_torchs_outputs(
 
 
 def test_a_decoder_generates_torchs_tokens_with_its_cache(
-    decoder_type: str,
-    tiny: Callable[..., PreTrainedModel],
-    ragged: Callable[..., Plan],
-    prove: Callable[..., None],
-    tmp_path: Path,
+    exported_decoder: str, shipped: Callable[..., Shipped], prove: Callable[..., None]
 ) -> None:
-    dense = tiny(decoder_type)
-    made = ship(dense, ragged(dense), tmp_path, task="text-generation", beside_dense=False)
+    made = shipped(exported_decoder)
     client = ORTModelForCausalLM.from_pretrained(made.folder, use_cache=True)
     assert client.can_use_cache
     ids = torch.randint(5, 120, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -112,12 +105,9 @@ def test_a_decoder_generates_torchs_tokens_with_its_cache(
     prove("tokens", client="optimum", tokens=4 * 24)
 
 
-def test_a_decoder_finds_torchs_beams(
-    tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
-) -> None:
+def test_a_decoder_finds_torchs_beams(shipped: Callable[..., Shipped]) -> None:
     """Beam search reorders the cache layer by layer."""
-    dense = tiny("llama")
-    made = ship(dense, ragged(dense), tmp_path, task="text-generation", beside_dense=False)
+    made = shipped("llama")
     client = ORTModelForCausalLM.from_pretrained(made.folder, use_cache=True)
     ids = torch.randint(5, 120, (2, 7), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(7) >= torch.tensor([[0], [3]])).long()

@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 from optimum.onnxruntime import ORTModelForSeq2SeqLM, ORTModelForSpeechSeq2Seq
-from shipped import Shipped, ship
-from tiny import task_of
+from shipped import Shipped
+from tiny import spread
 from transformers import PreTrainedModel
-
-from slimheads.pruning.plan import Plan
 
 IDS = torch.randint(5, 120, (3, 9), generator=torch.Generator().manual_seed(0))
 PADDED = {
@@ -39,28 +37,11 @@ def client_of(made: Shipped, merged: bool) -> Any:
     return model
 
 
-@pytest.fixture(scope="module")
-def shipped(
-    tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Shipped]:
-    """`shipped(model_type)`: pruned to another head count in every site, and exported."""
-    made: dict[str, Shipped] = {}
-
-    def of(model_type: str) -> Shipped:
-        if model_type not in made:
-            dense = tiny(model_type)
-            root = tmp_path_factory.mktemp(model_type)
-            made[model_type] = ship(dense, ragged(dense), root, task=task_of(model_type), beside_dense=False)
-        return made[model_type]
-
-    return of
-
-
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "split"])
 def test_an_encoder_decoder_generates_torchs_tokens(
-    seq2seq_type: str, merged: bool, shipped: Callable[[str], Shipped]
+    exported_seq2seq: str, merged: bool, shipped: Callable[..., Shipped]
 ) -> None:
-    made = shipped(seq2seq_type)
+    made = shipped(exported_seq2seq)
     client = client_of(made, merged)
     options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
     as_dense = []
@@ -72,10 +53,8 @@ def test_an_encoder_decoder_generates_torchs_tokens(
 
 
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "split"])
-@pytest.mark.parametrize("model_type", ["bart", "t5"])
-def test_an_encoder_decoder_finds_torchs_beams(
-    model_type: str, merged: bool, shipped: Callable[[str], Shipped]
-) -> None:
+@pytest.mark.parametrize("model_type", spread("bart", "t5"))
+def test_an_encoder_decoder_finds_torchs_beams(model_type: str, merged: bool, shipped: Callable[..., Shipped]) -> None:
     """Beam search reorders the cache of self-attention layer by layer."""
     made = shipped(model_type)
     client = client_of(made, merged)

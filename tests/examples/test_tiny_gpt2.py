@@ -79,6 +79,7 @@ def test_the_model_has_learned_more_than_word_pairs() -> None:
         assert figures[text, "unigrams"] > figures[text, "bigrams"] > 1.25 * figures[text, "model"]
 
 
+@pytest.mark.slow
 def test_nothing_held_out_was_trained_on(script: ModuleType, documents: Any) -> None:
     def paragraphs(text: str) -> set[str]:
         found = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))

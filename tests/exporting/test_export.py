@@ -13,12 +13,13 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
+from shipped import ALL_PRECISIONS, Shipped
 from tiny import SEQ2SEQ, task_of
 from transformers import GenerationConfig, PreTrainedModel
 
 from slimheads.data.inputs import make_inputs
 from slimheads.errors import ModelRefusedError
-from slimheads.exporting.artifacts import FILES, file_name
+from slimheads.exporting.artifacts import file_name
 from slimheads.exporting.export import export
 from slimheads.families.config_facts import has_length
 from slimheads.families.sites import find_sites
@@ -29,7 +30,10 @@ from slimheads.pruning.surgery import prune
 from slimheads.runtime.graph_inputs import inputs_for
 from slimheads.runtime.onnx_signature import KV_SHAPES_KEY, read_interface
 from slimheads.runtime.sessions import open_session
-from slimheads.verification.parity import cases, compare_all, onnx_form, onnx_greedy, torch_form
+from slimheads.verification.parity import cases, compare_all, onnx_greedy, onnx_runner, torch_runner
+
+# What `shipped` has of a decoder for other tests too.
+PLAIN: dict[str, dict[str, Any]] = {"symbolic": {}, "static": {"precisions": ("fp32",), "kv_axes": "static"}}
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +65,20 @@ def past_axes(path: Path) -> list[tuple[Any, Any]]:
 
 
 def test_the_exported_model_is_left_as_it_was_and_nothing_else_is_written(
-    model_type: str, slim: Callable[..., PreTrainedModel], tmp_path: Path
+    exported_type: str, slim: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
-    model = slim(model_type)
+    model = slim(exported_type)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config, inner = copy.deepcopy(model.config.__dict__), model.config
     parts = ("model",)
-    if model_type in SEQ2SEQ:
+    if exported_type in SEQ2SEQ:
         parts = ("encoder_model", "decoder_model", "decoder_with_past_model", "decoder_model_merged")
         encoder, decoder = (copy.deepcopy(half.config.__dict__) for half in (model.get_encoder(), model.get_decoder()))
     generation = copy.deepcopy(model.generation_config.to_dict()) if model.can_generate() else None
     forward, attributes = model.forward, set(model.__dict__)
     trained = [p.requires_grad for p in model.parameters()]
 
-    graphs = export(model, tmp_path, task=task_of(model_type), precisions=("fp32", "int8"))
+    graphs = export(model, tmp_path, task=task_of(exported_type), precisions=("fp32", "int8"))
 
     assert [(graph.precision, graph.path) for graph in graphs] == [
         (precision, tmp_path / file_name(part, precision)) for precision in ("fp32", "int8") for part in parts
@@ -83,7 +87,7 @@ def test_the_exported_model_is_left_as_it_was_and_nothing_else_is_written(
     after = model.state_dict()
     assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
     assert model.config is inner and model.config.__dict__ == config
-    if model_type in SEQ2SEQ:  # T5's have configurations of their own
+    if exported_type in SEQ2SEQ:  # T5's have configurations of their own
         assert (model.get_encoder().config.__dict__, model.get_decoder().config.__dict__) == (encoder, decoder)
     assert generation is None or model.generation_config.to_dict() == generation
     assert model.forward == forward and model.__dict__.keys() == attributes and not model.training
@@ -91,15 +95,16 @@ def test_the_exported_model_is_left_as_it_was_and_nothing_else_is_written(
 
 
 def test_the_file_says_what_size_of_images_or_sound_to_feed_it_in_every_precision(
-    wordless_type: str, slim: Callable[..., PreTrainedModel], tmp_path: Path
+    exported_wordless: str, shipped: Callable[..., Shipped]
 ) -> None:
-    model = slim(wordless_type)
-    for graph in export(model, tmp_path, task="feature-extraction", precisions=("fp32", "fp16", "int8")):
-        session = open_session(graph.path)
-        assert read_interface(graph.path).has_length == has_length(model.config)
+    graphs = shipped(exported_wordless)
+    config = graphs.slim.config
+    for path in (graphs.onnx(file_name("model", precision)) for precision in ALL_PRECISIONS):
+        session = open_session(path)
+        assert read_interface(path).has_length == has_length(config)
         for batch, length in ((1, 1), (2, 9)):
-            wanted = make_inputs(model.config, batch, length, np.random.default_rng(0))
-            for source in (graph.path, session):
+            wanted = make_inputs(config, batch, length, np.random.default_rng(0))
+            for source in (path, session):
                 made = inputs_for(source, batch, length)
                 assert {name: array.shape for name, array in made.items()} == {n: a.shape for n, a in wanted.items()}
             session.run(None, made)
@@ -123,15 +128,15 @@ def test_models_that_take_images_of_any_size_still_do_as_a_file(
 
 @pytest.mark.parametrize("kv_axes", ["symbolic", "static"])
 def test_a_decoders_file_says_the_true_shape_of_every_layers_cache(
-    decoder_type: str, kv_axes: KvAxes, slim: Callable[..., PreTrainedModel], tmp_path: Path
+    exported_decoder: str, kv_axes: KvAxes, shipped: Callable[..., Shipped]
 ) -> None:
-    model = slim(decoder_type)
-    export(model, tmp_path, task="text-generation", kv_axes=kv_axes)
-    sites = find_sites(model)
-    copies = sites[0].members if decoder_type == "falcon" else 1  # it keeps a group's keys once for every query head
+    made = shipped(exported_decoder, **PLAIN[kv_axes])
+    sites = find_sites(made.slim)
+    per_query = exported_decoder == "falcon"  # it keeps a group's keys once for every query head
+    copies = sites[0].members if per_query else 1
     shapes = [[site.total * copies, site.head_dim, site.head_dim] for site in sites]
     assert len({heads for heads, *_ in shapes}) == len(shapes)
-    path = tmp_path / FILES["fp32"]
+    path = made.onnx()
     metadata = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
     assert json.loads(metadata[KV_SHAPES_KEY]) == shapes
     axes = past_axes(path)
@@ -143,14 +148,11 @@ def test_a_decoders_file_says_the_true_shape_of_every_layers_cache(
         assert len(set(axes)) == len(axes), "no axis may be tied to another layer's"
 
 
-def test_further_graphs_of_a_decoder_keep_what_the_file_says_of_its_cache(
-    slim: Callable[..., PreTrainedModel], tmp_path: Path
-) -> None:
-    export(slim("llama"), tmp_path, task="text-generation", precisions=("fp16", "int8"))
-    plain = tmp_path / "model.onnx"
-    for name in ("model_fp16.onnx", "model_int8.onnx"):
-        assert read_interface(tmp_path / name).kv_shapes == read_interface(plain).kv_shapes != ()
-        assert past_axes(tmp_path / name) == past_axes(plain)
+def test_further_graphs_of_a_decoder_keep_what_the_file_says_of_its_cache(shipped: Callable[..., Shipped]) -> None:
+    made = shipped("llama")
+    for path in (made.onnx("model_fp16.onnx"), made.onnx("model_int8.onnx")):
+        assert read_interface(path).kv_shapes == read_interface(made.onnx()).kv_shapes != ()
+        assert past_axes(path) == past_axes(made.onnx())
 
 
 def test_the_order_that_codegen_wants_its_rows_in_costs_nothing_at_run_time(
@@ -161,12 +163,12 @@ def test_the_order_that_codegen_wants_its_rows_in_costs_nothing_at_run_time(
     assert [node.op_type for node in nodes if "/attn/qkv_proj/" in node.name] == ["MatMul"] * 3
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 def test_static_and_symbolic_files_give_the_tokens_of_a_plain_argmax_loop(
-    model_type: str, slim: Callable[..., PreTrainedModel], tmp_path: Path
+    model_type: str, shipped: Callable[..., Shipped]
 ) -> None:
     """The oracle reads the whole sequence again for every token, in torch and without a cache."""
-    model = slim(model_type)
+    model = shipped(model_type).slim
     case = next(c for c in cases(model.config, "text-generation") if c.length == 8 and c.padding == "left")
     ids, mask = torch.from_numpy(case.ids), torch.from_numpy(case.mask)
     for _ in range(6):
@@ -175,9 +177,8 @@ def test_static_and_symbolic_files_give_the_tokens_of_a_plain_argmax_loop(
             logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-    for kv_axes in ("symbolic", "static"):
-        export(model, tmp_path, task="text-generation", kv_axes=kv_axes)
-        path = tmp_path / "model.onnx"
+    for options in PLAIN.values():
+        path = shipped(model_type, **options).onnx()
         made = onnx_greedy(open_session(path), read_interface(path).kv_shapes, case.ids, case.mask, 6)
         assert made.dtype == np.int64 and (made == ids.numpy()).all()
 
@@ -192,15 +193,12 @@ def test_a_half_precision_model_is_exported_from_a_float32_copy(
     assert initializer_types(path) == {TensorProto.FLOAT} and TensorProto.FLOAT in io_types(path)
     same = copy.deepcopy(model).float()
     over = cases(model.config, "feature-extraction")
-    found = compare_all(torch_form(same), onnx_form(open_session(path), ()), over, 1e-4, 1e-4)
+    found = compare_all(torch_runner(same), onnx_runner(open_session(path), ()), over, 1e-4, 1e-4)
     assert all(outcome.passed for outcome in found)
 
 
-def test_each_precision_is_what_its_name_says_and_takes_the_same_inputs(
-    slim: Callable[..., PreTrainedModel], tmp_path: Path
-) -> None:
-    export(slim("bert"), tmp_path, task="feature-extraction", precisions=("fp32", "fp16", "int8"))
-    plain, half, eighth = (tmp_path / FILES[precision] for precision in ("fp32", "fp16", "int8"))
+def test_each_precision_is_what_its_name_says_and_takes_the_same_inputs(shipped: Callable[..., Shipped]) -> None:
+    plain, half, eighth = (shipped("bert").onnx(file_name("model", precision)) for precision in ALL_PRECISIONS)
     assert initializer_types(plain) == {TensorProto.FLOAT}
     assert TensorProto.FLOAT16 in initializer_types(half) and TensorProto.INT8 in initializer_types(eighth)
     assert io_types(plain) == io_types(half) == io_types(eighth) == {TensorProto.FLOAT, TensorProto.INT64}

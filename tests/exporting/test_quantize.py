@@ -4,41 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_files import FLOAT, write_model
-from shipped import Shipped, edit_tensor, ship
+from shipped import Shipped, edit_tensor
 from tiny import DECODERS, SEQ2SEQ, task_of
 from transformers import PreTrainedModel
 
 from slimheads.errors import ModelRefusedError
 from slimheads.exporting.artifacts import client_names
 from slimheads.exporting.export import export
+from slimheads.exporting.precisions import PRECISIONS
 from slimheads.exporting.quantize import Q4_BLOCK, to_int8, to_q4
 from slimheads.names import Int8For
-from slimheads.pruning.plan import Plan
 from slimheads.runtime.onnx_signature import nodes_of, read_interface
 from slimheads.runtime.sessions import open_session
-from slimheads.verification import structure as graph_check
-from slimheads.verification.precision_proof import TOLERANCES
+from slimheads.verification import quantized_weights
+from slimheads.verification.quantized_weights import quantized_faults
 from slimheads.verification.rounded import write_rounded
-from slimheads.verification.structure import quantized_faults
 
 TARGETS: tuple[Int8For, ...] = ("any", "avx512_vnni", "avx2", "arm64")
 # Products as MatMul, as Gemm (GPT-2), as Gemm of a transposed weight (CLIP's projections), and in four files.
-SPREAD = ("bert", "gpt2", "llama", "opt", "vit", "bart", "t5", "whisper")
+PRODUCTS: list[Any] = ["bert", "gpt2", "clip"]
+PRODUCTS += [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "opt", "vit", "bart", "t5", "whisper")]
 
 
-@pytest.fixture(scope="module")
-def gpt2(
-    tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path_factory: pytest.TempPathFactory
-) -> Shipped:
-    dense = tiny("gpt2")
-    root = tmp_path_factory.mktemp("gpt2")
-    return ship(dense, ragged(dense), root, task="text-generation", precisions=("fp32", "q4"))
+@pytest.fixture
+def gpt2(shipped: Callable[..., Shipped]) -> Shipped:
+    return shipped("gpt2", precisions=("fp32", "q4"))
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
@@ -72,12 +69,8 @@ def test_int8_weights_have_seven_bits_where_sums_of_sixteen_would_overflow(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_int8_holds_for_every_kind_of_cpu(
-    target: Int8For, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
-) -> None:
-    task = "token-classification"  # its logits are no next tokens
-    dense = tiny("bert", task=task)
-    made = ship(dense, ragged(dense), tmp_path, task=task)
+def test_int8_holds_for_every_kind_of_cpu(target: Int8For, shipped: Callable[..., Shipped], tmp_path: Path) -> None:
+    made = shipped("bert", "token-classification").copied(tmp_path)  # its logits are no next tokens
     export(made.slim, made.folder / "onnx", task=made.task, precisions=("fp32", "int8"), int8_for=target)
     found = made.certificate("int8", int8_for=target)
     assert found.passed, found.error()
@@ -94,12 +87,9 @@ def test_int8_is_published_under_the_names_that_clients_look_for() -> None:
 # --------------------------------------------------------------------------------------------------------- 4 bits
 
 
-@pytest.mark.parametrize("model_type", SPREAD)
-def test_all_links_hold_for_weights_of_4_bits(
-    model_type: str, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
-) -> None:
-    dense, task = tiny(model_type), task_of(model_type)
-    made = ship(dense, ragged(dense), tmp_path, task=task, precisions=("fp32", "q4"))
+@pytest.mark.parametrize("model_type", PRODUCTS)
+def test_all_links_hold_for_weights_of_4_bits(model_type: str, shipped: Callable[..., Shipped]) -> None:
+    made = shipped(model_type, precisions=("fp32", "q4"))
     found = made.certificate("q4")
     assert found.passed, found.error()
     links = [link for link in found.links if link.link == 3]
@@ -180,7 +170,7 @@ def faults(folder: Path, made: dict[str, np.ndarray]) -> list[str]:
 
 @pytest.mark.parametrize("block", [1, 100, 2**20])
 def test_blocks_rounded_by_the_book_are_no_fault(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_check, "_BLOCK", block)
+    monkeypatch.setattr(quantized_weights, "_BLOCK", block)
     assert faults(tmp_path, four_bit(WEIGHT)) == []
 
 
@@ -245,7 +235,7 @@ def test_a_changed_weight_fails_link_3_though_outputs_agree(gpt2: Shipped, tmp_p
     assert [link.link for link in failed] == [3]
     assert failed[0].reason and failed[0].reason.endswith("c_fc.weight is not the float32 graph's, rounded")
     assert (
-        failed[0].max_rel is not None and failed[0].max_rel < TOLERANCES["q4"]
+        failed[0].max_rel is not None and failed[0].max_rel < PRECISIONS["q4"].tolerance
     )  # numbers alone would have let it pass
 
 

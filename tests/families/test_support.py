@@ -156,14 +156,14 @@ def test_damaged_evidence_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # --------------------------------------------------------------------------------------------------- how it is gathered
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["here", "in workers"])
+@pytest.mark.parametrize("workers", [(), pytest.param(("-n", "1"), marks=pytest.mark.slow)], ids=["here", "in workers"])
 def test_only_what_passed_is_written_and_the_largest_difference_counts(
     workers: tuple[str, ...], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests/support'}")
     pytester.makepyfile(SUITE)
     options = ("-p", "evidence", "-m", "evidence", "--evidence", "out.json", *workers)
-    ended = pytester.runpytest_subprocess(*options)
+    ended = (pytester.runpytest_subprocess if workers else pytester.runpytest_inprocess)(*options)
     ended.assert_outcomes(passed=7, failed=1, skipped=1, deselected=0 if workers else 1)
     text = (pytester.path / "out.json").read_text(encoding="utf-8")
     data = json.loads(text)
@@ -177,13 +177,14 @@ def test_only_what_passed_is_written_and_the_largest_difference_counts(
     ended.stdout.fnmatch_lines(["evidence: out.json, without *roberta*"])
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["here", "in workers"])
+@pytest.mark.parametrize("workers", [(), pytest.param(("-n", "1"), marks=pytest.mark.slow)], ids=["here", "in workers"])
 def test_a_session_that_did_not_run_every_test_writes_nothing(
     workers: tuple[str, ...], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests/support'}")
     pytester.makepyfile(test_whole=SUITE, test_broken="import nothing_of_that_name")
-    ended = pytester.runpytest_subprocess("-p", "evidence", "-m", "evidence", "--evidence", "out.json", *workers)
+    run = pytester.runpytest_subprocess if workers else pytester.runpytest_inprocess
+    ended = run("-p", "evidence", "-m", "evidence", "--evidence", "out.json", *workers)
     assert ended.ret != 0 and not (pytester.path / "out.json").exists()
     ended.stdout.fnmatch_lines(["evidence: not written*"])
 

@@ -35,7 +35,7 @@ from slimheads.models.loading import save
 from slimheads.pipeline.stages import export as export_stage
 from slimheads.pipeline.stages import prune as prune_stage
 from slimheads.pipeline.stages import score as score_stage
-from slimheads.recipe.recipe import Export
+from slimheads.recipe.sections import Export
 
 AS_SHIPPED = {"candidates": list(Export().candidates)}
 WEIGHT = "encoder.layer.1.attention.self.key.weight"
@@ -176,7 +176,10 @@ def shipped_recipe(shipped: Path, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "shipped",
+    [pytest.param(path, marks=() if path.stem == "ci" else pytest.mark.slow, id=path.stem) for path in SHIPPED],
+)
 def test_a_broken_proof_under_a_shipped_recipe_is_reported(
     shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

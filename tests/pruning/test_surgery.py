@@ -28,7 +28,12 @@ Batch = dict[str, torch.Tensor]
 Batches = Callable[[PreTrainedModel], dict[str, Batch]]
 Answers = Callable[..., dict[str, torch.Tensor]]
 Prove = Callable[..., None]
-HEADS = [(m, task) for family in families().values() for m in family.model_types for task in tasks_of(m)]
+HEADS = [
+    pytest.param(model_type, task, marks=() if model_type == family.model_types[0] else pytest.mark.slow)
+    for family in families().values()
+    for model_type in family.model_types
+    for task in tasks_of(model_type)
+]
 # Their eager attention casts a float64 mask to float32: rows that see only padding become NaN, dense or slim. With a
 # window those are also the rows of padding that stand far behind the text.
 NAN_WHEN_PADDED_LEFT = {v for v in DECODERS if type_of(v) not in {"falcon", "gpt2", "gpt_neo", "gptj"}}

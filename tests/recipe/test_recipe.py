@@ -17,7 +17,9 @@ from ruamel.yaml import YAML
 from slimheads.errors import UsageError
 from slimheads.names import Task
 from slimheads.recipe.dump import dump_yaml
-from slimheads.recipe.recipe import Bench, Export, Gates, Recipe, Select, Verify, commented_recipe, recipe_schema
+from slimheads.recipe.recipe import Recipe, recipe_schema
+from slimheads.recipe.sections import Bench, Export, Gates, Select, Verify
+from slimheads.recipe.template import commented_recipe
 from slimheads.strict_yaml import parse_yaml
 
 FULL = """\
@@ -214,7 +216,7 @@ def test_schema_and_reader_want_a_model(text: str, written: Any) -> None:
         (
             "model: m\nselect:\n  ratio: 1.0\n",
             "r.yaml:3:10: select.ratio should be less than 1, got 1.0 (a number); "
-            "share of heads to delete, 0 to below 1: at least one head stays in every site",
+            "fraction of heads to delete, from 0 to below 1; at least one head stays per site",
         ),
         ("model: m\nselect: {ratio: yes}\n", 'r.yaml:2:17: select.ratio should be a number, got "yes" (text);'),
         ("model: m\nselect: {ratio: true}\n", "r.yaml:2:17: select.ratio should be a number, got true (a boolean);"),
@@ -446,6 +448,6 @@ def test_the_commented_recipe_explains_what_concerns_the_model() -> None:
 
 def test_reading_a_recipe_does_not_wait_for_torch() -> None:
     heavy = "{'torch', 'transformers', 'numpy', 'scipy', 'onnxruntime', 'matplotlib'}"
-    code = f"import sys, slimheads.recipe.recipe, slimheads.output.store; print({heavy} & set(sys.modules))"
+    code = f"import sys, slimheads.recipe.template, slimheads.output.store; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

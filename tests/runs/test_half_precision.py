@@ -42,7 +42,7 @@ def magnitudes(model: PreTrainedModel) -> list[list[float]]:
     return [[norm(u.query) + norm(u.key) + norm(u.value) + norm(u.output) for u in units] for units in layers]
 
 
-@pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("model_type", ["bert", "llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_whole_run_keeps_the_checkpoints_dtype_and_every_kept_bit(
     model_type: str, dtype: str, tmp_path: Path

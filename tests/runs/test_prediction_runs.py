@@ -199,7 +199,7 @@ def test_an_encoder_decoder_is_predicted_graph_by_graph_by_flops(tmp_path: Path,
     assert "encoder-decoder" in slimheads("plan", tmp_path / "r.yaml", "--json").json["predicted_reason"]
 
 
-@pytest.mark.parametrize(("model", "measured_at"), [("bert", [1, 8]), ("vit", [1])])
+@pytest.mark.parametrize(("model", "measured_at"), [("bert", [1, 8]), pytest.param("vit", [1], marks=pytest.mark.slow)])
 def test_the_command_that_a_plan_names_makes_its_prediction(model: str, measured_at: list[int], tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, 1, model)
     before = slimheads("plan", recipe, "--json").json

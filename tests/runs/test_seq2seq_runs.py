@@ -16,7 +16,7 @@ from slimheads.latency.bench import bench
 from slimheads.models.loading import load
 
 FILES = ("encoder_model", "decoder_model", "decoder_with_past_model", "decoder_model_merged")
-TYPES = ("bart", "t5", "whisper")
+TYPES = ("bart", pytest.param("t5", marks=pytest.mark.slow), pytest.param("whisper", marks=pytest.mark.slow))
 
 
 def run(recipe: Path, out: Path, *options: str) -> Ended:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import save_file
+from tiny import spread
 from whole_runs import CLASSIFIERS, Ended, checkpoint, report_of, reused, slimheads, steady, write_recipe
 
 from slimheads.data.inputs import make_inputs
@@ -36,7 +37,7 @@ def run(recipe: Path, out: Path, *options: str) -> Ended:
     return slimheads("run", recipe, "--out", out, *options)
 
 
-@pytest.mark.parametrize("model_type", CLASSIFIERS)
+@pytest.mark.parametrize("model_type", spread(*CLASSIFIERS))
 def test_without_a_sample_drift_is_null_with_a_reason_and_all_else_is_measured(model_type: str, tmp_path: Path) -> None:
     ended = run(write_recipe(tmp_path / "r.yaml", checkpoint(model_type)), tmp_path / "out")
     assert ended.code == 0, ended.err
@@ -53,7 +54,7 @@ def test_without_a_sample_drift_is_null_with_a_reason_and_all_else_is_measured(m
     assert ("batch 1" in said[0]) == (model_type != "wav2vec2")
 
 
-@pytest.mark.parametrize("model_type", CLASSIFIERS)
+@pytest.mark.parametrize("model_type", spread(*CLASSIFIERS))
 def test_the_card_loads_what_ships_beside_the_model(model_type: str, tmp_path: Path) -> None:
     """The card's two lines, with what prepares the inputs, on the published folder."""
     assert run(write_recipe(tmp_path / "r.yaml", checkpoint(model_type)), tmp_path / "out").code == 0
@@ -72,7 +73,7 @@ def test_the_card_loads_what_ships_beside_the_model(model_type: str, tmp_path: P
     assert TASKS[CLASSIFIERS[model_type]] in card or "slimheads.load" in card
 
 
-@pytest.mark.parametrize("model_type", CLASSIFIERS)
+@pytest.mark.parametrize("model_type", spread(*CLASSIFIERS))
 def test_drift_on_the_recipes_own_inputs_is_that_of_a_loop_over_single_ones(model_type: str, tmp_path: Path) -> None:
     made = write_inputs(tmp_path / "own.safetensors", model_type)
     gates = {"min_cosine": 0.01}

@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def prove(request: pytest.FixtureRequest) -> Callable[..., None]:
     """`prove(section, **facts)` records what this test found about its model type, as a proof of that section."""
     parameters = request.node.callspec.params
-    names = ("model_type", "variety", "variant", "encoder_type", "decoder_type")
+    names = ("model_type", "variety", "exported_type", "exported_variant", "exported_decoder")
     (variety,) = (parameters[name] for name in names if name in parameters)
     model_type = type_of(variety)
     facts: list[Any] = []

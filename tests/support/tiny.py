@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -249,6 +250,10 @@ AUDIO = {
 SEQ2SEQ = {
     *("bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "whisper"),
 }
+# How attention, norms, positions and caches are written in a graph: where exporting decides, one of each will do.
+SPREAD = {
+    *("albert", "bart", "bert", "bloom", "clip", "deberta", "falcon", "gpt2", "llama", "vit", "wav2vec2"),
+}
 _MULTI_QUERY: dict[str, Any] = {"new_decoder_architecture": False, "multi_query": True}
 _OLD_FALCON: dict[str, Any] = {"new_decoder_architecture": False, "multi_query": False, "num_kv_heads": None}
 # Configurations that lead a family's rows, its adapter or transformers' forward another way: name -> type and changes.
@@ -290,8 +295,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-wide": ("phi3", {"head_dim": 6, "sliding_window": 5}),
     "qwen3_moe-sparse": ("qwen3_moe", {"num_experts_per_tok": 2, "mlp_only_layers": [1]}),
 }
+SPREAD_VARIANTS = ("albert-relative", "falcon-multi-query", "llama-wide")
 DECODERS = CONFIGS.keys() - ENCODERS - VISION - TWO_TOWERS - AUDIO - SEQ2SEQ
 DECODERS |= {name for name, (model_type, _) in VARIANTS.items() if model_type in DECODERS}
+
+
+def spread(*cases: Any) -> list[Any]:
+    """Cases of a model type, or of one and more: those whose model type is not in SPREAD belong to `--whole` alone."""
+
+    def of(case: Any) -> Any:
+        values = case if isinstance(case, tuple) else (case,)
+        return pytest.param(*values, marks=() if values[0] in SPREAD else pytest.mark.slow)
+
+    return [of(case) for case in cases]
 
 
 def type_of(variety: str) -> str:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,9 +26,9 @@ from slimheads.families.sites import find_sites
 from slimheads.models.loading import load
 from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.surgery import prune
-from slimheads.verification import certificate
 from slimheads.verification import subjects as chain
 from slimheads.verification.certificate import Certificate
+from slimheads.verification.prove import verify
 
 HEADS = (
     *(("bert", task) for task in ("fill-mask", "text-classification", "token-classification", "question-answering")),
@@ -39,21 +40,14 @@ HEADS = (
 )
 
 
-@pytest.fixture(scope="module")
-def bert(
-    tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path_factory: pytest.TempPathFactory
-) -> Shipped:
-    dense = tiny("bert")
-    root = tmp_path_factory.mktemp("bert")
-    return ship(dense, ragged(dense), root, task="feature-extraction", precisions=ALL_PRECISIONS)
+@pytest.fixture
+def bert(shipped: Callable[..., Shipped]) -> Shipped:
+    return shipped("bert")
 
 
-@pytest.fixture(scope="module")
-def gpt2(
-    tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path_factory: pytest.TempPathFactory
-) -> Shipped:
-    dense = tiny("gpt2")
-    return ship(dense, ragged(dense), tmp_path_factory.mktemp("gpt2"), task="text-generation")
+@pytest.fixture
+def gpt2(shipped: Callable[..., Shipped]) -> Shipped:
+    return shipped("gpt2")
 
 
 def failed(found: Certificate) -> list[int]:
@@ -83,68 +77,57 @@ def site_of(plan: Plan, count: int) -> int:
 # ------------------------------------------------------------------------------------------------------ it holds
 
 
+def links_of(found: Certificate) -> list[dict[str, Any]]:
+    return [{key: getattr(link, key) for key in LinkProof.model_fields} for link in found.links]
+
+
+def units_of(made: Shipped) -> list[str]:
+    return sorted({site.unit for site in made.plan.sites})
+
+
 def test_all_links_hold_with_another_count_in_every_site(
-    model_type: str,
-    tiny: Callable[..., PreTrainedModel],
-    ragged: Callable[..., Plan],
-    prove: Callable[..., None],
-    tmp_path: Path,
+    exported_type: str, shipped: Callable[..., Shipped], prove: Callable[..., None]
 ) -> None:
-    dense = tiny(model_type)
-    task = task_of(model_type)
     told: list[str] = []
-    made = ship(dense, ragged(dense), tmp_path, task=task, precisions=ALL_PRECISIONS)
-    found = certificate.verify(
-        dense, made.slim, made.plan, made.folder, made.dense_onnx.parent, task=task, precisions=ALL_PRECISIONS,
-        on_progress=told.append,
+    made = shipped(exported_type)
+    found = verify(
+        made.dense, made.slim, made.plan, made.folder, made.dense_onnx.parent,
+        task=made.task, precisions=ALL_PRECISIONS, on_progress=told.append,
     )  # fmt: skip
     assert found.passed and found.error() is None, report(found)
-    files, clients = (4, 2) if model_type in SEQ2SEQ else (1, int(model_type in DECODERS))
-    sums = 3 if model_type in SEQ2SEQ else 1  # of int8; the merged decoder has those of its parts
+    files, clients = (4, 2) if exported_type in SEQ2SEQ else (1, int(exported_type in DECODERS))
+    sums = 3 if exported_type in SEQ2SEQ else 1  # of int8; the merged decoder has those of its parts
     numbers = [1, *[2] * files, *[3] * 2 * files, *[4] * (files + sums), *[5] * clients]
     assert [link.link for link in found.links] == numbers
     assert len({(link.link, link.subject) for link in found.links}) == len(numbers)
     assert all(link.cases for link in found.links)
     assert [s.link for s in found.skipped] == ([] if clients else [5])
     assert len(told) == 5 + (clients > 0)
-    links = [{key: getattr(link, key) for key in LinkProof.model_fields} for link in found.links]
-    units = sorted({site.unit for site in made.plan.sites})
-    prove("certificate", task=task, units=units, links=links)
+    prove("certificate", task=made.task, units=units_of(made), links=links_of(found))
 
 
 def test_all_links_hold_in_variants(
-    variant: str,
-    tiny: Callable[..., PreTrainedModel],
-    ragged: Callable[..., Plan],
-    prove: Callable[..., None],
-    tmp_path: Path,
+    exported_variant: str, shipped: Callable[..., Shipped], prove: Callable[..., None]
 ) -> None:
-    dense, task = tiny(variant), task_of(variant)
-    made = ship(dense, ragged(dense), tmp_path, task=task)
+    made = shipped(exported_variant, precisions=("fp32",))
     found = made.certificate()
     assert found.passed, report(found)
-    links = [{key: getattr(link, key) for key in LinkProof.model_fields} for link in found.links]
-    units = sorted({site.unit for site in made.plan.sites})
-    prove("certificate", variant=variant_of(variant), task=task, units=units, links=links)
+    said = variant_of(exported_variant)
+    prove("certificate", variant=said, task=made.task, units=units_of(made), links=links_of(found))
 
 
 def test_all_links_hold_for_a_file_with_fixed_cache_axes(
-    decoder_type: str, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
+    exported_decoder: str, shipped: Callable[..., Shipped]
 ) -> None:
-    dense = tiny(decoder_type)
-    made = ship(dense, ragged(dense), tmp_path, task="text-generation", kv_axes="static")
-    found = made.certificate()
+    found = shipped(exported_decoder, precisions=("fp32",), kv_axes="static").certificate()
     assert found.passed, report(found)
     assert [link.link for link in found.links] == [1, 2, 4, 5]
     assert [s.link for s in found.skipped] == [3]
 
 
 @pytest.mark.parametrize("model_type,task", HEADS)
-def test_all_links_hold_for_the_heads_of_encoders(
-    model_type: str, task: str, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
-) -> None:
-    dense = tiny(model_type, task=task)
-    found = ship(dense, ragged(dense), tmp_path, task=task, precisions=ALL_PRECISIONS).certificate("fp16", "int8")
+def test_all_links_hold_for_the_heads_of_encoders(model_type: str, task: str, shipped: Callable[..., Shipped]) -> None:
+    found = shipped(model_type, task).certificate("fp16", "int8")
     assert found.passed, report(found)
 
 
@@ -385,10 +368,10 @@ def test_plans_and_models_of_the_tests_differ_in_every_site(bert: Shipped, gpt2:
 
 
 def test_equal_tensors_that_the_exporter_stores_once_are_no_fault(
-    family_type: str, tiny: Callable[..., PreTrainedModel], tmp_path: Path
+    exported_layout: str, tiny: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
     """A model fresh from its initialisation has biases that are all zero; the dense and slim graphs share them."""
-    dense = tiny(family_type)
+    dense = tiny(exported_layout)
     with torch.no_grad():
         for name, parameter in dense.named_parameters():
             if name.endswith("bias"):
@@ -398,5 +381,5 @@ def test_equal_tensors_that_the_exporter_stores_once_are_no_fault(
     plan = Plan(
         tuple(SitePlan(s.name, s.unit, s.total, tuple(range(n, s.total))) for s, n in zip(sites, gone, strict=True))
     )
-    certificate = ship(dense, plan, tmp_path, task=task_of(family_type)).certificate()
+    certificate = ship(dense, plan, tmp_path, task=task_of(exported_layout)).certificate()
     assert certificate.passed, certificate.error()

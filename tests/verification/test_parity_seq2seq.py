@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from shipped import ALL_PRECISIONS, Shipped, edit_tensor, ship
-from tiny import task_of
+from shipped import Shipped, edit_tensor
+from tiny import spread, task_of
 from transformers import PreTrainedModel
 
 from slimheads.errors import ModelRefusedError, UsageError
@@ -37,10 +37,9 @@ ENCODER, FIRST, NEXT, MERGED = (
 )
 
 
-@pytest.fixture(scope="module")
-def bart(tiny: Tiny, ragged: Ragged, tmp_path_factory: pytest.TempPathFactory) -> Shipped:
-    dense, root = tiny("bart"), tmp_path_factory.mktemp("bart")
-    return ship(dense, ragged(dense), root, task=task_of("bart"), precisions=ALL_PRECISIONS)
+@pytest.fixture
+def bart(shipped: Callable[..., Shipped]) -> Shipped:
+    return shipped("bart")
 
 
 def failed(found: Certificate) -> set[tuple[int, str]]:
@@ -50,12 +49,9 @@ def failed(found: Certificate) -> set[tuple[int, str]]:
 # -------------------------------------------------------------------------------------------------------- certificate
 
 
-@pytest.mark.parametrize("model_type", ["bart", "t5", "whisper"])
-def test_all_links_hold_for_files_with_fixed_cache_axes(
-    model_type: str, tiny: Tiny, ragged: Ragged, tmp_path: Path
-) -> None:
-    dense = tiny(model_type)
-    made = ship(dense, ragged(dense), tmp_path, task=task_of(model_type), kv_axes="static")
+@pytest.mark.parametrize("model_type", spread("bart", "t5", "whisper"))
+def test_all_links_hold_for_files_with_fixed_cache_axes(model_type: str, shipped: Callable[..., Shipped]) -> None:
+    made = shipped(model_type, precisions=("fp32",), kv_axes="static")
     interface = read_interface(made.folder / MERGED)
     axes = {i.name: i.dims[1] for i in interface.inputs if i.name.startswith("past_key_values.")}
     for side, shapes in (("decoder", interface.kv_shapes), ("encoder", interface.cross_kv_shapes)):
@@ -101,7 +97,8 @@ def test_caches_handed_on_for_one_another_fail_the_step_and_the_tokens(bart: Shi
         for names in (node.input, node.output):
             names[:] = [swap.get(name, name) for name in names]
     onnx.save(proto, str(made.folder / FIRST))
-    assert (2, NEXT) in failed(made.certificate()) and (2, MERGED) not in failed(made.certificate())
+    found = failed(made.certificate())
+    assert (2, NEXT) in found and (2, MERGED) not in found
 
 
 @pytest.mark.parametrize("kind,files", [("encoder.layers.1.self_attn", {ENCODER}), ("encoder_attn", {FIRST, NEXT})])
@@ -124,9 +121,8 @@ def test_a_head_that_was_masked_instead_of_deleted_fails_link_4_of_its_files(
 
 
 @pytest.mark.parametrize("site", ["encoder.block.2.layer.0.SelfAttention", "decoder.block.0.layer.0.SelfAttention"])
-def test_biases_of_other_heads_fail_link_1_on_t5(site: str, tiny: Tiny, ragged: Ragged, tmp_path: Path) -> None:
-    dense = tiny("t5")
-    made = ship(dense, ragged(dense), tmp_path, task=task_of("t5"))
+def test_biases_of_other_heads_fail_link_1_on_t5(site: str, shipped: Callable[..., Shipped], tmp_path: Path) -> None:
+    made = shipped("t5").copied(tmp_path)
     attention: Any = made.slim.get_submodule(site)
     attention.kept_heads = [(head + 1) % 5 for head in attention.kept_heads]
     export(made.slim, made.folder / "onnx", task=made.task)

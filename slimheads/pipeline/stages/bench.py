@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict
 
 from slimheads.errors import about_keys
 from slimheads.families.config_facts import measured_shapes
-from slimheads.latency.attribution import bench_treated
+from slimheads.latency.attribution import Treatment, TreatmentKind, attribute, lacking_memory, treatment_of, unmeasured
 from slimheads.latency.bench import bench
-from slimheads.latency.graph_choice import Kind, Treatment, choose, lacking_memory, treatment_of, unmeasured
+from slimheads.latency.graph_choice import choose_graph
 from slimheads.latency.records import Latency
 from slimheads.latency.workloads import Workload, workloads
 from slimheads.models import flops
@@ -25,7 +25,8 @@ from slimheads.pipeline.stage import Result, Stage
 from slimheads.pipeline.stages.export import SIDES, Exported
 from slimheads.pipeline.stages.prune import Pruned
 from slimheads.pipeline.stages.verify import Verified
-from slimheads.recipe.recipe import Bench, Recipe
+from slimheads.recipe.recipe import Recipe
+from slimheads.recipe.sections import Bench
 from slimheads.runtime.environment import environment
 
 
@@ -104,7 +105,7 @@ def _work(section: Bench, models: RunModels, graphs: Graphs, note: Callable[[str
                 rows, treatments = rows + of_precision, treatments + given
         for form in graphs.forms:
             treatments += subject.treated("fp32", form)[1]
-    ships, _ = choose([t for t in treatments if t.provider == section.providers[0]])
+    ships, _ = choose_graph([t for t in treatments if t.provider == section.providers[0]])
     again: list[Treatment] = []
     for form, subject in product([name for name in graphs.forms if name == ships], subjects):
         note(f"the {form} graph ships, and is measured again")
@@ -155,12 +156,12 @@ class _Timed:
         treatment: str = form if precision == "fp32" else precision
         self._note(f"latency of {treatment}")
         plain, treated = self._files("fp32"), self._files(precision, form)
-        kind: Kind = "candidate" if precision == "fp32" else "precision"
+        kind: TreatmentKind = "candidate" if precision == "fp32" else "precision"
         if reason := lacking_memory((*treated, *plain)):
             rows = list(bench(*treated, precision=precision, **self._options))
             given = [unmeasured(row, treatment, kind, reason) for row in rows]
         else:
-            found = bench_treated(*plain, *treated, precision=precision, **self._options)
+            found = attribute(*plain, *treated, precision=precision, **self._options)
             rows = [one.latency for one in found]
             given = [treatment_of(one, treatment, kind) for one in found]
         return [row.model_copy(update={"candidate": form}) for row in rows], given

@@ -10,7 +10,7 @@ from typing import Any
 
 from slimheads.exporting.artifacts import file_name
 from slimheads.exporting.export import export
-from slimheads.exporting.graph_forms import build_candidate
+from slimheads.exporting.graph_forms import build_form
 from slimheads.intake.examine import checked_config
 from slimheads.names import PLAIN, GraphForm, Precision, Side
 from slimheads.pipeline.run_models import RunModels
@@ -18,7 +18,7 @@ from slimheads.pipeline.stage import Result, Stage
 from slimheads.pipeline.stages.load import Loaded
 from slimheads.pipeline.stages.prune import Pruned
 from slimheads.pipeline.stages.recover import Recovered
-from slimheads.recipe.recipe import Export
+from slimheads.recipe.sections import Export
 
 SIDES: tuple[Side, Side] = ("dense", "slim")
 
@@ -91,7 +91,7 @@ class _Work:
         for side in SIDES:
             plain, target = (root / side / "onnx" / file_name("model", "fp32") for root in (self._folder, folder))
             target.parent.mkdir(parents=True)
-            reason = build_candidate(form, plain, target, config)
+            reason = build_form(form, plain, target, config)
             if reason:
                 shutil.rmtree(folder)
                 return f"{side}: {reason}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slimheads.pipeline.stage import Result, Stage
 from slimheads.pipeline.stages.prune import Pruned
-from slimheads.recipe.recipe import Recover
+from slimheads.recipe.sections import Recover
 
 
 class Recovered(Result):

@@ -9,7 +9,7 @@ from slimheads.pipeline.stage import Result, Stage
 from slimheads.pipeline.stages.load import Loaded
 from slimheads.pruning.scores import Scores
 from slimheads.pruning.scoring.score import score
-from slimheads.recipe.recipe import Score
+from slimheads.recipe.sections import Score
 
 
 class Scored(Result):

@@ -14,7 +14,7 @@ from slimheads.pipeline.stages.score import Scored
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.scores import Scores
 from slimheads.pruning.select import select
-from slimheads.recipe.recipe import Select
+from slimheads.recipe.sections import Select
 
 
 class Selected(Result):
