@@ -15,25 +15,30 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 from common import DTYPES, arguments, bytes_of, model_of, show
 
 from slimheads.models.loading import load, save
 from slimheads.pruning.scoring.score import score
 from slimheads.pruning.select import select
 from slimheads.pruning.surgery import prune
-from slimheads.runtime.memory import PeakMemory, resident_megabytes
+from slimheads.runtime.memory import PeakMemory
 
 SPARE_MB = 300.0
 
 
+def _resident_mb() -> float:
+    return psutil.Process().memory_info().rss / 2**20
+
+
 def child(folder: str, ratio: float) -> None:
     """Loads, scores and prunes; prints the memory used, in MiB."""
-    before, memory = resident_megabytes(), PeakMemory()
+    before, memory = _resident_mb(), PeakMemory()
     model = load(folder)
     loaded = memory.megabytes() - before
     size, largest = bytes_of(model.parameters()), max(bytes_of([p]) for p in model.parameters())
     prune(model, select(score(model), ratio=ratio))
-    measured = {"loading": loaded, "all": memory.megabytes() - before, "kept": resident_megabytes() - before}
+    measured = {"loading": loaded, "all": memory.megabytes() - before, "kept": _resident_mb() - before}
     print(json.dumps(measured | {"size": size / 2**20, "largest": largest / 2**20}))
 
 

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from slimheads.errors import ModelRefusedError, UsageError
 from slimheads.families.family import check_head_counts, dense_value, family_of, site_count
 from slimheads.intake.examine import checked_config, examine
+from slimheads.intake.json_files import read_json
 from slimheads.intake.model_files import check_shards
 from slimheads.intake.switches import without_switches
 from slimheads.models.generation_settings import generation_settings
@@ -178,8 +179,8 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     single, index = (folder / name for name in _WEIGHTS)
     if index.is_file() and not single.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()), key=str)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            names = sorted(set(read_json(index)["weight_map"].values()), key=str)
+        except (KeyError, AttributeError, TypeError) as error:
             raise ModelRefusedError("damaged index", where=str(index), hint="fetch the model again") from error
         check_shards(index, names)
         shards = tuple(folder / name for name in names)

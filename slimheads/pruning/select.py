@@ -120,26 +120,11 @@ def select(
     candidates = _candidates(scores, within_groups)
     eligible = _eligible(candidates, sites)
     chunks = [_chunks(candidate, normalize, keep_at_least, multiple_of) for candidate in eligible]
-    totals = [candidate.total for candidate in eligible]
-    if counts == "equal" and len(set(totals)) > 1:
-        what = "counts: equal needs the same number of units in every site"
-        raise UsageError(what, keys=("select.counts",), hint="use counts: any")
-    if scope == "layer" or counts == "equal":
-        named = zip(eligible, totals, chunks, strict=True)
-        rankings = [_Ranking(c.site, total, tuple(own)) for c, total, own in named]
-    else:
-        ranked = sorted((chunk for own in chunks for chunk in own), key=lambda c: (c.cost, c.site))
-        rankings = [_Ranking(None, sum(totals), tuple(ranked))]
+    rankings = _rankings(eligible, chunks, scope, counts)
     floors = _floors(keep_at_least, multiple_of)
     removed = {unit for ranking in rankings for unit in _removed(ranking, ratio, rankings, floors)}
     if ratio > 0 and not removed:
-        works = _working_ratios(rankings)
-        hint = _ONE_HEAD_PER_BLOCK if max(totals) == 1 else _FLOORS_TOO_HIGH
-        raise UsageError(
-            f"ratio {ratio} removes nothing here",
-            keys=("select.ratio", *floors) if works or max(totals) == 1 else floors,
-            hint=f"the smallest ratio that removes a unit is {works[0]}; use 0 to change nothing" if works else hint,
-        )
+        raise _removes_nothing(ratio, eligible, rankings, floors)
     return Plan(
         tuple(
             SitePlan(c.site, c.unit, c.total, tuple(u for u in range(c.total) if (c.index, u) not in removed))
@@ -191,6 +176,31 @@ def _eligible(candidates: Sequence[_Removable], sites: str) -> list[_Removable]:
         hint = f"the first site is {candidates[0].site}, and * stands for any text"
         raise UsageError(f"no site matches '{sites}'", keys=("select.sites",), hint=hint)
     return found
+
+
+def _rankings(
+    eligible: Sequence[_Removable], chunks: Sequence[list[_Chunk]], scope: Scope, counts: Counts
+) -> list[_Ranking]:
+    totals = [candidate.total for candidate in eligible]
+    if counts == "equal" and len(set(totals)) > 1:
+        what = "counts: equal needs the same number of units in every site"
+        raise UsageError(what, keys=("select.counts",), hint="use counts: any")
+    if scope == "layer" or counts == "equal":
+        return [_Ranking(site.site, site.total, tuple(own)) for site, own in zip(eligible, chunks, strict=True)]
+    ranked = sorted((chunk for own in chunks for chunk in own), key=lambda c: (c.cost, c.site))
+    return [_Ranking(None, sum(totals), tuple(ranked))]
+
+
+def _removes_nothing(
+    ratio: float, eligible: Sequence[_Removable], rankings: Sequence[_Ranking], floors: tuple[str, ...]
+) -> UsageError:
+    works, one_head = _working_ratios(rankings), max(site.total for site in eligible) == 1
+    hint = _ONE_HEAD_PER_BLOCK if one_head else _FLOORS_TOO_HIGH
+    return UsageError(
+        f"ratio {ratio} removes nothing here",
+        keys=("select.ratio", *floors) if works or one_head else floors,
+        hint=f"the smallest ratio that removes a unit is {works[0]}; use 0 to change nothing" if works else hint,
+    )
 
 
 def random_plan(scores: Scores, seed: int, ratio: float, **rules: Any) -> Plan:

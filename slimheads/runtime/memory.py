@@ -1,4 +1,4 @@
-"""Memory of the machine and of this process: resident now, peak during some work, and mapped files.
+"""Memory of the machine and of this process: its peak during some work, and mapped files.
 
 Windows has no `resource`. If a Python on Linux lacks it, psutil cannot be imported either, and /proc has the same data.
 """
@@ -49,12 +49,6 @@ def total_bytes() -> int:
 def available_bytes() -> int:
     """Memory that could be allocated now without swapping."""
     return int(psutil.virtual_memory().available) if psutil else _proc("meminfo", "MemAvailable") or 0
-
-
-def resident_megabytes() -> float:
-    """Resident memory of this process, in MiB."""
-    resident = psutil.Process().memory_info().rss if psutil else _proc("self/status", "VmRSS") or 0
-    return round(resident / 2**20, 1)
 
 
 def physical_cores() -> int | None:

@@ -238,7 +238,7 @@ def test_the_weakest_head_of_each_group_goes_first(
 def test_each_group_keeps_a_head() -> None:
     plan = select(TWO_SITES, 0.75, within_groups=True)
     assert [len(site.kept) for site in plan.sites] == [2, 2]
-    with pytest.raises(UsageError, match=r"let only 12 go; use a ratio of at most 0\.75"):
+    with pytest.raises(UsageError, match=r"the removal of only 12; use a ratio of at most 0\.75"):
         select(TWO_SITES, 0.9, within_groups=True)
 
 

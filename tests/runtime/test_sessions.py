@@ -80,7 +80,7 @@ def test_a_provider_that_is_listed_but_does_not_start_is_refused(
 def test_an_unknown_provider_or_thread_count_is_a_usage_error(encoder: Path) -> None:
     with pytest.raises(UsageError, match="'tpu' is not known"):
         open_session(encoder, "tpu")
-    with pytest.raises(UsageError, match="0 threads"):
+    with pytest.raises(UsageError, match="threads is 0"):
         open_session(encoder, threads=0)
 
 

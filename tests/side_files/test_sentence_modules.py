@@ -135,7 +135,7 @@ def test_a_transformer_in_a_folder_of_its_own_is_refused_with_the_folder_to_give
     copied(tmp_path / "m" / inside)
     lay_out(tmp_path / "m", {"1_Pooling": MEAN}, path=inside)
     ended = slimheads("run", write_recipe(tmp_path / "r.yaml", tmp_path / "m"), "--out", tmp_path / "out")
-    assert ended.code == 3 and f"or give {tmp_path / 'm' / inside}," in ended.err
+    assert ended.code == 3 and f"or use {tmp_path / 'm' / inside} " in ended.err
     assert find(str(tmp_path / "m" / inside)).task == "feature-extraction"
 
 

@@ -197,7 +197,7 @@ def test_ids_without_an_embedding_are_refused_where_the_sample_has_them_and_told
     with collected() as told:
         require_vocabulary(tokenizer, ["the a"], rows, checkpoint())
         require_vocabulary(tokenizer, ["the a of"], 120, checkpoint())
-    assert len(told) == 1 and f"only {rows} rows" in told[0]
+    assert len(told) == 1 and f"only {rows} embeddings" in told[0]
 
 
 def test_added_tokens_beyond_the_table_do_not_end_a_run_in_the_middle(tmp_path: Path) -> None:
@@ -206,4 +206,4 @@ def test_added_tokens_beyond_the_table_do_not_end_a_run_in_the_middle(tmp_path: 
     data["model"]["vocab"] |= {"the": 500}
     write(source / "tokenizer.json", data)
     ended = slimheads("plan", write_recipe(tmp_path / "r.yaml", source))
-    assert ended.code == 3 and "ids up to 500" in ended.err and "120 rows" in ended.err
+    assert ended.code == 3 and "ids up to 500" in ended.err and "120 embeddings" in ended.err
