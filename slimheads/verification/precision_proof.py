@@ -51,15 +51,9 @@ def examine(precision: Precision, plain: Subject, made: Subject, yardstick: Yard
     Raises:
         SlimheadsError, OSError, or what ONNX Runtime raises: a file cannot be opened.
     """
-    tolerance, agreement, run, exact = (
-        PRECISIONS[precision].tolerance,
-        Agreement(),
-        _remembering_last(made.open()),
-        _remembering_last(plain.open()),
-    )
-    written, reference = (
-        (_remembering_last(yardstick.as_written()), yardstick.reference()) if yardstick else (run, exact)
-    )
+    tolerance, agreement = PRECISIONS[precision].tolerance, Agreement()
+    run, exact = _cached(made.open()), _cached(plain.open())
+    written, reference = (_cached(yardstick.as_written()), yardstick.reference()) if yardstick else (run, exact)
     comparisons: list[Comparison] = []
     fused: list[Comparison] = []
     for case in made.cases:
@@ -80,7 +74,7 @@ def examine(precision: Precision, plain: Subject, made: Subject, yardstick: Yard
     )
 
 
-def _remembering_last(runner: Runner) -> Runner:
+def _cached(runner: Runner) -> Runner:
     """The same runner, which keeps the outputs of its last case."""
     last: list[tuple[AnyCase, Outputs]] = []
 
