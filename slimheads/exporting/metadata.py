@@ -25,7 +25,7 @@ def label_cache(path: Path, shapes: Sequence[KvShape], cross: Sequence[KvShape],
     """Records the true cache shapes and, with "symbolic", frees axes 1 and 3 of the past inputs.
 
     optimum's client sizes the first, empty cache by config.json, which has one head count for all layers. Free axes
-    make that work, because ONNX Runtime's Concat ignores an empty operand.
+    accept that, because ONNX Runtime's Concat ignores an empty operand.
     """
     proto = onnx.load(str(path), load_external_data=False)
     _set_metadata(proto, KV_SHAPES_KEY, shapes)

@@ -109,11 +109,11 @@ def cases(config: PretrainedConfig, task: str, seed: int = 0) -> tuple[Case, ...
         for length in sorted({min(length, limit - past) for length in LENGTHS})
         for padding in (_paddings(batch, length, past) if takes_padding(config) else ("no",))
     ]
-    long = dict.fromkeys(pair for change in tried_changes(config) for pair in _around(change, decoder=decoder))
+    long = dict.fromkeys(pair for change in tried_changes(config) for pair in _inputs_around(change, decoder=decoder))
     return (*usual, *(_case(rng, config, 1, length, "no", past) for length, past in long))
 
 
-def _around(change: Change, *, decoder: bool) -> Iterator[tuple[int, int]]:
+def _inputs_around(change: Change, *, decoder: bool) -> Iterator[tuple[int, int]]:
     """(length, past) of the inputs for a change: whole, across it with a cache, and with all but one token cached.
 
     They end at the change where nothing is right past it.

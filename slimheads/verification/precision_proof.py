@@ -51,13 +51,9 @@ def examine(precision: Precision, plain: Subject, made: Subject, yardstick: Yard
     Raises:
         SlimheadsError, OSError, or what ONNX Runtime raises: a file cannot be opened.
     """
-    tolerance, agreement, run, exact = (
-        PRECISIONS[precision].tolerance,
-        Agreement(),
-        _once(made.open()),
-        _once(plain.open()),
-    )
-    written, reference = (_once(yardstick.as_written()), yardstick.reference()) if yardstick else (run, exact)
+    tolerance, agreement = PRECISIONS[precision].tolerance, Agreement()
+    run, exact = _cached(made.open()), _cached(plain.open())
+    written, reference = (_cached(yardstick.as_written()), yardstick.reference()) if yardstick else (run, exact)
     comparisons: list[Comparison] = []
     fused: list[Comparison] = []
     for case in made.cases:
@@ -68,7 +64,7 @@ def examine(precision: Precision, plain: Subject, made: Subject, yardstick: Yard
     moved = [one.max_rel for one in fused if isfinite(one.max_rel)]
     rounded = yardstick is not None and made.converted
     return Finding(
-        comparisons=tuple(comparisons + [_as_fused(one) for one in fused if not one.passed]),
+        comparisons=tuple(comparisons + [_with_fusions(one) for one in fused if not one.passed]),
         tolerance=tolerance,
         cosine=agreement.cosine,
         top1=agreement.top1,
@@ -78,7 +74,7 @@ def examine(precision: Precision, plain: Subject, made: Subject, yardstick: Yard
     )
 
 
-def _once(runner: Runner) -> Runner:
+def _cached(runner: Runner) -> Runner:
     """The same runner, which keeps the outputs of its last case."""
     last: list[tuple[AnyCase, Outputs]] = []
 
@@ -90,7 +86,7 @@ def _once(runner: Runner) -> Runner:
     return run
 
 
-def _as_fused(comparison: Comparison) -> Comparison:
+def _with_fusions(comparison: Comparison) -> Comparison:
     return replace(comparison, reason=f"with ONNX Runtime's fusions, {comparison.reason}")
 
 

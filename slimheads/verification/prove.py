@@ -98,7 +98,7 @@ def _prove_plain(
     kept, left_out = list[Precision](), list[LeftOut]()
     for precision in further:
         tell(f"link 3: {precision} against fp32")
-        derived = _derived_files(chain, precision)
+        derived = _derived_graphs(chain, precision)
         if drop_weak and (weak := _only_weak(precision, derived)):
             left_out.append(weak)
         else:
@@ -108,7 +108,7 @@ def _prove_plain(
     links += [_structure(one, one.claim, subject_of(one.path)) for one in chain.structures(kept)]
     if chain.writes_text:
         tell("link 5: greedy tokens with the cache")
-    links += _written_tokens(chain)
+    links += _all_tokens(chain)
     return Certificate(tuple(links), tuple(_skipped(chain, kept, left_out)), left_out=tuple(left_out))
 
 
@@ -162,20 +162,22 @@ def _exported(chain: Chain, slim: PreTrainedModel, subject: Subject, atol: float
     return _compared(2, name, subject_of(subject.path), lambda: chain.torch_runner(slim), subject, atol, rtol)
 
 
-def _derived_files(chain: Chain, precision: Precision) -> list[Link]:
+def _derived_graphs(chain: Chain, precision: Precision) -> list[Link]:
     """Link 3 of every file of a precision."""
     files = zip(chain.subjects("fp32"), chain.subjects(precision), chain.yardsticks(precision), strict=True)
-    return [_derived(precision, *subjects, writes=chain.writes_text) for subjects in files]
+    return [_derived_graph(precision, *subjects, writes=chain.writes_text) for subjects in files]
 
 
-def _derived(precision: Precision, plain: Subject, made: Subject, yardstick: Yardstick | None, *, writes: bool) -> Link:
+def _derived_graph(
+    precision: Precision, plain: Subject, made: Subject, yardstick: Yardstick | None, *, writes: bool
+) -> Link:
     name, shown = f"slim ONNX fp32 == slim ONNX {precision}", subject_of(made.path)
     if yardstick:
         name = f"slim ONNX fp32 with the same rounded weights == slim ONNX {precision}"
     try:
         found = examine(precision, plain, made, yardstick)
     except _FAILURES as error:
-        return _broken(3, name, shown, error)
+        return _failed_to_run(3, name, shown, error)
     link = _link(3, name, shown, found.comparisons, None, found.tolerance)
     measured: dict[str, Any] = {
         "precision": precision,
@@ -184,7 +186,7 @@ def _derived(precision: Precision, plain: Subject, made: Subject, yardstick: Yar
         "top1_agreement": found.top1 if writes else None,
     }
     if found.faults:
-        measured |= {"passed": False, "worst_case": None, "reason": _first_of(found.faults)}
+        measured |= {"passed": False, "worst_case": None, "reason": _first_fault(found.faults)}
     elif found.weak:
         case = None if link.passed else link.worst_case
         measured |= {"passed": False, "weak": True, "worst_case": case, "reason": found.weak}
@@ -211,7 +213,7 @@ def _compared(
     try:
         found = compare_all(reference(), made.open(), made.cases, atol, rtol)
     except _FAILURES as error:
-        return _broken(number, name, shown, error)
+        return _failed_to_run(number, name, shown, error)
     return _link(number, name, shown, found, atol, rtol)
 
 
@@ -219,12 +221,12 @@ def _structure(structure: Structure, name: str, shown: str) -> Link:
     try:
         faults = list(structure.faults())
     except SlimheadsError as error:
-        return _broken(4, name, shown, error)
-    reason = _first_of(faults) if faults else None
+        return _failed_to_run(4, name, shown, error)
+    reason = _first_fault(faults) if faults else None
     return Link(link=4, name=name, subject=shown, cases=structure.tensors, passed=not faults, reason=reason)
 
 
-def _written_tokens(chain: Chain) -> list[Link]:
+def _all_tokens(chain: Chain) -> list[Link]:
     """Link 5 of every file that writes text."""
     by_file = groupby(chain.generations(), key=lambda generation: generation.path)
     return [_tokens(subject_of(path), list(group)) for path, group in by_file]
@@ -260,7 +262,7 @@ def _first_other_token(generation: Generation) -> str | None:
     return f"row {row} differs from new token {column - (expected.shape[1] - generation.new_tokens) + 1} on"
 
 
-def _first_of(faults: Sequence[str]) -> str:
+def _first_fault(faults: Sequence[str]) -> str:
     return f"{faults[0]}{f' (and {len(faults) - 1} more)' if len(faults) > 1 else ''}"
 
 
@@ -282,5 +284,5 @@ def _link(number: int, name: str, subject: str, found: Sequence[Comparison], ato
     )
 
 
-def _broken(number: int, name: str, subject: str, error: Exception) -> Link:
+def _failed_to_run(number: int, name: str, subject: str, error: Exception) -> Link:
     return Link(link=number, name=name, subject=subject, cases=0, passed=False, reason=first_line(error))

@@ -59,7 +59,7 @@ def write_losses(source: Path, quantized: Path, target: Path) -> None:
         made = list(writer.converted(node))
         nodes.append(node)
         if made != [node]:
-            nodes += [*_beside(made, node.output[0]), *_loss(node)]
+            nodes += [*_under_another_name(made, node.output[0]), *_loss(node)]
             loss = helper.make_tensor_value_info(f"{LOSS}{node.name}", onnx.TensorProto.FLOAT, None)
             proto.graph.output.append(loss)
     proto.graph.ClearField("node")
@@ -73,7 +73,7 @@ def _writer(proto: onnx.ModelProto, quantized: Path) -> _Writer:
     return _Writer(proto.graph, stored, opset)
 
 
-def _beside(made: list[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
+def _under_another_name(made: list[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
     """A converted product under another name, so that all later nodes read the float32 one."""
     made[-1].output[0] = f"{output}_rounded_product"
     return made

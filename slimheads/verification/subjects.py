@@ -169,7 +169,7 @@ _Writer = Callable[[Path, Path, Path], None]
 
 
 @contextmanager
-def _written(write: _Writer, plain: Path, made: Path) -> Iterator[Path]:
+def _temporary_graph(write: _Writer, plain: Path, made: Path) -> Iterator[Path]:
     """A graph made of a float32 file and an int8 or q4 file."""
     with tempfile.TemporaryDirectory(prefix="slimheads-") as scratch:
         path = Path(scratch) / plain.name
@@ -177,7 +177,7 @@ def _written(write: _Writer, plain: Path, made: Path) -> Iterator[Path]:
         yield path
 
 
-def _own(part: str, run: Runner) -> Runner:
+def _outputs_of_part(part: str, run: Runner) -> Runner:
     """A runner that returns only the outputs of one file of an encoder-decoder."""
     own = seq2seq.outputs_of(part)
     return lambda case: {name: array for name, array in run(case).items() if own(name)}
@@ -213,7 +213,7 @@ class OneFile:
         slim, plain, made = self._shipped.slim, self._shipped.graph(), self._shipped.graph(precision)
 
         def of_both(write: _Writer) -> Runner:
-            with _written(write, plain, made) as path:
+            with _temporary_graph(write, plain, made) as path:
                 return self._runner(path, slim, optimize=False)
 
         as_written = partial(self._runner, made, slim, optimize=False)
@@ -291,7 +291,7 @@ class _FourFiles:
         run_by = {ENCODER: fresh, FIRST_DECODER: fresh, NEXT_DECODER: [case for case in self.cases if case.past]}
 
         def opened(part: str) -> Runner:
-            return _own(part, seq2seq.Files.in_folder(self._shipped.onnx, part, precision).open().runner)
+            return _outputs_of_part(part, seq2seq.Files.in_folder(self._shipped.onnx, part, precision).open().runner)
 
         return [
             Subject(
@@ -314,12 +314,12 @@ class _FourFiles:
 
         def of_both(write: _Writer, part: str) -> Runner:
             if part == MERGED_DECODER:
-                return _own(part, replace(parts, encoder=plain.encoder).open(optimize=False).runner)
-            with _written(write, folder / file_name(part, "fp32"), getattr(parts, names[part])) as path:
-                return _own(part, replace(plain, **{names[part]: path}).open(optimize=False).runner)
+                return _outputs_of_part(part, replace(parts, encoder=plain.encoder).open(optimize=False).runner)
+            with _temporary_graph(write, folder / file_name(part, "fp32"), getattr(parts, names[part])) as path:
+                return _outputs_of_part(part, replace(plain, **{names[part]: path}).open(optimize=False).runner)
 
         def as_written(part: str) -> Runner:
-            return _own(part, seq2seq.Files.in_folder(folder, part, precision).open(optimize=False).runner)
+            return _outputs_of_part(part, seq2seq.Files.in_folder(folder, part, precision).open(optimize=False).runner)
 
         return [
             Yardstick(
