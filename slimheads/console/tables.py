@@ -65,7 +65,7 @@ def print_preview(found: Preview) -> None:
 def _print_prediction(console: Console, found: Preview) -> None:
     if found.selection.asked == "auto":
         unit = "heads" if found.plan.sites[0].unit == "head" else "KV groups"
-        console.print(wording.selection_line(found.selection, unit), markup=False, soft_wrap=True)
+        console.print(f"Head counts: {wording.selection_text(found.selection, unit)}", markup=False, soft_wrap=True)
     if found.predicted:
         table = Table("predicted at", "dense", "slim", "speedup (by the latency table)", box=None, pad_edge=False)
         for row in found.predicted:
