@@ -125,7 +125,7 @@ def print_families(rows: Sequence[FamilySupport]) -> None:
         for model_type in row.model_types:
             found, reason = row.evidence.get(model_type), row.not_proven.get(model_type)
             evidence = f"{sum(found.tests.values())} tests" if found else f"{NOT_PROVEN}: {reason}"
-            table.add_row(model_type, row.family, row.unit, evidence)
+            table.add_row(model_type, row.family, row.unit.replace(", ", " "), evidence)
     console.print(table, width=min(console.width, _PAGE_WIDTH))
     console.print("Projections, tasks, variants and tolerances: --json or --markdown.", markup=False, soft_wrap=True)
 
