@@ -15,8 +15,7 @@ from slimheads.data.inputs import float_axes
 from slimheads.errors import require_known
 from slimheads.exporting.artifacts import ENCODER, FIRST_DECODER, MERGED_DECODER, NEXT_DECODER, file_name, parts_of
 from slimheads.exporting.backends import Backend, optimum
-from slimheads.exporting.kv_cache import label_cache
-from slimheads.exporting.metadata import label_axes
+from slimheads.exporting.metadata import label_axes, label_cache
 from slimheads.exporting.precisions import PRECISIONS
 from slimheads.families.adapters import opened
 from slimheads.families.sites import find_sites

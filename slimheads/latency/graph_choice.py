@@ -13,6 +13,21 @@ from slimheads.names import PLAIN, GraphForm
 MIN_GAIN = 1.01  # geometric mean over the shapes; a smaller gain is not worth a graph that fewer tools know
 
 
+class Choice(BaseModel):
+    """Which form ships, and the result of every form but the plain one, in words."""
+
+    model_config = ConfigDict(frozen=True)
+    ships: str
+    reasons: dict[str, str]
+
+    def confirmed(self, again: Sequence[Treatment]) -> Choice:
+        """The same with what the form that ships gained when it was measured again, after the choice."""
+        if (gain := _gain(again)) is None:
+            return self
+        reason = f"{self.reasons[self.ships]} when chosen, {gain:.3f}x when measured again"
+        return Choice(ships=self.ships, reasons=self.reasons | {self.ships: reason})
+
+
 class GraphChoice(BaseModel):
     """One form of the float32 graph: whether it was built, proven and chosen, and why not."""
 
@@ -25,32 +40,25 @@ class GraphChoice(BaseModel):
 
 
 def graph_choices(
-    built: Mapping[GraphForm, str | None],
-    refused: Mapping[GraphForm, str | None] | None,
-    rows: Sequence[Treatment],
-    again: Sequence[Treatment] = (),
+    built: Mapping[GraphForm, str | None], refused: Mapping[GraphForm, str | None], choice: Choice | None
 ) -> tuple[GraphChoice, ...]:
     """Every form of the float32 graph and what became of it. One ships, or none where the certificate failed.
 
     Args:
         built: the forms besides the plain graph, each with the reason where it was not built.
-        refused: the built ones, each with the reason where a link of it failed; None where a link of the plain graph
-            failed, because no other form is tried then.
-        rows: the measurements of those that were proven, on the provider that decides.
-        again: a second measurement of the one that ships, taken after it was chosen.
+        refused: the built ones, each with the reason where a link of it failed.
+        choice: None where a link of the plain graph failed, because no other form is tried then.
     """
-    if refused is None:
+    if choice is None:
         plain = GraphChoice(candidate=PLAIN, built=True, proven=False, ships=False, reason="the certificate failed")
-        untried = "not tried, since the certificate had failed"
+        untried = "not tried, because the certificate failed"
         return plain, *(
             GraphChoice(candidate=name, built=not fault, proven=None, ships=False, reason=fault or untried)
             for name, fault in built.items()
         )
-    ships, reasons = choose_graph(rows)
-    if (afresh := _gain(again)) is not None:
-        reasons[ships] += f" when chosen, {afresh:.3f}x when measured again"
-    gone = f"{ships} ships, {reasons[ships]}" if ships != PLAIN else "no other graph is shown to be faster"
-    found = [GraphChoice(candidate=PLAIN, built=True, proven=True, ships=ships == PLAIN, reason=gone)]
+    ships, reasons = choice.ships, choice.reasons
+    result = f"{ships} ships, {reasons[ships]}" if ships != PLAIN else "no other graph is shown to be faster"
+    found = [GraphChoice(candidate=PLAIN, built=True, proven=True, ships=ships == PLAIN, reason=result)]
     for name, fault in built.items():
         proven = None if fault else refused[name] is None
         reason = fault or refused[name] or reasons.get(name, "not measured")
@@ -58,12 +66,10 @@ def graph_choices(
     return tuple(found)
 
 
-def choose_graph(rows: Sequence[Treatment]) -> tuple[str, dict[str, str]]:
-    """The form that ships, and the result of every form but the plain one, in words.
-
-    The plain graph ships unless another form is conclusively faster at some shape, slower at none, and gains at least
-    MIN_GAIN over all of them (geometric mean). A choice within the noise of the machine would ship another file on
-    every run.
+def choose_graph(rows: Sequence[Treatment]) -> Choice:
+    """The plain graph ships unless another form is conclusively faster at some shape, slower at none, and gains at
+    least MIN_GAIN over all of them (geometric mean). A choice within the noise of the machine would ship another file
+    on every run.
 
     Args:
         rows: of one provider; rows of precisions are ignored.
@@ -87,7 +93,7 @@ def choose_graph(rows: Sequence[Treatment]) -> tuple[str, dict[str, str]]:
             reasons[name] += f", below the required {MIN_GAIN:.2f}x"
         else:
             gains[name] = gain
-    return max(gains, key=lambda name: gains[name], default=PLAIN), reasons
+    return Choice(ships=max(gains, key=lambda name: gains[name], default=PLAIN), reasons=reasons)
 
 
 def _gain(rows: Sequence[Treatment]) -> float | None:

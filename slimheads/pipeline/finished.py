@@ -49,14 +49,8 @@ class Finished:
     @property
     def graphs(self) -> tuple[GraphChoice, ...]:
         """The forms of the float32 graph that could ship; one of them does, or none where the certificate failed."""
-        certificate, benched = self.verified.certificate, self.benched
-        refused = {proof.candidate: proof.reason for proof in certificate.forms} if certificate.passed else None
-        decides = self.recipe.bench.providers[0]
-        rows, again = (
-            [row for row in found if row.provider == decides]
-            for found in ((benched.treatments, benched.again) if benched else ((), ()))
-        )
-        return graph_choices(self.exported.forms, refused, rows, again)
+        refused = {proof.candidate: proof.reason for proof in self.verified.certificate.forms}
+        return graph_choices(self.exported.forms, refused, self.benched.choice if self.benched else None)
 
     @property
     def shipped(self) -> GraphForm:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.nodes import SequenceNode
+from ruamel.yaml.nodes import ScalarNode, SequenceNode
 from ruamel.yaml.representer import RoundTripRepresenter, SafeRepresenter
 from ruamel.yaml.resolver import implicit_resolvers
 
 from slimheads.strict_yaml import CoreSchema
+
+_PLAIN = re.compile(r"[A-Za-z./][\w./@+-]*(://[\w./@+-]+)?", re.ASCII)
 
 
 class _EverySchema(CoreSchema):
@@ -24,10 +27,15 @@ for _, _tag, _pattern, _first in implicit_resolvers:
 
 
 class _Representer(RoundTripRepresenter):
+    def represent_text(self, text: str) -> ScalarNode:
+        """Quoted unless it is clearly plain: ruamel writes `[a?b]` as it is, which readers of YAML 1.1 refuse."""
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if _PLAIN.fullmatch(text) else '"')
+
     def represent_flow(self, data: list[Any] | tuple[Any, ...]) -> SequenceNode:
         return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
 
+_Representer.add_representer(str, _Representer.represent_text)
 _Representer.add_representer(list, _Representer.represent_flow)
 _Representer.add_representer(tuple, _Representer.represent_flow)
 _Representer.add_representer(type(None), SafeRepresenter.represent_none)  # the word null, not nothing

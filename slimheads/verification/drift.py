@@ -100,16 +100,16 @@ def measure_drift(
     else:
         metric, outputs = CosineMetric, _embedder(embedding, _prompt_tokens(embedding, tokenizer))
         texts, max_length = embedding.texts(texts), min(max_length, embedding.max_tokens or max_length)
-    comparison = _Comparison(dense, slim, controls, outputs, metric(), [metric() for _ in controls])
+    run = _DriftRun(dense, slim, controls, outputs, metric(), [metric() for _ in controls])
     tokens = 0
     for batch in text_batches(dense, tokenizer, texts, max_length, batch_size):
         fed = answered(dense, batch) if task == "text2text-generation" else batch
         tokens += sum(fed.lengths) - (len(fed.lengths) if task == "text-generation" else 0)
-        comparison.add(fed)
+        run.add(fed)
     if not tokens:
         return _no_figures(sample_name, "no text has a token to score")
     by = None if task in _ON_LOGITS else str(embedding)
-    return comparison.summary(sample_name, len(texts)).model_copy(update={"tokens": tokens, "embedding": by})
+    return run.summary(sample_name, len(texts)).model_copy(update={"tokens": tokens, "embedding": by})
 
 
 def drift_on_inputs(
@@ -131,10 +131,10 @@ def drift_on_inputs(
         UsageError: the model does not run on these inputs.
     """
     count = len(next(iter(inputs.values())))
-    comparison = _Comparison(dense, slim, controls, _embed_inputs, CosineMetric(), [CosineMetric() for _ in controls])
+    run = _DriftRun(dense, slim, controls, _embed_inputs, CosineMetric(), [CosineMetric() for _ in controls])
     for start in range(0, count, batch_size):
         try:
-            comparison.add({name: tensor[start : start + batch_size] for name, tensor in inputs.items()})
+            run.add({name: tensor[start : start + batch_size] for name, tensor in inputs.items()})
         except (ValueError, RuntimeError, IndexError) as error:
             hint = "give inputs of the size that the model takes"
             raise UsageError(
@@ -142,7 +142,7 @@ def drift_on_inputs(
                 keys=("verify.inputs",),
                 hint=hint,
             ) from error
-    return comparison.summary(sample_name, count).model_copy(update={"noun": noun})
+    return run.summary(sample_name, count).model_copy(update={"noun": noun})
 
 
 def _logits(model: PreTrainedModel, batch: TextBatch) -> torch.Tensor:
@@ -196,7 +196,7 @@ def _embed_inputs(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> 
 
 
 @dataclass
-class _Comparison:
+class _DriftRun:
     """The slim model and every random control, each compared with the dense model's outputs."""
 
     dense: PreTrainedModel

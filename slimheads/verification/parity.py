@@ -163,7 +163,7 @@ def _floats(made: Mapping[str, Any]) -> Outputs:
 
 
 def onnx_runner(session: onnxruntime.InferenceSession, kv_shapes: tuple[tuple[int, int, int], ...]) -> Runner:
-    """An ONNX Runtime session as the same function; `kv_shapes` are (heads, key head_dim, value head_dim) a layer."""
+    """An ONNX Runtime session as a runner; `kv_shapes` are (heads, key head_dim, value head_dim) per layer."""
     step = _cached_step(session, kv_shapes)
 
     def run(case: Case) -> Outputs:

@@ -105,11 +105,7 @@ def _weak(
         return None
     said = failed[0].reason if failed else f"the mean cosine of its outputs to float32 is {cosine:.3f}"
     worst = _worst_product(yardstick, cases[-1]) if yardstick else None
-    return (
-        f"{said}; the product with the largest rounding error is {worst[0]}, {worst[1]:.1%} of its output"
-        if worst
-        else said
-    )
+    return f"{said}; the largest rounding error is in {worst[0]}, {worst[1]:.1%} of its output" if worst else said
 
 
 def _worst_product(yardstick: Yardstick, case: AnyCase) -> tuple[str, float] | None:

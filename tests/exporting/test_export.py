@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from shipped import ALL_PRECISIONS, Shipped
 from tiny import SEQ2SEQ, task_of
 from transformers import GenerationConfig, PreTrainedModel
 
+import slimheads
 from slimheads.data.inputs import make_inputs
 from slimheads.errors import ModelRefusedError
 from slimheads.exporting.artifacts import file_name
@@ -231,3 +233,11 @@ def test_greedy_search_ignores_what_the_model_says_about_generation(tiny: Callab
         eos_token_id=int(plain[0, 6]), forced_eos_token_id=3,
     )  # fmt: skip
     assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, **greedy_options(8)), plain)
+
+
+def test_optimum_is_imported_in_one_place_for_export_and_one_for_its_client() -> None:
+    """Another exporter, or another version of this one, concerns these modules and no others."""
+    package = Path(slimheads.__file__).parent
+    importing = re.compile(r"^\s*(import|from) optimum\b", re.MULTILINE)
+    found = {path.relative_to(package) for path in package.rglob("*.py") if importing.search(path.read_text("utf-8"))}
+    assert found == {Path("exporting/backends/optimum.py"), Path("exporting/clients.py")}

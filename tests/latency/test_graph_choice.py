@@ -53,16 +53,16 @@ def row(treatment: str, on_slim: float | None, verdict: str = "faster", **more: 
 def test_another_graph_than_the_plain_one_ships_only_where_it_is_shown_to_be_faster(
     rows: list[Treatment], ships: str
 ) -> None:
-    chosen, reasons = choose_graph(rows)
-    assert chosen == ships
-    assert set(reasons) == {one.treatment for one in rows if one.kind == "candidate"}
+    choice = choose_graph(rows)
+    assert choice.ships == ships
+    assert set(choice.reasons) == {one.treatment for one in rows if one.kind == "candidate"}
 
 
 def test_every_candidate_has_its_fate_and_exactly_one_ships() -> None:
     found = graph_choices(
         {"optimized": None, "fused": None, "rewritten": "it changes nothing in this graph"},
         {"optimized": None, "fused": "layer 1 says num_heads 12, the plan 6"},
-        [row("optimized", 1.05)],
+        choose_graph([row("optimized", 1.05)]),
     )
     assert [(one.candidate, one.built, one.proven, one.ships) for one in found] == [
         ("plain", True, True, False),

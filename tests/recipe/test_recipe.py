@@ -412,11 +412,15 @@ def test_a_resolved_recipe_reads_back_equal(recipe: Recipe, written: Any) -> Non
 
 @pytest.mark.parametrize("version", [(1, 1), (1, 2)])
 @settings(max_examples=50, deadline=None)
-@given(text=_text | st.sampled_from(["no", "On", "y", "1e-4", "1:30", "0o7", "null", "~", "=", "<<", "2024-01-01"]))
+@given(
+    text=_text | st.sampled_from(["no", "On", "y", "1e-4", "1:30", "0o7", "null", "~", "=", "<<", "2024-01-01", "a?"])
+)
 def test_another_yaml_reader_sees_the_same_text(version: tuple[int, int], text: str) -> None:
     reader = YAML(typ="safe", pure=True)
     reader.version = version
-    assert reader.load(dump_yaml({"key": text})) == {"key": text}
+    data = {"key": text, "list": [text, 0.5, None]}
+    assert reader.load(dump_yaml(data)) == data
+    assert parse_yaml(dump_yaml(data), "r.yaml")[0] == data
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -114,7 +114,7 @@ def _without_positions(config_class: type[Any]) -> type[Any]:
 
 
 def _with_true_cache(config_class: type[Any], shapes: Sequence[KvShape], cross: Sequence[KvShape] = ()) -> type[Any]:
-    """A subclass of an optimum OnnxConfig whose dummy past has each layer's own shape."""
+    """A subclass of an optimum OnnxConfig whose dummy past has each layer's own shape: optimum's has one for all."""
 
     class TrueCacheConfig(config_class):  # type: ignore[misc]
         def overwrite_shape_and_generate_input(

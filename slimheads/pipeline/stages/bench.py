@@ -15,7 +15,7 @@ from slimheads.errors import about_keys
 from slimheads.families.config_facts import measured_shapes
 from slimheads.latency.attribution import Treatment, TreatmentKind, attribute, lacking_memory, treatment_of, unmeasured
 from slimheads.latency.bench import bench
-from slimheads.latency.graph_choice import choose_graph
+from slimheads.latency.graph_choice import Choice, choose_graph
 from slimheads.latency.records import Latency
 from slimheads.latency.workloads import Workload, workloads
 from slimheads.models import flops
@@ -48,6 +48,7 @@ class Benched(Result):
     latency: tuple[Latency, ...]
     treatments: tuple[Treatment, ...]
     again: tuple[Treatment, ...]  # of the form that ships
+    choice: Choice  # by the first provider
     flops: Counted
 
     @property
@@ -105,19 +106,21 @@ def _work(section: Bench, models: RunModels, graphs: Graphs, note: Callable[[str
                 rows, treatments = rows + of_precision, treatments + given
         for form in graphs.forms:
             treatments += subject.treated("fp32", form)[1]
-    ships, _ = choose_graph([t for t in treatments if t.provider == section.providers[0]])
+    decides = section.providers[0]
+    choice = choose_graph([t for t in treatments if t.provider == decides])
     again: list[Treatment] = []
-    for form, subject in product([name for name in graphs.forms if name == ships], subjects):
+    for form, subject in product([name for name in graphs.forms if name == choice.ships], subjects):
         note(f"the {form} graph ships, and is measured again")
         of_form, given = subject.treated("fp32", form)
         rows, again = of_form + rows, again + given
-    rows = [row.model_copy(update={"ships": row.precision != "fp32" or row.candidate == ships}) for row in rows]
+    rows = [row.model_copy(update={"ships": row.precision != "fp32" or row.candidate == choice.ships}) for row in rows]
     place: dict[str, int] = {name: at for at, name in enumerate((*section.providers, *graphs.precisions))}
     rows.sort(key=lambda row: (place[row.provider], place[row.precision]))
     shape = measured_shapes(dense.config, section.shapes)[-1]
     with about_keys("bench.shapes"):
         counted = Counted(shape=shape, dense=flops.flops(dense, *shape), slim=flops.flops(slim, *shape))
-    return Benched(latency=tuple(rows), treatments=tuple(treatments), again=tuple(again), flops=counted)
+    choice = choice.confirmed([t for t in again if t.provider == decides])
+    return Benched(latency=tuple(rows), treatments=tuple(treatments), again=tuple(again), choice=choice, flops=counted)
 
 
 class _Timed:
