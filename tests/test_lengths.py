@@ -17,7 +17,7 @@ from slimheads import load, prune, save, score, select
 from slimheads.exporting.export import export
 from slimheads.exporting.kv_cache import kv_shapes
 from slimheads.families.limits import position_limit
-from slimheads.report.tables import stages
+from slimheads.pipeline import stages
 from slimheads.runtime.sessions import open_session
 from slimheads.verification import parity
 from slimheads.verification import parity_seq2seq as seq2seq

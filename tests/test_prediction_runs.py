@@ -15,10 +15,10 @@ from whole_runs import checkpoint, measured, report_of, reused, slimheads, stead
 from slimheads.latency import profile as profiling
 from slimheads.latency.table import predict
 from slimheads.latency.table_store import Setting, folder
+from slimheads.pipeline import stages
 from slimheads.pipeline.run import dry_run
 from slimheads.pruning.plan import Plan
 from slimheads.recipe.recipe import Recipe
-from slimheads.report.tables import stages
 
 TWO = Setting("cpu", 2)
 SHAPE = (1, 8)

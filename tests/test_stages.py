@@ -21,13 +21,12 @@ from slimheads.latency.bench import bench
 from slimheads.latency.head_counts import Selection
 from slimheads.models.checkpoint import find
 from slimheads.models.loading import load
-from slimheads.pipeline import bench_stage
+from slimheads.pipeline import bench_stage, stages
 from slimheads.pipeline.job import Job
 from slimheads.pipeline.stages import CONTROL_SEEDS, STAGES, choose, versions
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.scoring.score import score
 from slimheads.recipe.recipe import Recipe
-from slimheads.report.tables import stages
 
 
 @pytest.fixture(autouse=True)
