@@ -21,10 +21,10 @@ COMMAND = [sys.executable, "-m", "slimheads"]
 CHEAP = (("help of a command", "| true"), ("schema", "| head -1"), *((n, ">&-") for n in ("version", "help", "schema")))
 
 
-def shell(line: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def shell(line: str) -> subprocess.CompletedProcess[str]:
     """A line for bash; `slimheads` is this environment's, and the exit code is the first command's."""
     script = f'slimheads() {{ {shlex.join(COMMAND)} "$@"; }}; {line}; exit ${{PIPESTATUS[0]}}'
-    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=timeout)
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")

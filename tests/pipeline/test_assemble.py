@@ -16,7 +16,7 @@ from jsonschema import validate
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from safetensors import safe_open
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 from whole_runs import (
     BERT_SITES,
     checkpoint,
@@ -30,6 +30,7 @@ from whole_runs import (
 )
 
 from slimheads.data.metrics import Figures
+from slimheads.data.texts import read_texts
 from slimheads.pipeline.gates import judge
 from slimheads.recipe.recipe import Recipe
 from slimheads.recipe.sections import Gates
@@ -342,19 +343,22 @@ def test_report_s_flops_are_those_of_the_matrix_products() -> None:
 
 
 def test_report_s_cosine_is_that_of_the_published_model() -> None:
-    """Mean-pooled embeddings of one sentence, dense by transformers, slim by its published graph, as a spot check."""
+    """Mean-pooled embeddings of single texts, dense by transformers, slim by its published graph."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(finished() / "slim" / "onnx" / "model.onnx"))
-    ids = np.array([[2, 3, 4, 5, 6]])
-    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    found = session.run(["last_hidden_state"], {i.name: feed[i.name] for i in session.get_inputs()})[0].mean(1)[0]
-    dense = AutoModel.from_pretrained(checkpoint()).eval()
-    with torch.no_grad():
-        expected = dense(input_ids=torch.from_numpy(ids)).last_hidden_state.mean(1)[0].numpy()
-    cosine = float(found @ expected / np.linalg.norm(found) / np.linalg.norm(expected))
+    dense, tokenizer = (auto.from_pretrained(checkpoint()) for auto in (AutoModel, AutoTokenizer))
+    cosines = []
+    for text in read_texts(None):
+        batch = tokenizer(text, truncation=True, max_length=128, return_tensors="pt")
+        with torch.no_grad():
+            expected = dense(**batch).last_hidden_state.mean(1)[0].numpy()
+        feed = {given.name: batch[given.name].numpy() for given in session.get_inputs()}
+        found = session.run(["last_hidden_state"], feed)[0].mean(1)[0]
+        cosines.append(float(found @ expected / np.linalg.norm(found) / np.linalg.norm(expected)))
     figures = report_of(finished())["drift"]["slim"]
-    assert figures["cosine_min"] - 0.05 <= cosine < 0.9999
+    assert figures["cosine"] == pytest.approx(np.mean(cosines), abs=1e-5) and figures["cosine"] < 0.9999
+    assert figures["cosine_min"] == pytest.approx(min(cosines), abs=1e-5)
 
 
 def test_reduced_precision_graphs_hold_reduced_weights() -> None:

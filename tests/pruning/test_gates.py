@@ -109,9 +109,8 @@ class InFloat64Throughout(TorchFunctionMode):
 def gradient_units(model: PreTrainedModel) -> Any:
     """The gradients of a model, divided into units as its weights are."""
     mirror = copy.deepcopy(model)
-    for (name, parameter), own in zip(mirror.named_parameters(), model.parameters(), strict=True):
+    for parameter, own in zip(mirror.parameters(), model.parameters(), strict=True):
         parameter.data = torch.zeros_like(own) if own.grad is None else own.grad.clone()
-        assert name
     return unit_tensors(mirror)
 
 

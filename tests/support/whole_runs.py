@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     ASTFeatureExtractor,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     ViTImageProcessor,
     Wav2Vec2CTCTokenizer,
@@ -31,6 +33,7 @@ from slimheads import cli
 from slimheads.latency import bench as measuring
 from slimheads.latency.attribution import Attribution, Ratio
 from slimheads.latency.records import Interval, Latency, Timing
+from slimheads.models.loading import save
 from slimheads.pipeline.run import STAGE_NAMES
 from slimheads.pipeline.stages import bench as bench_stage
 
@@ -217,3 +220,17 @@ def finished(model_type: str = "bert") -> Path:
         ended = slimheads("run", recipe, "--out", home / "out")
     assert ended.code == 0, ended.err
     return home / "out"
+
+
+def corrupt(folder: Path) -> None:
+    """A weight of the last layer's attention changed by a little, as a wrong byte on a disk may do."""
+    tensors = load_file(folder / "model.safetensors")
+    name = [name for name in sorted(tensors) if re.search("(value|v_proj|c_attn).weight$", name)][-1]
+    tensors[name][0] *= 1.01
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def corrupting(model: PreTrainedModel, folder: Path) -> None:
+    """Saves a slim model as the prune stage does, and damages it."""
+    save(model, folder)
+    corrupt(folder)
