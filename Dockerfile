@@ -10,7 +10,7 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /opt/slimheads
 COPY requirements.lock pyproject.toml README.md LICENSE ./
 COPY slimheads ./slimheads
-# The lock only pins here: what the tests need stays out of the image.
+# The lock is used as constraints only, so that the dependencies of the tests are not installed.
 RUN pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" --constraint requirements.lock .
 RUN if [ "$ACCELERATOR" = gpu ]; then \
         pip uninstall -y onnxruntime && pip install --no-cache-dir "onnxruntime-gpu[cuda,cudnn]>=1.24"; fi

@@ -50,7 +50,7 @@ def config_of(layout: str, size: str) -> Any:
 
 
 def model_of(layout: str, size: str, dtype: torch.dtype, *, all_weights: bool = False) -> PreTrainedModel:
-    """A model with random attention weights, made in moments: nothing is initialized that is not read.
+    """A model with random attention weights, made quickly: nothing is initialized that is not read.
 
     The other weights are memory that was never touched, and takes none, unless `all_weights` asks for numbers there.
     """
@@ -80,7 +80,7 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
 def paired(
     runs: Sequence[tuple[Callable[[], Any], Callable[[Any], object]]], *, sets: int, rounds: int, seed: int = 0
 ) -> np.ndarray:
-    """Seconds of several runs taken in turns, in an order drawn anew for every round; [runs, sets, rounds].
+    """Seconds of several runs, interleaved, in a new random order for every round; [runs, sets, rounds].
 
     Each run is a preparation that is not timed and the work that is, which takes what the preparation gave. What the
     work made is dropped after the clock has stopped. Every set begins with a round that is not counted.
@@ -100,7 +100,7 @@ def paired(
 
 
 def slope(parameters: Sequence[int], seconds: Sequence[float]) -> float:
-    """Of the straight line through the logarithms: 1 where cost is proportional to size."""
+    """Of the line through the logarithms: 1 if the cost is proportional to the size."""
     return float(np.polyfit(np.log(parameters), np.log(seconds), 1)[0])
 
 
@@ -133,7 +133,7 @@ def spread(interval: Any) -> str:
 
 
 def show(rows: Sequence[Mapping[str, Any]], *, title: str, notes: Sequence[str], as_json: bool, **more: Any) -> None:
-    """Prints a Markdown table of what the rows hold, the machine first; or everything as JSON."""
+    """Prints the machine and a Markdown table of the rows, or everything as JSON."""
     if as_json:
         plain = [{k: v.model_dump() if isinstance(v, Interval) else v for k, v in row.items()} for row in rows]
         print(json.dumps({"title": title, "machine": machine(), "rows": plain, **more, "notes": list(notes)}, indent=2))

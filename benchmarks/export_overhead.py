@@ -1,7 +1,7 @@
-"""`slimheads.export` in float32 against bare optimum: `onnx_export_from_model` with its defaults, but for validation.
+"""Time of `slimheads.export` in float32, relative to `onnx_export_from_model` of optimum with its defaults.
 
-Optimum's own validation, which only logs what it finds, is left out of both. What slimheads adds is the reading of the
-model's sites and, for decoders, of its cache's true shapes, and the labels that it writes into the graph.
+optimum's own validation, which only logs its findings, is left out of both. slimheads additionally reads the model's
+sites and, for decoders, the shapes of its cache, and writes labels into the graph.
 """
 
 from __future__ import annotations

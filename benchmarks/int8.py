@@ -1,9 +1,9 @@
-"""What 7 bits cost: int8 of a model for any CPU against int8 of 8 bits, in how far it drifts and how fast it runs.
+"""int8 with 7-bit weights, which is correct on any CPU, compared with 8-bit weights: drift and latency.
 
     python benchmarks/int8.py                          # MiniLM, drift on the built-in sample, latency at 1x128
 
-Cosine is that of mean-pooled embeddings to float32's, over the built-in sample. Latency is a ratio of pairs that were
-measured in turns, with its 95% interval. `signed 8` is right only where the CPU has VNNI or is an ARM.
+Cosine is that of mean-pooled embeddings to float32, over the built-in sample. Latency is a ratio of interleaved pairs
+with its 95% interval. `signed 8` is correct only on CPUs with VNNI and on ARM.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Peak memory of loading, scoring and pruning, against the size of the model.
+"""Peak memory of loading, scoring and pruning, compared with the size of the model.
 
-Each measurement is a process of its own that loads a checkpoint from disk, scores it and prunes it. What is told is the
-highest resident set (VmHWM, files that are mapped included) from before the load to after the deletion, less what was
-resident when all modules had been imported and no model was there. The limit is the size of the model, its largest
-tensor and 300 MB; the process exits with 1 where a model took more.
+Each measurement is a separate process that loads a checkpoint from disk, scores it and prunes it. The figure is the
+highest resident set (VmHWM, mapped files included) from before the load to after the deletion, minus the resident set
+after all imports and before the load. The limit is the size of the model, its largest tensor and 300 MiB; exit code 1
+if a model needs more.
 """
 
 from __future__ import annotations
@@ -15,25 +15,30 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 from common import DTYPES, arguments, bytes_of, model_of, show
 
 from slimheads.models.loading import load, save
 from slimheads.pruning.scoring.score import score
 from slimheads.pruning.select import select
 from slimheads.pruning.surgery import prune
-from slimheads.runtime.memory import PeakMemory, resident_megabytes
+from slimheads.runtime.memory import PeakMemory
 
 SPARE_MB = 300.0
 
 
+def _resident_mb() -> float:
+    return psutil.Process().memory_info().rss / 2**20
+
+
 def child(folder: str, ratio: float) -> None:
-    """Loads, scores and prunes; prints what it took in MiB."""
-    before, memory = resident_megabytes(), PeakMemory()
+    """Loads, scores and prunes; prints the memory used, in MiB."""
+    before, memory = _resident_mb(), PeakMemory()
     model = load(folder)
     loaded = memory.megabytes() - before
     size, largest = bytes_of(model.parameters()), max(bytes_of([p]) for p in model.parameters())
     prune(model, select(score(model), ratio=ratio))
-    measured = {"loading": loaded, "all": memory.megabytes() - before, "kept": resident_megabytes() - before}
+    measured = {"loading": loaded, "all": memory.megabytes() - before, "kept": _resident_mb() - before}
     print(json.dumps(measured | {"size": size / 2**20, "largest": largest / 2**20}))
 
 

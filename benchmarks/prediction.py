@@ -1,10 +1,10 @@
-"""How well a latency table predicts: random plans of a model, predicted and then measured.
+"""Accuracy of the latency predicted from a table: random plans of a model, predicted and then measured.
 
     python benchmarks/prediction.py [MODEL] [--plans 20] [--shape 1x128] [--threads 2] [--min-seconds 3] [--json]
 
-The table is the stored one, or is measured first. Each plan deletes a random share of the heads, 10% to 60%, at random
-places. The error is predicted / measured slim latency - 1, for the same dense latency. A plan whose measurement is
-inconclusive is measured once more, and left out of the errors if it stays so.
+The table is the stored one, or is measured first. Each plan deletes 10% to 60% of the heads, chosen at random. The
+error is predicted / measured slim latency - 1, for the same dense latency. An inconclusive measurement is repeated once
+and left out of the errors if it is inconclusive again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from slimheads.pruning.surgery import prune
 
 
 def main() -> None:
-    """Measures, and prints a row a plan and the median and worst error."""
+    """Measures, and prints one row per plan and the median and largest error."""
     options = read_options()
     shape = tuple(int(size) for size in options.shape.split("x"))
     source = find(options.model)
@@ -70,7 +70,7 @@ def read_options() -> argparse.Namespace:
 
 
 def random_plans(table: LatencyTable, count: int, seed: int) -> list[Plan]:
-    """Plans that delete 10% to 60% of the units at random, one of every site's staying."""
+    """Plans that delete 10% to 60% of the units at random and keep at least one unit per site."""
     draw = random.Random(seed)
     sites = [(site, kind) for kind in table.kinds for site in kind.sites]
     units = [(site, unit) for site, kind in sites for unit in range(kind.total)]
@@ -87,7 +87,7 @@ def random_plans(table: LatencyTable, count: int, seed: int) -> list[Plan]:
 
 
 def measure(source: Any, table: LatencyTable, plans: Sequence[Plan], min_seconds: float) -> list[dict[str, Any]]:
-    """A row a plan: what was predicted, what was measured, and the error."""
+    """One row per plan: predicted and measured latency, and the error."""
     model = load(source.folder, source.task).float()
     rows = []
     with tempfile.TemporaryDirectory(prefix="slimheads-prediction-") as home:

@@ -1,9 +1,8 @@
-"""Scoring against a plain read-and-norm of the same weights.
+"""Rate of scoring, relative to `torch.linalg.vector_norm(weight)` over each of the same tensors.
 
-Plain is `torch.linalg.vector_norm(weight)`, whole tensor by whole tensor: the fastest norm that torch has. It runs on a
-single thread whatever their number, where scoring uses as many as it is given: `--threads 1` compares like with like.
-Of half precision it gives a norm that is rounded to half precision, which no score can be made of; the norm that torch
-gives in float32 is measured besides.
+That is the fastest norm in torch. It always uses a single thread, while scoring uses all threads that it is given:
+`--threads 1` compares both on one thread. In half precision its result is rounded to half precision, too coarse for a
+score; its rate in float32 is therefore measured as well.
 """
 
 from __future__ import annotations

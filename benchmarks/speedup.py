@@ -1,10 +1,10 @@
-"""How much of the deleted arithmetic is realised: half of the heads of three models, in ONNX Runtime.
+"""Speedup in ONNX Runtime from deleting half of the heads of three models, relative to the FLOP ratio.
 
     python benchmarks/speedup.py [--models minilm bert-base gpt2-small] [--threads 1 2] [--json FILE]
 
-Each row is one measurement of `slimheads.bench`: interleaved pairs, an interval and a control. Encoders: the realised
-share of the FLOP ratio, and slim int8 against the dense float32 graph. Decoder: one token after a cache of 512, beside
-the ratio of the bytes that such a step reads (each weight once, and the cache).
+Each row is one measurement of `slimheads.bench`: interleaved pairs, an interval and a control. Encoders: the speedup as
+a share of the FLOP ratio, and slim int8 relative to the dense float32 graph. Decoder: one token after a cache of 512,
+relative to the ratio of the bytes that such a step reads (each weight once, and the cache).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import slimheads
 from slimheads import bench, export
 from slimheads.formatting import shape_text
 from slimheads.models import flops
-from slimheads.runtime.onnx_signature import inputs_for, read_interface
+from slimheads.runtime.graph_inputs import inputs_for
+from slimheads.runtime.onnx_signature import read_interface
 from slimheads.runtime.sessions import open_session
 
 ENCODER_SHAPES = ((1, 128), (8, 128), (1, 512))
@@ -32,7 +33,7 @@ STEP = (1, 1, 512)
 
 
 def build(name: str) -> tuple[PreTrainedModel, str]:
-    """A model and its task; but for MiniLM the weights are random, which costs the same time."""
+    """A model and its task. Except for MiniLM the weights are random, which does not change the latency."""
     torch.manual_seed(0)
     if name == "gpt2-small":
         return GPT2LMHeadModel(GPT2Config()).eval(), "text-generation"
@@ -48,16 +49,16 @@ def halved(dense: PreTrainedModel) -> PreTrainedModel:
 
 
 def step_bytes(model: PreTrainedModel, graph: Path) -> int:
-    """What one decoding step reads: every weight but the looked-up tables once, tied ones too, and the cache."""
+    """Bytes that one decoding step reads: every weight except lookup tables once, tied ones included, and the cache."""
     looked_up = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding))
     head = model.get_output_embeddings().weight.numel()
-    weights = flops.parameters(model) - looked_up + head  # the tied head was counted among the tables
+    weights = flops.parameters(model) - looked_up + head  # the tied head was subtracted with the tables
     cache = sum(heads * (key + value) for heads, key, value in read_interface(graph).kv_shapes) * STEP[2]
     return 4 * (weights + cache)
 
 
 def row_of(model: str, what: str, row: Any, allowed: float, least: float | None) -> dict[str, Any]:
-    """One line: the speedup beside what it is held against."""
+    """One line: the speedup and the ratio that it is compared with."""
     return {
         "model": model,
         "what": what,
@@ -107,7 +108,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    print(f"{'model':<11} {'threads':>7}  {'shape':<13} {'speedup':<24} {'held against':>12} {'share':>6}  what")
+    print(f"{'model':<11} {'threads':>7}  {'shape':<13} {'speedup':<24} {'compared to':>12} {'share':>6}  what")
     for name in given.models:
         dense, task = build(name)
         models = dense, halved(dense)
@@ -132,7 +133,7 @@ def main() -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row for people."""
+    """A row as text."""
     ratio = row["speedup"]
     speedup = f"{ratio['estimate']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
     asked = (

@@ -1,6 +1,6 @@
-"""How long a command takes to start: `slimheads --help` and `slimheads plan`, against starting Python alone.
+"""Start-up time of `slimheads --help`, compared with Python alone, and of `slimheads plan`.
 
-`plan` is taken against importing torch and transformers, without which no model can be loaded.
+`plan` is compared with importing torch and transformers, which loading a model needs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from slimheads.latency.statistics import ratio_interval
 
 
 def run(command: list[str], _: None) -> None:
-    """Runs a command to its end; CalledProcessError where it fails."""
+    """Runs a command to its end; CalledProcessError if it fails."""
     subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def main() -> None:
-    """Two commands, each in turns with what it cannot do without."""
+    """Two commands, each interleaved with its lower bound."""
     given = arguments(__doc__, recipe="pipelines/minilm.yaml", sets=5, rounds=2).parse_args()
     pairs = {
         "slimheads --help": (["-m", "slimheads", "--help"], ["-c", "pass"], "python"),

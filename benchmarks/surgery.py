@@ -1,7 +1,7 @@
-"""Surgery against a plain copy of as many bytes as it keeps.
+"""Time of surgery, relative to copying as many bytes as it keeps.
 
-Plain clones, for every weight that is cut, a contiguous stretch of that weight with as many elements as stay of it.
-Both make new memory for all they keep and hold on to the dense weights, so neither is paid for giving them back.
+The copy clones, for every pruned weight, a contiguous part of that weight with as many elements as are kept. Both
+allocate memory for all that is kept and keep the dense weights, so that neither includes the time to free them.
 """
 
 from __future__ import annotations

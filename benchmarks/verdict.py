@@ -1,14 +1,13 @@
-"""Does the latency verdict hold up? Two studies of `slimheads.bench` on this machine.
+"""Reproducibility of the latency verdict on this machine: two studies of `slimheads.bench`.
 
     python benchmarks/verdict.py                             # MiniLM, dense against half of its heads deleted, 1x128
     python benchmarks/verdict.py A.onnx B.onnx --shape 1x16  # any two files
 
-A/A: a file against itself, 20 times. A 95% interval should hold 1 in 19 of 20; it is asked to in at least 17.
-Repeats: A against B once, then 10 times more. The estimates should lie in the first run's interval; it is asked of at
-least 8.
+A/A: a file against itself, 20 times. A 95% interval should contain 1 in 19 of 20; the limit is 17.
+Repeats: A against B once, then 10 times more. The estimates should lie in the first run's interval; the limit is 8.
 
-Exit code 0 where both hold, 1 where one does not, or where most runs were inconclusive: intervals that wide hold
-anything. Run it on a machine that does nothing else.
+Exit code 0 if both limits are met; 1 if one is not, or if most runs were inconclusive, because such wide intervals
+contain any value. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -79,14 +78,14 @@ def study(name: str, found: list[Latency], held: list[bool], share: float) -> di
 
 
 def main() -> int:
-    """Runs both studies and prints what they found."""
-    parser = argparse.ArgumentParser(description="How well the latency verdict holds up on this machine.")
+    """Runs both studies and prints their results."""
+    parser = argparse.ArgumentParser(description="Reproducibility of the latency verdict on this machine.")
     parser.add_argument("files", nargs="*", type=Path, metavar="A.onnx B.onnx", help="two files instead of MiniLM")
     parser.add_argument("--shape", default="1x128", help="batch x length, or 1x1x512 for a decoder")
     parser.add_argument("--ratio", type=float, default=0.5, help="share of MiniLM's heads to delete")
     parser.add_argument("--aa-runs", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=10, help="after the first run")
-    parser.add_argument("--min-seconds", type=float, default=3.0, help="a measurement, at least")
+    parser.add_argument("--min-seconds", type=float, default=3.0, help="per measurement, at least")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--provider", default="cpu")
     parser.add_argument("--json", action="store_true", help="print JSON, with every row and the environment")
@@ -100,7 +99,7 @@ def main() -> int:
     covered = [bool(row.speedup and row.speedup.low <= 1 <= row.speedup.high) for row in same]
     target = reference.speedup
     inside = [bool(target and row.speedup and target.low <= row.speedup.estimate <= target.high) for row in again]
-    studies = [study("A/A: the interval holds 1", same, covered, AA_SHARE)]
+    studies = [study("A/A: the interval contains 1", same, covered, AA_SHARE)]
     studies.append(study("repeats: the estimate lies in the first run's interval", again, inside, REPEAT_SHARE))
     if options.json:
         surroundings = environment({options.provider: session_options_record(options.provider, options.threads)})
@@ -109,8 +108,8 @@ def main() -> int:
         print(json.dumps(data | {"environment": surroundings.model_dump(mode="json")}, indent=1, allow_nan=False))
     else:
         for found, measured in zip(studies, (same, again), strict=True):
-            said = "held" if found["ok"] else "NOT SHOWN"
-            print(f"{found['study']}: {found['held']} of {found['runs']}, at least {found['wanted']} wanted: {said}")
+            said = "met" if found["ok"] else "NOT MET"
+            print(f"{found['study']}: {found['held']} of {found['runs']}, limit {found['wanted']}: {said}")
             print(f"  {found['inconclusive']} of {found['runs']} inconclusive by their control")
             print(*(f"  {written(row)}" for row in measured), sep="\n")
         print(f"the first run: {written(reference)}")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from slimheads.pruning.surgery import prune as prune
     from slimheads.recipe.recipe import Recipe as Recipe
     from slimheads.report.model import Report as Report
-    from slimheads.verification.certificate import verify as verify
+    from slimheads.verification.prove import verify as verify
 
 _HOME = {
     "Plan": "pruning.plan",
@@ -43,7 +43,7 @@ _HOME = {
     "save": "models.loading",
     "score": "pruning.scoring.score",
     "select": "pruning.select",
-    "verify": "verification.certificate",
+    "verify": "verification.prove",
 }
 
 

@@ -5,32 +5,30 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slimheads import __version__
-from slimheads.errors import EnvironmentLackError, SlimheadsError, UsageError
+from slimheads.errors import EnvironmentLackError, UsageError
+from slimheads.exits import complain, exit_code, handle_signals, raise_if_interrupted, silence_libraries
 from slimheads.notices import collected
 from slimheads.streams import SteadyConsole, flush_standard_streams, open_standard_streams
 
-# Of the errors of its parser typer exports only one: what they have in common is its base class.
-_UsageProblem: Any = typer.BadParameter.__base__
+if TYPE_CHECKING:
+    from slimheads.console.progress import Display
 
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Delete attention heads from a Hugging Face transformer, export it to ONNX, and prove what was shipped.",
-    epilog="Exit codes: 0 all held, 1 a bug of ours, 2 recipe or usage, 3 model refused, 4 certificate failed, "
-    "5 environment lacks something, 6 output folder busy, 7 a gate was not met, 130/143 interrupted.",
+    epilog="Exit codes: 0 all held, 1 internal error, 2 recipe or usage, 3 model refused, 4 certificate failed, "
+    "5 missing dependency, provider, memory or disk, 6 output folder busy, 7 a gate was not met, 130/143 interrupted.",
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
@@ -41,28 +39,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Task = Annotated[str, typer.Option(help="What the model is used for; auto reads it from the model.")]
 
 
-class Interrupted(BaseException):
-    """A signal asked us to end; not an Exception, so that only `main` takes it."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(__version__)
         raise typer.Exit
-
-
-# What the commands without a recipe call its keys.
-_OPTIONS = {
-    "model": "MODEL",
-    "task": "--task",
-    "bench.providers": "--provider",
-    "bench.shapes": "--shape",
-    "bench.threads": "--threads",
-}
-_asked_to_end: list[int] = []  # the signals that came
 
 
 @app.callback()
@@ -86,7 +66,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: prune, export, prove, measure, report."""
-    from slimheads import console as terminal
+    from slimheads.console import tables
     from slimheads.pipeline import run as pipeline
     from slimheads.pipeline.preview import preview
     from slimheads.recipe.recipe import Recipe
@@ -99,33 +79,38 @@ def run(
         with _display("plan") as display:
             found = preview(chosen, display.note)
         data = {"stages": stages, **found.model_dump(mode="json")}
-        _show(as_json, data, lambda: terminal.print_dry_run(stages, found))
+        _show(as_json, data, lambda: tables.print_dry_run(stages, found))
         return
-    with _display() as display:
+    with _display(stages=len(pipeline.STAGE_NAMES)) as display:
         made = pipeline.run(
-            chosen, out, from_stage=from_stage, until=until, progress=display, command=_command(recipe, out, overrides)
+            chosen,
+            out,
+            from_stage=from_stage,
+            until=until,
+            progress=display,
+            command=_command_line(recipe, out, overrides),
         )
     if made is None:
         print(f"stopped after {until}; what there is so far is in {out}", file=sys.stderr)
         return
     data = made.model_dump(mode="json")
-    _show(as_json, data, lambda: render.print_summary(made, terminal.stdout(), out))
+    _show(as_json, data, lambda: render.print_summary(made, tables.stdout(), out))
     for reason in made.verdict.reasons:
-        _complain(reason)
+        complain(reason)
     raise typer.Exit(made.verdict.exit_code)
 
 
 @app.command()
 def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show what a recipe would delete: heads, parameters, FLOPs, bytes, predicted latency. Writes no weights."""
-    from slimheads import console as terminal
+    from slimheads.console import tables
     from slimheads.pipeline.preview import preview
     from slimheads.recipe.recipe import Recipe
 
     chosen = Recipe.read(recipe, overrides or ())
     with _display("plan") as display:
         found = preview(chosen, display.note)
-    _show(as_json, found.model_dump(mode="json"), lambda: terminal.print_preview(found))
+    _show(as_json, found.model_dump(mode="json"), lambda: tables.print_preview(found))
 
 
 @app.command()
@@ -135,12 +120,12 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Score every head of a model by weight magnitude."""
-    from slimheads import console as terminal
+    from slimheads.console import tables
     from slimheads.models.loading import load
     from slimheads.pruning.scoring.score import score as score_model
 
     scores = score_model(load(model, task))
-    _show(as_json, scores.table().model_dump(mode="json"), lambda: terminal.print_scores(scores))
+    _show(as_json, scores.table().model_dump(mode="json"), lambda: tables.print_scores(scores))
 
 
 @app.command()
@@ -162,11 +147,10 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure how much faster one ONNX file runs than another, with an interval and a control."""
-    from slimheads import console as terminal
+    from slimheads.console import tables
     from slimheads.latency.bench import bench as measure
     from slimheads.latency.gate import require_limit, require_ratio
-    from slimheads.report.svg import require_picture
-    from slimheads.report.timeline import write_timeline
+    from slimheads.report.timeline import require_picture, write_timeline
 
     wanted = [_shape(text) for text in shapes or ["1x16", "1x128"]]
     if plot:
@@ -174,11 +158,12 @@ def bench(
     if max_ratio is not None:
         require_limit(max_ratio, "--max-ratio")
     with _display("bench") as display:
+        display.work(f"{len(wanted)} shapes, each at least {min_seconds:g} s of runs, interleaved with a control")
         rows = measure(
             first, second, shapes=wanted, threads=threads, provider=provider, min_seconds=min_seconds,
-            on_progress=display.note,
+            on_progress=display.note, on_share=display.share,
         )  # fmt: skip
-    _show(as_json, [row.model_dump(mode="json") for row in rows], lambda: terminal.print_latency(rows))
+    _show(as_json, [row.model_dump(mode="json") for row in rows], lambda: tables.print_latency(rows))
     if plot:
         write_timeline(rows, plot, names=("first", "second"))
     if max_ratio is not None:
@@ -202,7 +187,7 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Measure what each count of heads costs, once for a model and machine; plans are predicted from it."""
-    from slimheads import console as terminal
+    from slimheads.console import tables
     from slimheads.latency.profile import profile as measure
     from slimheads.latency.table_store import Setting
     from slimheads.models.checkpoint import find
@@ -211,10 +196,10 @@ def profile(
     with _display("profile") as display:
         found = measure(
             find(model, task), wanted, Setting(provider, threads, within_groups), min_seconds=min_seconds, again=again,
-            tell=display.note,
+            tell=display.note, on_share=display.share,
         )  # fmt: skip
     data = [{"path": str(f.path), "reused": f.reused, "table": f.table.model_dump(mode="json")} for f in found]
-    _show(as_json, data, lambda: terminal.print_profiles(found))
+    _show(as_json, data, lambda: tables.print_profiles(found))
 
 
 @app.command()
@@ -226,7 +211,8 @@ def init(
     from slimheads.families.family import families
     from slimheads.families.limits import fitting
     from slimheads.models.checkpoint import describe, find, read_config
-    from slimheads.recipe.recipe import DEFAULT_SHAPES, commented_recipe
+    from slimheads.recipe.sections import DEFAULT_SHAPES
+    from slimheads.recipe.template import commented_recipe
 
     source = find(model)
     decoder, fed_texts = source.task == "text-generation", families()[source.family].inputs == "text"
@@ -251,14 +237,16 @@ def families(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/families.md.")] = False,
 ) -> None:
     """List the model families that are covered, and what the tests proved of each."""
-    from slimheads import console as terminal
-    from slimheads.families.support import family_rows, render_markdown
+    from slimheads.console import tables
+    from slimheads.families.evidence import evidence
+    from slimheads.families.support import supported_families
+    from slimheads.report.families_page import render_families
 
-    rows = family_rows()
+    rows = supported_families()
     if markdown:
-        _show(False, rows, lambda: print(render_markdown(rows), end=""))
+        _show(False, rows, lambda: print(render_families(rows, evidence().versions), end=""))
     else:
-        _show(as_json, rows, lambda: terminal.print_families(rows))
+        _show(as_json, [row.model_dump(mode="json") for row in rows], lambda: tables.print_families(rows))
 
 
 @app.command()
@@ -272,11 +260,11 @@ def schema() -> None:
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Check that this machine has what a run needs."""
-    from slimheads import console as terminal
+    from slimheads.console import tables
     from slimheads.runtime.doctor import doctor as examine
 
     checks = examine()
-    _show(as_json, [check.model_dump(mode="json") for check in checks], lambda: terminal.print_checks(checks))
+    _show(as_json, [check.model_dump(mode="json") for check in checks], lambda: tables.print_checks(checks))
     lacking = [check for check in checks if not check.ok]
     if lacking:
         names, hint = ", ".join(check.name for check in lacking), lacking[0].hint or "see the list above"
@@ -289,74 +277,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     # Typer knows --debug before the command only; it is to be allowed anywhere.
     arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
-    _asked_to_end.clear()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    if not debug:
+        silence_libraries()
+    handle_signals()
     open_standard_streams()
-    code = _guarded(arguments, debug)
+    code = exit_code(lambda: _command(arguments), debug=debug)
     flush_standard_streams()
     sys.exit(code)
 
 
-def _guarded(arguments: list[str], debug: bool) -> int:
-    """Runs a command; every way in which it can end becomes an exit code, every failure one line."""
-    try:
-        with collected(lambda text: print(f"note: {text}", file=sys.stderr)):
-            return int(app(arguments, prog_name="slimheads", standalone_mode=False) or 0)
-    except (BrokenPipeError, SystemExit):  # the reader of the help left, of which rich makes an exit
-        return 0
-    except Interrupted as end:
-        _complain("interrupted; nothing half-made was left, and finished stages will be reused")
-        return 128 + end.number
-    except Exception as error:
-        code, line = _failure(error)
-        if debug:
-            traceback.print_exc()
-        _complain(line)
-        return code
-
-
-def _failure(error: Exception) -> tuple[int, str]:
-    """The exit code and the line of what a command raised."""
-    if isinstance(error, _UsageProblem):
-        command = error.ctx.command_path if error.ctx else "slimheads"
-        where = command.removeprefix("slimheads").strip() or None
-        error = UsageError(error.format_message().rstrip("."), where=where, hint=f"see {command} --help")
-    if isinstance(error, SlimheadsError):
-        error.where = error.where or next((_OPTIONS[key] for key in error.keys if key in _OPTIONS), None)
-        return error.exit_code, str(error)
-    if isinstance(error, MemoryError):
-        return EnvironmentLackError.exit_code, "out of memory; use a machine with more, or smaller bench.shapes"
-    # The last resort: a bug of ours is told as one, in one line.
-    said = " ".join(str(error).split())[:300]
-    return 1, f"a bug in slimheads: {type(error).__name__}: {said}; run again with --debug and report it"
-
-
-def _interrupt(number: int, _frame: FrameType | None) -> None:
-    # A second signal ends the process at once, whatever the first is still cleaning up.
-    signal.signal(number, signal.SIG_DFL)
-    _asked_to_end.append(number)
-    raise Interrupted(number)
-
-
-def _still_to_go_on() -> None:
-    # Python drops what is raised inside an import hook's or a finalizer's callback, and a library may catch all.
-    if _asked_to_end:
-        raise Interrupted(_asked_to_end[-1])
+def _command(arguments: list[str]) -> int:
+    with collected(lambda text: print(f"note: {text}", file=sys.stderr)):
+        return int(app(arguments, prog_name="slimheads", standalone_mode=False) or 0)
 
 
 @contextmanager
-def _display(doing: str | None = None) -> Iterator[Any]:
-    """Progress on stderr; of `doing` alone where it is not several stages that say their own names."""
-    from slimheads.console import Display
+def _display(doing: str | None = None, stages: int = 1) -> Iterator[Display]:
+    """Progress on stderr: of the one thing that is done, or of a run's stages, which say their own names."""
+    from slimheads.console.progress import display
 
-    with Display(SteadyConsole(stderr=True), _still_to_go_on) as display:
+    console = SteadyConsole(stderr=True)
+    with display(console, raise_if_interrupted, stages) as shown:
         if doing:
-            display.start(doing)
-        yield display
+            shown.start(doing)
+        yield shown
 
 
-def _command(recipe: Path, out: Path, overrides: Sequence[str] | None) -> str:
+def _command_line(recipe: Path, out: Path, overrides: Sequence[str] | None) -> str:
     sets = [part for override in overrides or () for part in ("--set", override)]
     return shlex.join(["slimheads", "run", str(recipe), "--out", str(out), *sets])
 
@@ -381,8 +328,3 @@ def _show(as_json: bool, data: Any, for_people: Callable[[], object]) -> None:
     except OSError as error:
         hint = "free some space, or send it elsewhere"
         raise EnvironmentLackError(f"cannot be written ({error.strerror})", where="stdout", hint=hint) from error
-
-
-def _complain(line: str) -> None:
-    with suppress(BrokenPipeError):
-        print(f"slimheads: {line}", file=sys.stderr, flush=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 
 class SlimheadsError(Exception):
@@ -12,7 +13,7 @@ class SlimheadsError(Exception):
         what: what went wrong, in one sentence without a full stop.
         where: the file, line, tensor or link it concerns, if there is one.
         hint: what the user can do about it.
-        keys: the recipe's keys that it is about, the one to blame first; `Recipe.located` makes `where` of them.
+        keys: the recipe keys that it is about, the one at fault first; `Recipe.located` turns them into `where`.
     """
 
     exit_code = 1
@@ -29,7 +30,7 @@ class SlimheadsError(Exception):
 
 
 class UsageError(SlimheadsError):
-    """The recipe or the command line asks for something that cannot be."""
+    """The recipe or the command line is wrong."""
 
     exit_code = 2
 
@@ -75,6 +76,22 @@ def require_known(key: str, value: object, known: Collection[object]) -> None:
         raise UsageError(f"{value!r} is not known", keys=(key,), hint=f"use one of {names}")
 
 
-def in_short(error: Exception) -> str:
-    """The first line of an error, or its class's name where it says nothing."""
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def one_line(error: BaseException, limit: int | None = 200) -> str:
+    """An error's whole message on one line, cut after `limit` characters; the name of its class if it is empty."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+@contextmanager
+def about_keys(*keys: str) -> Iterator[None]:
+    """Errors inside that name neither a place nor recipe keys are about these recipe keys."""
+    try:
+        yield
+    except SlimheadsError as error:
+        if error.where is None and not error.keys:
+            error.keys = keys
+        raise

@@ -17,9 +17,9 @@ from slimheads.errors import EnvironmentLackError, UsageError
 
 # linux/fcntl.h, linux/fs.h
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-# An old kernel, a file system that cannot (FUSE, NFS), or a sandbox that allows only calls it knows.
+# An old kernel, a file system without exchange (FUSE, NFS), or a sandbox that blocks the call.
 _NO_EXCHANGE = frozenset({errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM})
-_FLUSHABLE = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes only what was opened for writing
+_FLUSHABLE = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes only files opened for writing
 _NO_FOLDER_SYNC = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR, errno.EINVAL, errno.EBADF, errno.ENOTSUP})
 
 
@@ -41,19 +41,19 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def is_there(path: Path) -> bool:
-    """Whether the name is taken, be it by a link that leads nowhere."""
+    """Whether the name is taken, also by a dangling link."""
     return path.is_symlink() or path.exists()
 
 
 def new_folder(inside: Path) -> Path:
-    """A fresh `tmp-…` folder. Not mkdtemp: its folders are closed to other users, and stay so once renamed."""
+    """A fresh `tmp-…` folder. Not by mkdtemp, because other users cannot read its folders, even after a rename."""
     path = inside / f"tmp-{uuid.uuid4().hex}"
     path.mkdir(parents=True)
     return path
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder if it is there; what cannot be deleted of a folder is left for the next run to try."""
+    """Delete a file or folder if it exists; the next run deletes what could not be deleted now."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -61,15 +61,15 @@ def remove(path: Path) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file and have it on the disk."""
+    """Write a file and flush it to disk."""
     path.write_bytes(content)
     sync(path)
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk before a rename makes them count.
+    """Flush a file's bytes, or a folder's entries, to disk before a rename makes them visible.
 
-    A folder is passed over where the system cannot: Windows opens none, and some network drives flush none.
+    Folders are skipped where the system cannot flush them: Windows does not open them, some network drives refuse.
     """
     try:
         descriptor = os.open(path, _FLUSHABLE)
@@ -90,10 +90,10 @@ def sync_folders(folder: Path) -> None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swap two names of one file system at one instant; False where that is not known how (Linux knows, mostly).
+    """Swap two names of one file system atomically; False where the system cannot (only Linux can, on most disks).
 
     Raises:
-        OSError: as a rename does.
+        OSError: as for a rename.
     """
     swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if swap is None:
@@ -108,19 +108,19 @@ def exchange(first: Path, second: Path) -> bool:
 
 @contextmanager
 def disk_full_named(folder: Path) -> Iterator[None]:
-    """Turn a full disk into EnvironmentLackError; other failures pass."""
+    """Turn a full disk into EnvironmentLackError; other errors pass through."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        hint = "free some space, or choose another folder with --out"
+        hint = "free some space, or choose another output folder"
         raise EnvironmentLackError("the disk is full", where=str(folder), hint=hint) from error
 
 
 @contextmanager
 def failing_disk_named(folder: Path) -> Iterator[None]:
-    """Turn what a disk refuses while an output folder is being changed into EnvironmentLackError."""
+    """Turn a disk error while an output folder is being changed into EnvironmentLackError."""
     try:
         with disk_full_named(folder):
             yield
@@ -128,16 +128,16 @@ def failing_disk_named(folder: Path) -> Iterator[None]:
         raise EnvironmentLackError(
             f"the files in it cannot be replaced ({error.strerror or error}), and the earlier ones are kept",
             where=str(folder),
-            hint="see that its disk works and no other program holds files in it open, then run again",
+            hint="check that its disk works and that no other program has its files open, then run again",
         ) from error
 
 
 @contextmanager
 def unwritable_named(folder: Path) -> Iterator[None]:
-    """Turn a folder that cannot be made or written into UsageError, a full disk into EnvironmentLackError."""
+    """Turn a folder that cannot be created or written into UsageError, a full disk into EnvironmentLackError."""
     try:
         with disk_full_named(folder):
             yield
     except OSError as error:
         what = f"cannot write in the output folder: {error.strerror or error}"
-        raise UsageError(what, where=str(folder), hint="choose a folder that can be written with --out") from error
+        raise UsageError(what, where=str(folder), hint="choose an output folder that can be written") from error

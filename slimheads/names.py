@@ -32,5 +32,7 @@ KvAxes = Literal["symbolic", "static"]
 Provider = Literal["cpu", "cuda"]
 OnMissing = Literal["fail", "skip"]  # of a provider
 Side = Literal["dense", "slim"]
+KvShape = tuple[int, int, int]  # of one layer: KV heads, head_dim of keys, head_dim of values
 Shape = tuple[int, ...]  # [batch], [batch, length] or [batch, length, past]
+GIB = 2**30  # bytes
 PLAIN: GraphForm = "plain"

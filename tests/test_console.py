@@ -1,4 +1,4 @@
-"""What a person sees: plain lines in a file or pipe, and on a terminal a live line that goes when its stage is done."""
+"""What a person sees: few plain lines in a file or pipe, and in a terminal a live bar that goes at the end."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import io
 import os
 import pty
 import re
+import sys
+import threading
+from collections.abc import Callable
 
 import pytest
 from rich.console import Console
 
-from slimheads.console import Display
+from slimheads.console.progress import HEARTBEAT, LiveDisplay, LogDisplay
 from slimheads.pipeline.progress import Progress, Silent
 
+NEVER = 1e6  # seconds
 _SEQUENCE = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])")
 
 
@@ -24,11 +28,14 @@ def plain_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_run(progress: Progress) -> None:
+    progress.start("load")
     progress.finish("load", 0.04, True)
     progress.start("export")
+    progress.work("dense and slim [fp32]")
     progress.note("dense to ONNX [fp32]")
     progress.finish("export", 1.26, False)
     progress.start("verify")
+    progress.work("")
     progress.note("link 1 [/] of [bold]")
     progress.finish("verify", 12.0, False)
 
@@ -82,33 +89,101 @@ def on_a_terminal(act: object) -> str:
     return received.decode()
 
 
-def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def log_of(act: Callable[[LogDisplay], None], clock: Callable[[], float] = lambda: 0.0) -> list[str]:
+    """The lines that a file received. Heartbeats come only when `act` calls for them."""
     file = io.StringIO()
-    with Display(Console(file=file)) as display:
-        a_run(display)
-    assert file.getvalue().splitlines() == [
+    with LogDisplay(Console(file=file), clock=clock, heartbeat=NEVER) as display:
+        display._heartbeat = HEARTBEAT
+        act(display)
+    assert "\x1b" not in file.getvalue()
+    return file.getvalue().splitlines()
+
+
+def test_a_log_has_a_line_for_each_start_and_end_and_none_for_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert log_of(a_run) == [
         "load     reused (took 0.0 s)",
-        "  export: dense to ONNX [fp32]",
+        "export   starts: dense and slim [fp32]",
         "export   1.3 s",
-        "  verify: link 1 [/] of [bold]",
+        "verify   starts",
         "verify   12.0 s",
     ]
-    assert "\x1b" not in file.getvalue()
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_long_note_stays_one_line_in_a_file() -> None:
-    file = io.StringIO()
-    with Display(Console(file=file)) as display:
+def test_a_long_line_stays_one_line_in_a_file() -> None:
+    def act(display: LogDisplay) -> None:
         display.start("bench")
-        display.note("word " * 100)
-    assert len(file.getvalue().splitlines()) == 1
+        display.work("word " * 100)
+
+    assert len(log_of(act)) == 1
+
+
+def test_a_heartbeat_says_what_is_left_only_where_that_is_known() -> None:
+    now = 0.0
+
+    def act(display: LogDisplay) -> None:
+        nonlocal now
+        display.beat()  # before the first stage
+        display.start("bench")
+        display.work("two shapes")
+        now = 29.0
+        display.beat()  # too early
+        now = 40.0
+        display.note("session set 1")
+        display.beat()
+        display.share(0.01)  # too little to go by
+        display.beat()
+        display.share(0.25)
+        display.beat()
+        now = 300.0
+        display.beat()
+        display.finish("bench", 301.0, False)
+        display.beat()  # no stage is running
+
+    assert log_of(act, lambda: now) == [
+        "bench    starts: two shapes",
+        "bench    40 s so far: session set 1",
+        "bench    40 s so far: session set 1",
+        "bench    40 s so far, about 2 min left: session set 1",
+        "bench    5 min so far, about 15 min left: session set 1",
+        "bench    301.0 s",
+    ]
+
+
+def test_heartbeats_come_by_themselves_and_end_with_the_display() -> None:
+    came = threading.Event()
+
+    class File(io.StringIO):
+        def write(self, text: str) -> int:
+            if "so far" in text:
+                came.set()
+            return super().write(text)
+
+    file = File()
+    with pytest.raises(KeyboardInterrupt), LogDisplay(Console(file=file), heartbeat=0.001) as display:
+        display.start("verify")
+        assert came.wait(60)
+        raise KeyboardInterrupt
+    left = file.getvalue()
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
+    display.beat()
+    assert file.getvalue() == left
+
+
+def test_a_run_is_ended_by_its_check_and_never_from_the_heartbeat() -> None:
+    def end() -> None:
+        assert threading.current_thread() is threading.main_thread()
+        raise KeyError
+
+    with pytest.raises(KeyError), LogDisplay(Console(file=io.StringIO()), end, heartbeat=0.001) as display:
+        display.beat()
+        display.note("on")
 
 
 def test_a_terminal_keeps_only_the_finished_lines(capsys: pytest.CaptureFixture[str]) -> None:
     def act(console: Console) -> None:
         assert console.is_terminal
-        with Display(console) as display:
+        with LiveDisplay(console, stages=9) as display:
             a_run(display)
 
     received = on_a_terminal(act)
@@ -122,7 +197,7 @@ def test_a_terminal_keeps_only_the_finished_lines(capsys: pytest.CaptureFixture[
 
 def test_a_failure_leaves_a_clean_line_and_a_visible_cursor() -> None:
     def act(console: Console) -> None:
-        with pytest.raises(KeyError), Display(console) as display:
+        with pytest.raises(KeyError), LiveDisplay(console, stages=9) as display:
             display.finish("load", 0.1, False)
             display.start("export")
             display.note("dense to ONNX")
@@ -137,3 +212,27 @@ def test_a_failure_leaves_a_clean_line_and_a_visible_cursor() -> None:
 def test_callers_from_python_hear_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     a_run(Silent())
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_bar_shows_the_time_left_once_it_is_known_and_what_others_print_stays_above_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+
+    def act(console: Console) -> None:
+        nonlocal now
+        monkeypatch.setattr(sys, "stderr", console.file)
+        with LiveDisplay(console, clock=lambda: now, stages=2) as display:
+            display.start("bench")
+            display.work("two shapes")
+            now = 20.0
+            display._bars.refresh()
+            display.share(0.25)
+            display._bars.refresh()
+            print("note: a setting was repaired", file=sys.stderr)
+            display.finish("bench", 80.0, False)
+
+    received = on_a_terminal(act)
+    text = _SEQUENCE.sub("", received)
+    assert text.index("20 s") < text.index("about 60 s left")
+    assert screen(received) == (["note: a setting was repaired", "bench    80.0 s"], True)

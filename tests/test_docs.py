@@ -12,12 +12,12 @@ import pytest
 import typer
 
 from slimheads import cli, errors
-from slimheads.exporting.artifacts import FILES
-from slimheads.models.checkpoint import SEQ2SEQ_TASKS, TASKS
+from slimheads.exporting.precisions import PRECISIONS
+from slimheads.models.tasks import SEQ2SEQ_TASKS, TASKS
 from slimheads.names import Precision, Provider, Task
 from slimheads.pruning.select import select
-from slimheads.recipe import recipe
 from slimheads.recipe.recipe import Recipe, recipe_schema
+from slimheads.recipe.sections import Select
 from slimheads.runtime.sessions import PROVIDERS
 from slimheads.strict_yaml import parse_yaml
 
@@ -51,10 +51,10 @@ def test_the_readme_lists_every_exit_code() -> None:
 
 def test_the_recipe_offers_exactly_what_the_library_does() -> None:
     assert set(get_args(Task)) == {"auto", *TASKS, *SEQ2SEQ_TASKS}
-    assert get_args(Precision) == tuple(FILES)
+    assert get_args(Precision) == tuple(PRECISIONS)
     assert set(get_args(Provider)) == set(PROVIDERS)
     parameters = inspect.signature(select).parameters
-    for key, field in recipe.Select.model_fields.items():
+    for key, field in Select.model_fields.items():
         assert key == "ratio" or field.default == parameters[key].default
 
 

@@ -1,11 +1,11 @@
-"""Train a small GPT-2 on English that ships with Python, so that a real decoder can be pruned without any download.
+"""Train a small GPT-2 on English that ships with Python, so that a trained decoder can be pruned without a download.
 
     python examples/tiny_gpt2/train.py --out DIR [--steps N]     about a quarter of an hour on two CPU threads
     python examples/tiny_gpt2/train.py --evaluate DIR            the figures of a finished folder, as JSON
 
 The text is `pydoc_data.topics` and the docstrings of the standard library (read with `ast`, nothing is imported).
-DIR gets the checkpoint, its tokenizer, `held_out.txt` (a fixed excerpt that no step has seen) and a README.md with the
-figures.
+Writes the checkpoint, its tokenizer, `held_out.txt` (a fixed excerpt that is not trained on) and a README.md with the
+figures to DIR.
 The result depends only on the seed, the number of steps and threads, and the versions named in that README.
 """
 
@@ -37,19 +37,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 SEED = 20
 STEPS = 1500
-BATCH = 16  # windows of CONTEXT tokens a step
+BATCH = 16  # windows of CONTEXT tokens per step
 LEARNING_RATE = 3e-3
 WARMUP = 100  # steps
-DROPOUT = 0.2  # of embeddings and residuals: the text is passed over a dozen times
+DROPOUT = 0.2  # of embeddings and residuals, because training makes about eleven passes over the text
 CONTEXT = 256  # tokens
-VOCABULARY = 2000  # tokens: more would spend the 6 MB on embeddings, and the heads are what this model is for
+VOCABULARY = 2000  # tokens; a larger one would spend most of the 6 MB on embeddings instead of heads
 LAYERS, HEADS, WIDTH, FEED_FORWARD = 4, 8, 160, 480
 END = "<|endoftext|>"
 HELD_OUT_SHARE = 0.08  # of the documents
 EXCERPT = (12, 2500)  # documents, characters of each
 NOT_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled", "pydoc_data"}
-WRAPPED = 50  # a line of at least this many characters may have been wrapped
-REPEATED = 40  # a paragraph of at least this many characters counts once in the whole corpus
+WRAPPED = 50  # a line of at least this many characters may be a wrapped line of prose
+REPEATED = 40  # a paragraph of at least this many characters is used once in the whole corpus
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Document:
 
     @property
     def digest(self) -> int:
-        """A hash of the name: the order and the split are the same on every machine, whatever else is there."""
+        """A hash of the name, so that the order and the split do not depend on the other documents or the machine."""
         return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:8], "big")
 
     @property
@@ -71,7 +71,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How well some text was predicted: every token but the first, given those before it in its window."""
+    """Log-likelihood of a text: of every token except the first, given those before it in its window."""
 
     nats: float
     tokens: int
@@ -92,7 +92,7 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Split:
-    """Token ids of one side of the split: each document begins with END."""
+    """Token ids of one side of the split; each document begins with END."""
 
     documents: int
     bytes: int
@@ -102,7 +102,7 @@ class Split:
 def corpus() -> list[Document]:
     """All documents, topics first, then modules by path, without interpreter sessions.
 
-    A long paragraph stays in the first document that has it, so nothing held out is a copy of something trained on.
+    A long paragraph is kept in the first document only, so that no held-out text is a copy of training text.
     """
     seen: set[str] = set()
     kept = []
@@ -121,9 +121,9 @@ def corpus() -> list[Document]:
 
 
 def unwrap(paragraph: str) -> str:
-    """The paragraph with its prose on one line, as most texts come: else much of what is learned is where to wrap.
+    """The paragraph with its prose on one line, so that the model does not learn where lines are wrapped.
 
-    A line goes on in the next where it is long, and the next has the same indentation and no columns or markers.
+    A line continues in the next if it is long, and the next has the same indentation and no columns or markers.
     """
     lines: list[str] = []
     last, last_indent = "", -1
@@ -150,7 +150,7 @@ def _docstring_documents(stdlib: Path) -> Iterator[Document]:
             continue
         try:
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # templates and files kept broken on purpose
+        except (SyntaxError, ValueError):  # templates and intentionally invalid files
             continue
         nodes = (node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED))
         docstrings = [text for node in nodes if (text := ast.get_docstring(node)) and len(text.split()) >= 4]
@@ -158,7 +158,7 @@ def _docstring_documents(stdlib: Path) -> Iterator[Document]:
             yield Document(f"module:{relative.as_posix()}", "\n\n".join(docstrings))
 
 
-_TWO_SPACES = re.compile(r"(?<=[.?!:;)])  ")  # between sentences, where they are no column
+_TWO_SPACES = re.compile(r"(?<=[.?!:;)])  ")  # between sentences, not between columns
 _PROSE = re.compile(r"""[\w"'`(<]""")
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -171,7 +171,7 @@ def excerpt(held_out: Sequence[Document]) -> str:
 
 
 def train_tokenizer(texts: Sequence[str]) -> GPT2TokenizerFast:
-    """A byte-level BPE, as GPT-2's own, so that every text can be encoded."""
+    """A byte-level BPE like that of GPT-2, so that every text can be encoded."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -215,7 +215,7 @@ def new_model() -> GPT2LMHeadModel:
 
 
 def train(model: GPT2LMHeadModel, ids: torch.Tensor, steps: int) -> None:
-    """AdamW on random windows, a short warm-up and a cosine down to a twentieth; trains in place."""
+    """Trains in place: AdamW on random windows, a short warm-up, then a cosine to 5% of the learning rate."""
     generator = torch.Generator().manual_seed(SEED)
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim == 1]
@@ -249,7 +249,7 @@ def train(model: GPT2LMHeadModel, ids: torch.Tensor, steps: int) -> None:
 
 @torch.inference_mode()
 def likelihood(model: GPT2LMHeadModel, split: Split) -> Likelihood:
-    """Of the stream cut into windows of CONTEXT tokens: a window's first prediction sees one token, its last all."""
+    """Of the stream, split into windows of CONTEXT tokens; each prediction sees the tokens before it in its window."""
     nats = 0.0
     for start in range(0, len(split.ids) - 1, CONTEXT):
         window = split.ids[start : start + CONTEXT + 1]
@@ -259,7 +259,7 @@ def likelihood(model: GPT2LMHeadModel, split: Split) -> Likelihood:
 
 
 class Bigram:
-    """The baseline: the next token from the one before, Witten-Bell interpolated with add-one unigrams."""
+    """The baseline: bigrams, interpolated with add-one unigrams by Witten-Bell smoothing."""
 
     def __init__(self, ids: torch.Tensor) -> None:
         stream = ids.tolist()
@@ -272,13 +272,13 @@ class Bigram:
         return (self.unigrams[token] + 1) / (self.total + VOCABULARY)
 
     def probability(self, before: int, after: int) -> float:
-        """Of `after` next, given `before`; the probabilities of all tokens add up to one."""
+        """Of the next token `after`, given `before`; normalized over all tokens."""
         followers = self.followers.get(before, Counter())
         kinds = max(1, len(followers))
         return (followers[after] + kinds * self.unigram(after)) / (followers.total() + kinds)
 
     def likelihoods(self, split: Split) -> tuple[Likelihood, Likelihood]:
-        """Of unigrams and of bigrams, on the same tokens as the model's."""
+        """Of unigrams and of bigrams, on the tokens that the model is scored on."""
         stream = split.ids.tolist()
         single = -sum(math.log(self.unigram(after)) for after in stream[1:])
         double = -sum(math.log(self.probability(*pair)) for pair in pairwise(stream))
@@ -286,7 +286,7 @@ class Bigram:
 
 
 def evaluate(folder: Path, documents: Sequence[Document]) -> dict[str, dict[str, Likelihood]]:
-    """Figures by text (`held_out`: all of it, as this Python has it; `excerpt`: the fixed file) and by predictor."""
+    """Figures by text (`held_out`: all of it in this version of Python; `excerpt`: the fixed file) and by predictor."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     bigram = Bigram(encode(tokenizer, [document.text for document in documents if not document.held_out]).ids)
@@ -336,7 +336,7 @@ def card(figures: dict[str, dict[str, Likelihood]], trained: Split, held_out: Sp
 
 
 def build(args: argparse.Namespace) -> None:
-    """Text to finished folder."""
+    """Trains, and writes the folder."""
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
     documents = corpus()

@@ -1,7 +1,7 @@
-"""What a model is fed: texts, images or sound of the kind that its family file names, as arrays by input name.
+"""Inputs for a torch model: texts, images or sound, by the kind in its family file, as arrays by input name.
 
-Texts and waveforms have a length (tokens, or frames after the convolutions). Images and spectrograms have the one size
-that the configuration fixes.
+Texts and waveforms have a length (tokens, or frames after the convolutions). Images and spectrograms have the size that
+the configuration fixes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from slimheads.errors import UsageError
+from slimheads.errors import UsageError, one_line
 from slimheads.families.config_facts import inputs_kind, takes_text, text_config
 
 Arrays = dict[str, NDArray[Any]]
 
 
 class Axis(NamedTuple):
-    """Size of an input's axis: `first` at length 1, and `more` for every further token or frame."""
+    """Size of an input's axis: `first` at length 1, plus `more` per further token or frame."""
 
     first: int
     more: int
@@ -40,7 +40,7 @@ def float_axes(config: PretrainedConfig) -> dict[str, tuple[Axis, ...]]:
         height, width = side if isinstance(side, list | tuple) else (side, side)
         return {"pixel_values": (Axis(vision.num_channels, 0), Axis(height, 0), Axis(width, 0))}
     if kind == "waveform":
-        # Backwards through the convolutions: how many samples one frame sees, and how far the next one lies.
+        # Backwards through the convolutions: the samples that one frame covers, and the step to the next frame.
         seen = 1
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
             seen = (seen - 1) * stride + kernel
@@ -57,15 +57,15 @@ def make_inputs(config: PretrainedConfig, batch: int, length: int, rng: np.rando
     """Random inputs without padding: int64 ids [batch, length] with their mask, standard normal images and sound.
 
     Args:
-        length: tokens, or frames of a waveform; of no effect where inputs have no length. An encoder-decoder's decoder
-            is given as many tokens.
+        length: tokens, or frames of a waveform; ignored if inputs have no length. The decoder of an encoder-decoder
+            gets as many tokens.
     """
     made: Arrays = {}
     if takes_text(config):
         words, pad = text_config(config).vocab_size, getattr(text_config(config), "pad_token_id", None)
         ids = rng.integers(0, words, (batch, length)).astype(np.int64)
         if pad is not None:
-            ids[ids == pad] = (pad + 1) % words  # RoBERTa derives positions from which ids are padding
+            ids[ids == pad] = (pad + 1) % words  # RoBERTa derives positions from the padding ids
         made = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     for name, axes in float_axes(config).items():
         sizes = [batch, *(axis.first + axis.more * (length - 1) for axis in axes)]
@@ -82,39 +82,41 @@ def to_torch(arrays: Mapping[str, NDArray[Any]], model: PreTrainedModel) -> dict
 
 
 def read_inputs(path: Path, config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """A model's own inputs from a safetensors file, as many of each: `pixel_values` [n, 3, 224, 224], say.
+    """The user's inputs from a safetensors file, n of each: for example `pixel_values` [n, 3, 224, 224].
 
     Raises:
-        UsageError: the file is missing or damaged, or does not hold what the model is fed.
+        UsageError: the file is missing or damaged, or its tensors do not fit the model.
     """
 
     def refuse(what: str) -> UsageError:
         wanted = " and ".join(make_inputs(config, 1, 1, np.random.default_rng(0)))
-        hint = f"give a safetensors file with {wanted}, as many of each"
+        hint = f"use a safetensors file with {wanted}, equally many of each"
         return UsageError(f"{path}: {what}", keys=("verify.inputs",), hint=hint)
 
     try:
         arrays = safetensors.numpy.load_file(path)
     except (OSError, SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy lacks
-        raise refuse(f"the inputs cannot be read ({' '.join(str(error).split())[:200]})") from error
+        raise refuse(f"the inputs cannot be read ({one_line(error)})") from error
     expected = make_inputs(config, 1, 1, np.random.default_rng(0))
     if arrays.keys() != expected.keys():
-        raise refuse(f"the file holds {', '.join(sorted(arrays)) or 'nothing'}, the model takes {', '.join(expected)}")
+        raise refuse(
+            f"the file has {', '.join(sorted(arrays)) or 'nothing'}, but the model takes {', '.join(expected)}"
+        )
     for name, array in arrays.items():
-        like, axes = expected[name], _taken(float_axes(config).get(name, (Axis(1, 1),)))
+        like, axes = expected[name], _accepted_axes(float_axes(config).get(name, (Axis(1, 1),)))
         if array.ndim != like.ndim or not array.size or not all(map(_fits, array.shape[1:], axes)):
-            raise refuse(f"{name} is {list(array.shape)}, the model takes {['n', *like.shape[1:]]}")
+            raise refuse(f"{name} is {list(array.shape)}, but the model takes {['n', *like.shape[1:]]}")
         if array.dtype.kind != like.dtype.kind:
-            raise refuse(f"{name} holds {array.dtype}, the model takes {like.dtype}")
+            raise refuse(f"{name} is {array.dtype}, but the model takes {like.dtype}")
         if not np.isfinite(array).all():
-            raise refuse(f"{name} holds a value that is NaN or infinite")
+            raise refuse(f"{name} has a value that is NaN or infinite")
     if len({len(array) for array in arrays.values()}) > 1:
-        raise refuse(f"{' and '.join(arrays)} hold different numbers of inputs")
+        raise refuse(f"{' and '.join(arrays)} have different numbers of inputs")
     return {name: torch.from_numpy(array.astype(expected[name].dtype)) for name, array in arrays.items()}
 
 
-def _taken(axes: Sequence[Axis]) -> list[Axis]:
-    """Height and width are left to the model: some take other sizes than the configured one."""
+def _accepted_axes(axes: Sequence[Axis]) -> list[Axis]:
+    """Any height and width, because some models take other sizes than the configured one."""
     return [axes[0], Axis(1, 1), Axis(1, 1)] if len(axes) == 3 else list(axes)
 
 

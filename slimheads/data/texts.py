@@ -1,4 +1,4 @@
-"""Texts to measure a model on: read, divided into tokens and batched."""
+"""The texts on which drift is measured: read, tokenized and batched."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slimheads.families.limits import position_limit
 
 
 def read_texts(path: Path | None) -> tuple[str, ...]:
-    """The sample to measure on: one text a line, blank lines skipped; `path` None is the built-in sample.
+    """The sample texts: one per line, without blank lines; `path` None is the built-in sample.
 
     Raises:
         UsageError: the file is missing, unreadable, not UTF-8, or has no text.
@@ -27,7 +27,7 @@ def read_texts(path: Path | None) -> tuple[str, ...]:
         try:
             data = path.read_bytes()
         except OSError as error:
-            hint = "name a UTF-8 text file with one text a line"
+            hint = "use a UTF-8 text file with one text per line"
             what = f"{where}: the texts cannot be read ({error.strerror})"
             raise UsageError(what, keys=("verify.text",), hint=hint) from error
     try:
@@ -38,7 +38,7 @@ def read_texts(path: Path | None) -> tuple[str, ...]:
         raise UsageError(what, keys=("verify.text",), hint="save the file as UTF-8") from error
     texts = tuple(text for line in lines if (text := line.strip()))
     if not texts:
-        raise UsageError(f"{where}: the file has no text", keys=("verify.text",), hint="write one text a line")
+        raise UsageError(f"{where}: the file has no text", keys=("verify.text",), hint="write one text per line")
     return texts
 
 
@@ -46,8 +46,8 @@ def read_texts(path: Path | None) -> tuple[str, ...]:
 class TextBatch:
     """Right-padded texts: `input_ids` and `attention_mask` [texts, longest], `lengths` without the padding.
 
-    With an answer, also what an encoder-decoder wrote on each, int64 [texts, 1 + longest], the first token being what
-    its decoder starts with; `lengths` are then those of the answers, without the first.
+    `answer` is the text that an encoder-decoder generated from each, int64 [texts, 1 + longest], starting with the
+    decoder's start token. `lengths` are then those of the answers, without the start token.
     """
 
     input_ids: torch.Tensor
@@ -59,7 +59,7 @@ class TextBatch:
 def text_batches(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, size: int
 ) -> Iterator[TextBatch]:
-    """Texts of like length together. Padded here and not by the tokenizer, which may have no pad token, or pad left."""
+    """Batches of texts of similar length. Not padded by the tokenizer, which may have no padding token or pad left."""
     limit = min(max_length, tokenizer.model_max_length, position_limit(model.config))
     encoded: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
     rows = sorted((row for row in encoded if row), key=len)

@@ -1,4 +1,4 @@
-"""optimum's own runtime as a client of the files that ship."""
+"""optimum's runtime as a client of the files that ship."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def greedy_tokens(folder: Path, input_ids: torch.Tensor, attention_mask: torch.T
 def seq2seq_greedy_tokens(
     folder: Path, inputs: Mapping[str, torch.Tensor], start: int, new_tokens: int, *, merged: bool
 ) -> torch.Tensor:
-    """The same through `ORTModelForSeq2SeqLM` or `ORTModelForSpeechSeq2Seq`, of an encoder-decoder.
+    """The same for an encoder-decoder, through `ORTModelForSeq2SeqLM` or `ORTModelForSpeechSeq2Seq`.
 
     Args:
         folder: a folder with config.json and onnx/.
-        inputs: what the encoder takes: ids and mask, or features.
+        inputs: the encoder's: ids and mask, or features.
         start: the decoder's first token.
-        merged: through the merged decoder, or through the other two.
+        merged: whether to use the merged decoder, or the other two.
 
     Returns:
         int64 [batch, 1 + new_tokens].

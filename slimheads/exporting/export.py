@@ -1,4 +1,4 @@
-"""Export: from a torch model to the ONNX files that ship. The only place that imports optimum."""
+"""Export: from a torch model to the ONNX files that ship."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from typing import get_args
 import torch
 from transformers import PreTrainedModel
 
+from slimheads.data.inputs import float_axes
 from slimheads.errors import require_known
-from slimheads.exporting.artifacts import FILES, FIRST_DECODER, MERGED_DECODER, NEXT_DECODER, file_name, parts_of
-from slimheads.exporting.kv_cache import label_cache
-from slimheads.exporting.optimum_backend import merge_decoders, to_onnx
-from slimheads.exporting.quantize import to_fp16, to_int8, to_q4
+from slimheads.exporting.artifacts import ENCODER, FIRST_DECODER, MERGED_DECODER, NEXT_DECODER, file_name, parts_of
+from slimheads.exporting.backends import Backend, optimum
+from slimheads.exporting.metadata import label_axes, label_cache
+from slimheads.exporting.precisions import PRECISIONS
 from slimheads.families.adapters import opened
 from slimheads.families.sites import find_sites
-from slimheads.models.checkpoint import SEQ2SEQ_TASKS, TASKS
+from slimheads.models.kv_shapes import cache_shapes, has_cache
+from slimheads.models.tasks import SEQ2SEQ_TASKS, TASKS
 from slimheads.names import Int8For, KvAxes, Precision
 from slimheads.runtime.onnx_signature import read_interface
+
+BACKEND: Backend = optimum
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ def export(
     kv_axes: KvAxes = "symbolic",
     int8_for: Int8For = "any",
 ) -> tuple[Graph, ...]:
-    """Exports a model to `folder`: model.onnx, and model_fp16.onnx, model_int8.onnx, model_q4.onnx where asked for.
+    """Exports a model to `folder`: model.onnx, and model_fp16.onnx, model_int8.onnx, model_q4.onnx by `precisions`.
 
     An encoder-decoder becomes encoder_model.onnx, decoder_model.onnx (its first pass), decoder_with_past_model.onnx
     (one token more) and decoder_model_merged.onnx (both), each in every precision.
@@ -58,7 +62,7 @@ def export(
         ModelRefusedError: optimum has no export for this model type and task, or the graph no weight for "q4".
     """
     for precision in precisions:
-        require_known("export.precisions", precision, FILES)
+        require_known("export.precisions", precision, PRECISIONS)
     require_known("export.kv_axes", kv_axes, get_args(KvAxes))
     require_known("export.int8_for", int8_for, get_args(Int8For))
     require_known("task", task, TASKS | SEQ2SEQ_TASKS)
@@ -67,27 +71,38 @@ def export(
     if model.dtype != torch.float32:
         model = copy.deepcopy(model).float()
     with opened(model, find_sites(model)):
-        to_onnx(model, folder, task, kv_axes)
-    graphs: list[Graph] = []
-    wanted: list[Precision] = ["fp32", *(p for p in precisions if p != "fp32")]
-    for precision in wanted:
-        graphs += [_made(folder, part, precision, kv_axes, int8_for) for part in parts_of(model.config)]
+        BACKEND.to_onnx(model, folder, task)
+        _label(model, folder, task, kv_axes)
+    parts = parts_of(model.config)
+    graphs = [Graph("fp32", folder / file_name(part, "fp32")) for part in parts]
+    for precision in precisions:
+        if precision != "fp32":
+            graphs += [_converted(folder, part, precision, kv_axes, int8_for) for part in parts]
     return tuple(graphs)
 
 
-def _made(folder: Path, part: str, precision: Precision, kv_axes: KvAxes, int8_for: Int8For) -> Graph:
-    """A graph that is there in fp32, and is made from that one in the others."""
+def _label(model: PreTrainedModel, folder: Path, task: str, kv_axes: KvAxes) -> None:
+    """Records in the float32 graphs the sizes that `slimheads.runtime.onnx_signature` reads."""
+    caches = cache_shapes(model) if has_cache(model.config, task) else None
+    sizes = float_axes(model.config)
+    for part in parts_of(model.config):
+        path = folder / file_name(part, "fp32")
+        if caches and part != ENCODER:
+            label_cache(path, *caches, kv_axes)
+        if sizes and "decoder" not in part:
+            label_axes(path, sizes)
+
+
+def _converted(folder: Path, part: str, precision: Precision, kv_axes: KvAxes, int8_for: Int8For) -> Graph:
     path, plain = folder / file_name(part, precision), folder / file_name(part, "fp32")
-    if precision == "fp32":
-        return Graph(precision, path)
+    convert = PRECISIONS[precision].convert
+    assert convert is not None  # only fp32 has none
     if part == MERGED_DECODER:
         # Converters do not look into the branches of the merged graph: its parts are converted, and merged again.
         first, following = (folder / file_name(p, precision) for p in (FIRST_DECODER, NEXT_DECODER))
-        merge_decoders(first, following, path)
+        BACKEND.merge_decoders(first, following, path)
         interface = read_interface(plain)
-        label_cache(path, interface.kv_shapes, kv_axes, interface.cross_kv_shapes)
-    elif precision == "int8":
-        to_int8(plain, path, int8_for)
+        label_cache(path, interface.kv_shapes, interface.cross_kv_shapes, kv_axes)
     else:
-        {"fp16": to_fp16, "q4": to_q4}[precision](plain, path)
+        convert(plain, path, int8_for)
     return Graph(precision, path)

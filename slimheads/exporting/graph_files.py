@@ -7,12 +7,12 @@ from pathlib import Path
 
 import onnx
 
-# A protobuf message ends at 2 GiB; past this many bytes of weights they go beside the graph. The rest is for the graph.
+# A protobuf message has at most 2 GiB. More bytes of weights than this are stored beside the graph.
 ONE_FILE = 2**31 - 2**27
 
 
 def graph_files(path: Path) -> tuple[Path, ...]:
-    """The graph and its external data, as far as they are there."""
+    """The files that exist of a graph and its external data."""
     return tuple(sorted(path.parent.glob(f"{path.name}*")))
 
 
@@ -22,19 +22,19 @@ def graph_bytes(path: Path) -> int:
 
 
 def remove_graph(path: Path) -> None:
-    """Removes a graph and its external data: saving another would leave the old data, or append to them."""
+    """Removes a graph and its external data, because saving another would keep the old data or append to them."""
     for file in graph_files(path):
         file.unlink()
 
 
 def share_data(path: Path) -> None:
-    """Makes external data, which onnx lets nobody else read, as readable as the graph."""
+    """Makes external data as readable as the graph: onnx writes them readable by their owner only."""
     for file in graph_files(path):
         file.chmod(path.stat().st_mode)
 
 
 def save_graph(proto: onnx.ModelProto, path: Path) -> None:
-    """Writes one file where it fits; else the weights beside it as `<name>_data`, the name that clients know."""
+    """Writes one file where it fits; else the weights beside it as `<name>_data`, the name that clients load."""
     remove_graph(path)
     beside = sum(_bytes(tensor) for tensor in proto.graph.initializer) > ONE_FILE
     onnx.save(proto, str(path), save_as_external_data=beside, location=f"{path.name}_data")

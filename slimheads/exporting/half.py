@@ -1,7 +1,7 @@
-"""Root mean square norms of float16 graphs: they are computed in float32, as transformers computes them.
+"""Root mean square norms in float16 graphs are computed in float32, as in transformers.
 
-A square of more than 256 is infinite in float16, and activations of that size are common in decoders. Besides, ONNX
-Runtime before 1.32 fuses the norm whether or not its constants have kernels in float16, and then cannot load the graph.
+The square of a value above 256 overflows float16, and such activations are common in decoders. Also, ONNX Runtime
+before 1.32 fuses the norm even if its constants have no float16 kernels, and then cannot load the graph.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def norm_nodes(graph: onnx.GraphProto) -> set[str]:
 
 
 def join_float32(graph: onnx.GraphProto) -> None:
-    """Takes out each pair of casts from float32 to float16 and back that the converter left between two such nodes."""
+    """Removes each pair of casts from float32 to float16 and back that the converter left between two such nodes."""
     made = {output: node for node in graph.node for output in node.output}
     whole: dict[str, str] = {}
     for node in graph.node:
         before = made.get(node.input[0]) if _is_cast(node, TensorProto.FLOAT) else None
-        # What the converter itself casts down is a float32 result.
+        # Only a float32 result has a cast by the converter itself.
         if before is not None and _is_cast(before, TensorProto.FLOAT16) and before.input[0].endswith("_cast_to_fp16"):
             whole[node.output[0]] = before.input[0]
     for node in graph.node:

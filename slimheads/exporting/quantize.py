@@ -1,4 +1,4 @@
-"""Further graphs made from the float32 one: float16, dynamic int8, and weights of 4 bits."""
+"""Converters from a float32 graph: to float16, to dynamic int8, and to weights of 4 bits."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from slimheads.names import Int8For
 from slimheads.runtime.quiet import quiet
 
 # Weights are signed, symmetric and per output channel, activations unsigned. Without VNNI, x86 adds pairs of products
-# in 16 bits, which full-range weights overflow: what may run there has weights of 7 bits, -64 to 64. Tables that are
-# only looked up have 8 bits (unsigned) all the same.
+# in 16 bits, which full-range weights overflow: files that may run there have weights of 7 bits, -64 to 64. Lookup
+# tables have 8 bits (unsigned) in every file.
 SIXTEEN_BITS: frozenset[Int8For] = frozenset({"any", "avx2"})
 # Convolutions stay: a weight that the graph computes (wav2vec 2.0 normalizes one) cannot be quantized beforehand.
 _QUANTIZED = sorted(IntegerOpsRegistry.keys() - {"Conv"})
@@ -35,11 +35,11 @@ Q4_BLOCK, _Q4_ACCURACY = 32, 4
 
 
 def to_fp16(source: Path, target: Path) -> None:
-    """float16 weights and arithmetic, float32 inputs and outputs (so that clients feed what they fed before).
+    """float16 weights and arithmetic; inputs and outputs stay float32, so that clients need no change.
 
     Root mean square norms are computed in float32: see half.py.
     """
-    # Shapes are inferred before the weights are there: past 2 GiB the inference cannot take them.
+    # Shapes are inferred before the weights are loaded, because inference fails past 2 GiB.
     proto = onnx.shape_inference.infer_shapes(onnx.load(str(source), load_external_data=False))
     load_external_data_for_model(proto, str(source.parent))
     norms = list(norm_nodes(proto.graph))
@@ -47,16 +47,16 @@ def to_fp16(source: Path, target: Path) -> None:
         convert_float_to_float16(proto, keep_io_types=True, disable_shape_infer=True, node_block_list=norms)
     )
     join_float32(made.model.graph)
-    made.topological_sort()  # the converter appends its casts, and a branch of the merged decoder takes no disorder
+    made.topological_sort()  # the converter appends its casts at the end, and branches of a graph must be sorted
     graph_files.save_graph(made.model, target)
 
 
 def to_int8(source: Path, target: Path, int8_for: Int8For = "any") -> None:
-    """int8 weights per output channel, activations quantized as they come (per tensor lost 4% of cosine on MiniLM).
+    """int8 weights per output channel, activations quantized at run time (per tensor, MiniLM lost 4% of cosine).
 
     Args:
-        int8_for: the CPUs that it is for. Made for "any" or "avx2" it is right on all; for "avx512_vnni" or "arm64",
-            sums overflow on x86 without VNNI.
+        int8_for: the CPUs that the file is for. With "any" or "avx2" it is right on all CPUs; with "avx512_vnni" or
+            "arm64", sums overflow on x86 without VNNI.
     """
     with quiet(), tempfile.TemporaryDirectory(dir=target.parent, prefix=".int8-") as scratch:
         made = Path(scratch) / target.name
@@ -76,7 +76,7 @@ def to_q4(source: Path, target: Path) -> None:
     """Weights of matrix products in 4 bits (`MatMulNBits`); embeddings, convolutions and biases stay float32.
 
     Raises:
-        ModelRefusedError: the graph has no weight that this concerns.
+        ModelRefusedError: the graph has no matrix product by a constant.
     """
     proto = onnx.load(str(source))
     nodes = [made for node in proto.graph.node for made in _product_and_sum(node, proto.graph)]
@@ -98,9 +98,9 @@ def to_q4(source: Path, target: Path) -> None:
 
 
 def _product_and_sum(node: onnx.NodeProto, graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """A Gemm by a constant as MatMul and Add, in which the quantizer looks for weights; any other node as it is.
+    """A Gemm by a constant as MatMul and Add, because the quantizer only reads MatMul; any other node as it is.
 
-    A transposed weight is stored as `<name>_Transposed`, as ONNX Runtime's int8 quantizer calls it.
+    A transposed weight is stored as `<name>_Transposed`, the name that ONNX Runtime's int8 quantizer uses.
     """
     options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     weight = next((t for t in graph.initializer if node.op_type == "Gemm" and t.name == node.input[1]), None)

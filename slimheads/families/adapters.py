@@ -1,8 +1,8 @@
-"""Adapters: what a family does in code that its data file cannot say, one small function each, named by the file.
+"""Adapters: what a family needs in code because its data file cannot describe it. The file names the function.
 
-An adapter is called after the sites of its row have shrunk, with every one of them, changed or not, and its kept units,
-counted as the model was just before. It runs on real and on meta tensors (it keeps lists, never makes tensors), may
-run again on a model that is slim already, and what it changes must survive a copy of the model and its tracing.
+An adapter is called after the sites of its row have been pruned, with all of them, changed or not, and their kept
+units, numbered as before that pruning. It must work on real and meta tensors (it stores lists and creates no tensors)
+and on a model that is already slim. Its changes must survive a copy of the model and tracing.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Adapter = Callable[[torch.nn.Module, Blocks], None]
 
 
 def pick_position_bias(model: torch.nn.Module, blocks: Blocks) -> None:
-    """For biases [.., dense heads, .., ..] that all layers share (MPNet, BEiT): each layer picks those of its heads."""
-    _choose_heads(model, blocks, _PicksPositionBias)
+    """MPNet and BEiT share a bias [.., dense heads, .., ..] among all layers: each layer selects that of its heads."""
+    _select_heads(model, blocks, _SelectsPositionBias)
 
 
-class _PicksPositionBias(torch.nn.Module):
+class _SelectsPositionBias(torch.nn.Module):
     kept_heads: list[int]
 
     def forward(self, hidden_states: torch.Tensor, *arguments: Any, **options: Any) -> Any:
@@ -43,8 +43,8 @@ class _PicksPositionBias(torch.nn.Module):
 
 
 def pass_position_bias_on(model: torch.nn.Module, blocks: Blocks) -> None:
-    """For T5, whose first layer makes the biases of all heads: each layer takes those of its own, and hands on all."""
-    _choose_heads(model, blocks, _PassesPositionBiasOn)
+    """T5's first layer computes the bias of all heads: each layer uses that of its own heads and returns all of it."""
+    _select_heads(model, blocks, _PassesPositionBiasOn)
 
 
 class _PassesPositionBiasOn(torch.nn.Module):
@@ -61,7 +61,7 @@ class _PassesPositionBiasOn(torch.nn.Module):
         return (states, position_bias, *weights)
 
     def _whole_bias(self, hidden_states: torch.Tensor, mask: Any, **options: Any) -> torch.Tensor:
-        """As T5Attention makes it of its table, but before the scores, whose heads are fewer."""
+        """As T5Attention computes it from its table, but for all dense heads."""
         new, cache = hidden_states.shape[1], options.get("past_key_values")
         seen = mask.shape[-1] if mask is not None else new + (0 if cache is None else cache.get_seq_length())
         bias = self.compute_bias(seen, seen, hidden_states.device, options.get("cache_position"))[:, :, -new:]
@@ -69,7 +69,7 @@ class _PassesPositionBiasOn(torch.nn.Module):
 
 
 def pass_mask_on(model: torch.nn.Module, blocks: Blocks) -> None:
-    """For T5's cross-attention, whose first layer makes zeros and the mask for as many heads as it has itself."""
+    """T5's first cross-attention returns a bias (zeros and the mask) for its heads: each layer uses one head of it."""
     for site, _ in blocks:
         _mix_in(_attention(model, site), _PassesMaskOn)
 
@@ -81,13 +81,13 @@ class _PassesMaskOn(torch.nn.Module):
 
 
 def join_fewer_heads(model: torch.nn.Module, blocks: Blocks) -> None:
-    """For forwards that join the heads to the width of the hidden states, which fewer heads do not fill (CLIP's)."""
+    """CLIP's forward joins the heads to the width of the hidden states, but fewer heads are narrower."""
     for site, _ in blocks:
         _mix_in(_attention(model, site), _JoinsFewerHeads)
 
 
 class _JoinsFewerHeads(torch.nn.Module):
-    """The same arithmetic as CLIPAttention and SiglipAttention, but for the last reshape."""
+    """The same arithmetic as CLIPAttention and SiglipAttention, except for the last reshape."""
 
     q_proj: torch.nn.Linear
     k_proj: torch.nn.Linear
@@ -133,12 +133,12 @@ class _JoinsFewerHeads(torch.nn.Module):
 
 
 def gate_picked_position_bias(model: torch.nn.Module, blocks: Blocks) -> None:
-    """For WavLM: picks as MPNet's, and splits hidden states among the dense heads to make each one's gate."""
-    _choose_heads(model, blocks, _GatesPickedPositionBias)
+    """WavLM shares a bias as MPNet does, and computes a gate per dense head from its share of the hidden states."""
+    _select_heads(model, blocks, _GatesSelectedPositionBias)
 
 
-class _GatesPickedPositionBias(torch.nn.Module):
-    """The same arithmetic as WavLMAttention, through the projections' modules and for the heads that it has."""
+class _GatesSelectedPositionBias(torch.nn.Module):
+    """The same arithmetic as WavLMAttention, but it calls the projections' modules and computes only the kept heads."""
 
     q_proj: torch.nn.Linear
     k_proj: torch.nn.Linear
@@ -178,7 +178,11 @@ class _GatesPickedPositionBias(torch.nn.Module):
         if not output_attentions:
             return joined, None, position_bias
         weights = (query * self.scaling @ key.transpose(-1, -2) + bias).softmax(-1)
-        return joined, weights.mean(1, keepdim=True).expand(weights.shape), position_bias  # as the stock library gives
+        return (
+            joined,
+            weights.mean(1, keepdim=True).expand(weights.shape),
+            position_bias,
+        )  # as in transformers
 
     def _gates(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[batch, heads, length, 1]"""
@@ -189,15 +193,15 @@ class _GatesPickedPositionBias(torch.nn.Module):
 
 
 def pick_slopes(model: torch.nn.Module, blocks: Blocks) -> None:
-    """ALiBi (BLOOM, Falcon, MPT): the model makes a slope for every dense head, and a layer picks those of its own."""
+    """ALiBi (BLOOM, Falcon, MPT): the model computes a slope per dense head; each layer selects those of its heads."""
     for module, site, kept in _changed(model, blocks):
         if not hasattr(module, "dense_heads"):
             module.dense_heads = site.total * site.heads_per_unit
         _compose_kept_heads(module, site.kept_heads(kept))
-        _mix_in(module, _PicksSlopes)
+        _mix_in(module, _SelectsSlopes)
 
 
-class _PicksSlopes(torch.nn.Module):
+class _SelectsSlopes(torch.nn.Module):
     kept_heads: list[int]
     dense_heads: int
 
@@ -206,7 +210,7 @@ class _PicksSlopes(torch.nn.Module):
         if alibi is not None:  # [batch * dense heads, 1, positions]
             by_head = alibi.view(-1, self.dense_heads, positions := alibi.shape[2])
             options["alibi"] = by_head[:, self.kept_heads].view(-1, 1, positions)
-            if mask is not None and mask.shape[1] == self.dense_heads:  # Falcon's holds the slopes too
+            if mask is not None and mask.shape[1] == self.dense_heads:  # Falcon's mask contains the slopes
                 options["attention_mask"] = mask[:, self.kept_heads]
         if options.get("position_bias") is not None:  # MPT's, [dense heads, 1, positions]
             options["position_bias"] = options["position_bias"][self.kept_heads]
@@ -214,7 +218,7 @@ class _PicksSlopes(torch.nn.Module):
 
 
 def count_in_config(model: torch.nn.Module, blocks: Blocks) -> None:
-    """Phi-3 splits its fused matrix by `config.num_attention_heads`: each layer reads its own count there."""
+    """Phi-3 splits its fused matrix by `config.num_attention_heads`: each layer needs its own count there."""
     for module, site, kept in _changed(model, blocks):
         module.num_attention_heads = site.counted("heads", kept)
         _mix_in(module, _CountsInConfig)
@@ -226,12 +230,12 @@ class _CountsInConfig(torch.nn.Module):
 
     @property
     def config(self) -> Any:
-        """Made anew each time, for a copy of the configuration would go stale."""
+        """Created on each access, because a copy of the configuration would become outdated."""
         return _OwnHeadCount(self.__dict__["config"], self.num_attention_heads)
 
 
 class _OwnHeadCount:
-    """A configuration, as it is at any moment, but for the number of query heads."""
+    """A live view of a configuration, with another number of query heads."""
 
     def __init__(self, config: Any, heads: int) -> None:
         self.__dict__.update(config=config, num_attention_heads=heads)
@@ -244,10 +248,10 @@ class _OwnHeadCount:
 
 
 def cut_in_four(model: torch.nn.Module, blocks: Blocks) -> None:
-    """CodeGen cuts its fused projection into four equal parts, which the heads that are left do not fill evenly.
+    """CodeGen splits its fused projection into four equal parts, which the remaining heads may not fill evenly.
 
-    The weight keeps its order. The projection gives out its rows in another one, where the queries, values and keys of
-    any four equal parts come as the forward expects them; an exporter folds that into the weight.
+    The stored weight keeps its order. The forward uses its rows in another order, in which each of four equal parts has
+    its queries, values and keys where the model expects them. An exporter folds the reordering into the weight.
 
     Raises:
         ModelRefusedError: head_dim is not a multiple of 4.
@@ -257,7 +261,7 @@ def cut_in_four(model: torch.nn.Module, blocks: Blocks) -> None:
             raise ModelRefusedError(
                 f"head_dim {site.head_dim} is not a multiple of 4",
                 where=site.name,
-                hint="no checkpoint of CodeGen is like that; heads of such a width cannot be cut into four",
+                hint="use a checkpoint whose head_dim is a multiple of 4",
             )
         [fused] = [p for p in site.projections if not p.divides_inputs]
         role_of = fused.role_of[fused.kept_features(kept)]
@@ -273,7 +277,7 @@ class _Reordered(torch.nn.Module):
     weight: torch.Tensor
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(inputs, self.weight[self.order])  # it has no bias
+        return torch.nn.functional.linear(inputs, self.weight[self.order])  # there is no bias
 
 
 class _SplitsAnyQuarters(torch.nn.Module):
@@ -300,7 +304,7 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
 
 @contextmanager
 def opened(model: torch.nn.Module, sites: Sequence[Site]) -> Iterator[None]:
-    """While it lasts, closed attention blocks use their projections as modules: hooks act, and nodes are named so."""
+    """Inside the context, closed attention blocks call their projections' modules, so that hooks on them work."""
     closed = [site for site in sites if site.closed and not hasattr(_attention(model, site), "kept_heads")]
     stock = [(module, type(module)) for module in (_attention(model, site) for site in closed)]
     for site in closed:
@@ -318,12 +322,12 @@ def _changed(model: torch.nn.Module, blocks: Blocks) -> Iterator[tuple[Any, Site
 
 
 def _attention(model: torch.nn.Module, site: Site) -> torch.nn.Module:
-    """The module that computes a site's attention: the one that its first projection belongs to."""
+    """The module that computes a site's attention: the owner of its first projection."""
     return model.get_submodule(site.projections[0].module.rpartition(".")[0])
 
 
-def _choose_heads(model: torch.nn.Module, blocks: Blocks, mixin: Any) -> None:
-    """Tells every attention module which of the dense model's heads it has, for a forward that chooses by them."""
+def _select_heads(model: torch.nn.Module, blocks: Blocks, mixin: Any) -> None:
+    """Stores in every attention module which of the dense model's heads it has, for the mixin's forward."""
     for site, kept in blocks:
         module = _attention(model, site)
         _compose_kept_heads(module, site.kept_heads(kept))
@@ -331,13 +335,13 @@ def _choose_heads(model: torch.nn.Module, blocks: Blocks, mixin: Any) -> None:
 
 
 def _compose_kept_heads(module: torch.nn.Module, kept: Sequence[int]) -> None:
-    """Records which of the dense model's heads a module has; `kept` is relative to those that it recorded before."""
+    """Stores which of the dense model's heads a module has; `kept` indexes the heads stored before."""
     former = getattr(module, "kept_heads", None)
     module.kept_heads = list(kept) if former is None else [former[head] for head in kept]  # type: ignore[assignment]
 
 
 def _mix_in(module: torch.nn.Module, mixin: Any) -> None:
-    """Puts the mixin's forward before the module's own, once."""
+    """Makes the mixin's forward override the module's own, once."""
     own: Any = type(module)
     if not issubclass(own, mixin):
         module.__class__ = _mixed(mixin, own)

@@ -1,4 +1,4 @@
-"""Facts of a configuration: what its model is fed, and which shapes differ for it."""
+"""Facts of a configuration: the kind of its inputs, and which shapes are different for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOUNS: Mapping[Inputs, str] = MappingProxyType(
 
 
 def inputs_kind(config: PretrainedConfig) -> Inputs:
-    """What the family file says a model is fed."""
+    """The kind of a model's inputs, from its family file."""
     return family_of(config)[1].inputs
 
 
@@ -33,23 +33,23 @@ def takes_text(config: PretrainedConfig) -> bool:
 
 
 def takes_padding(config: PretrainedConfig) -> bool:
-    """Whether a mask says which tokens are padding. SigLIP was trained without one, and its graph takes none."""
+    """Whether a mask marks padding tokens. SigLIP was trained without one, and its graph takes none."""
     return inputs_kind(config) in ("text", "text and image")
 
 
 def has_length(config: PretrainedConfig) -> bool:
-    """Whether a model's inputs may be of any length."""
+    """Whether a model's inputs can have any length."""
     return inputs_kind(config) not in ("image", "spectrogram")
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The part of a configuration that its text side is built from: the whole, unless there are several sides."""
+    """The configuration of a model's text part, which is the whole configuration if there is only one part."""
     part: PretrainedConfig = getattr(config, "text_config", config)
     return part
 
 
 def measured_shapes(config: PretrainedConfig, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    """The shapes that differ for this model: those of inputs without a length are [batch] alone, each once."""
+    """The shapes that are different for this model: [batch], each once, if its inputs have no length."""
     return tuple(shapes) if has_length(config) else without_length(shapes)
 
 

@@ -1,4 +1,4 @@
-"""families/: one small data file a family, read and checked; which model types are covered, which refused and why."""
+"""The family files, read and checked: which model types are covered, and which are refused and why."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from slimheads.strict_yaml import read_yaml, validate
 Reload = Literal["pruned_heads", "head_counts"]
 Counted = Literal["units", "heads", "members", "width"]
 Inputs = Literal["text", "image", "text and image", "unpadded text and image", "waveform", "spectrogram"]
-PLAN_KEY = "slimheads"  # where config.json keeps the plan
+PLAN_KEY = "slimheads"  # the key of the plan in config.json
 
 _FOLDER = cast(Path, files("slimheads") / "families")
 _REFUSED = _FOLDER / "refused.yaml"
@@ -32,11 +32,11 @@ class _Strict(BaseModel):
 
 
 class ProjectionRow(_Strict):
-    """A linear module of a site and how its features are laid out."""
+    """A linear module of a site and the layout of its features."""
 
     module: str
     layout: str
-    optional: bool = Field(default=False, description="whether some configurations go without it")
+    optional: bool = Field(default=False, description="whether some configurations do not have it")
 
     @field_validator("layout")
     @classmethod
@@ -50,8 +50,8 @@ class TableRow(_Strict):
 
     tensor: str
     axis: int
-    entries: Literal["one", "head_dim"] = Field(default="one", description="how many belong to a head")
-    optional: bool = Field(default=False, description="whether some sites or configurations go without it")
+    entries: Literal["one", "head_dim"] = Field(default="one", description="entries per head")
+    optional: bool = Field(default=False, description="whether some sites or configurations do not have it")
 
 
 class Refusal(_Strict):
@@ -84,28 +84,30 @@ class SiteRow(_Strict):
 
     match: str
     when: Mapping[str, bool | int | str] = Field(
-        default_factory=dict, description="what the configuration has to say for the row to apply"
+        default_factory=dict, description="values that the configuration must have for the row to apply"
     )
-    count: str = Field(description="config key that says how many such sites a model has")
+    count: str = Field(description="config key with the number of such sites")
     units: str | int | None = Field(
-        default=None, description="where it differs from the family's; 1 in a multi-query block without a key for it"
+        default=None, description="if different from the family's; 1 in a multi-query block without a key for it"
     )
-    heads: str | None = Field(default=None, description="where it differs from the family's, or from the row's units")
+    heads: str | None = Field(default=None, description="if different from the family's, or from the row's units")
     projections: tuple[ProjectionRow, ...]
     tables: tuple[TableRow, ...] = ()
     keep: tuple[str, ...] = ()
     attributes: Mapping[str, Counted] = Field(default_factory=dict)
-    adapter: str | None = Field(default=None, description="what data cannot say: a function of slimheads.adapters")
+    adapter: str | None = Field(
+        default=None, description="a function of slimheads.families.adapters, for what data cannot describe"
+    )
     closed: bool = Field(
-        default=False, description="whether weights are read past their modules, unlike in the adapter's forward"
+        default=False, description="whether the stock forward reads weights without calling their modules"
     )
 
 
 class Positions(_Strict):
-    """How many positions the models of a family have."""
+    """The number of positions of a family's models."""
 
     key: str | None = Field(
-        default="max_position_embeddings", description="config key, perhaps dotted; null: there is no limit"
+        default="max_position_embeddings", description="config key, possibly dotted; null if there is no limit"
     )
     after_padding: tuple[str, ...] = Field(
         default=(), description="model types whose table of positions starts after the padding token's index"
@@ -118,9 +120,9 @@ class Family(_Strict):
     title: str
     model_types: tuple[str, ...]
     units: str | None = Field(default=None, description="config key with the number of units of a dense site")
-    heads: str | None = Field(default=None, description="config key with the number of query heads, where it differs")
-    reload: Reload | None = Field(default=None, description="what lets the stock library rebuild the smaller modules")
-    inputs: Inputs = Field(default="text", description="what the models are fed")
+    heads: str | None = Field(default=None, description="config key with the number of query heads, if different")
+    reload: Reload | None = Field(default=None, description="how plain transformers can rebuild the smaller modules")
+    inputs: Inputs = Field(default="text", description="the kind of the models' inputs")
     positions: Positions = Positions()
     refuse: tuple[Refusal, ...] = ()
     sites: tuple[SiteRow, ...]
@@ -136,10 +138,10 @@ class Family(_Strict):
 
     def rows(self, config: PretrainedConfig) -> tuple[SiteRow, ...]:
         """The rows that apply to a configuration."""
-        return tuple(row for row in self.sites if all(_says(config, key, value) for key, value in row.when.items()))
+        return tuple(row for row in self.sites if all(_has(config, key, value) for key, value in row.when.items()))
 
     def keys(self, row: SiteRow) -> tuple[str | int, str | int]:
-        """The config keys (or the numbers) of a row's units (heads, or KV heads) and of its query heads."""
+        """The config keys (or numbers) for a row's units (heads or KV heads) and for its query heads."""
         units = cast("str | int", row.units or self.units)
         return units, row.heads or (None if row.units else self.heads) or units
 
@@ -150,20 +152,20 @@ class Family(_Strict):
 
     @property
     def recorded_keys(self) -> tuple[str, ...]:
-        """Those that a slim configuration overwrites, so that their dense values have to be recorded."""
+        """The keys that a slim configuration overwrites, so that their dense values are recorded."""
         return self.count_keys if self.reload == "head_counts" else ()
 
 
 @cache
 def families() -> Mapping[str, Family]:
-    """Every family by its file's name. A damaged family file raises `UsageError` with file and line."""
+    """Every family by the name of its file. A damaged family file raises `UsageError` with file and line."""
     paths = sorted(path for path in _FOLDER.glob("*.yaml") if path != _REFUSED)
     return {path.stem: validate(Family, *read_yaml(path)) for path in paths}
 
 
 @cache
 def refused_types() -> Mapping[str, str]:
-    """Why a model type is refused, by model type. A damaged table raises `UsageError` with file and line."""
+    """The reason for refusing a model type, by model type. A damaged table raises `UsageError` with file and line."""
     table = validate(RefusedTable, *read_yaml(_REFUSED))
     return {model_type: row.reason for row in table.refused for model_type in row.model_types}
 
@@ -174,24 +176,24 @@ def covered_types() -> Mapping[str, str]:
 
 
 def family_named(model_type: str) -> tuple[str, Family]:
-    """The family that covers a model type; nothing of transformers is asked.
+    """The family that covers a model type; transformers is not used.
 
     Raises:
-        ModelRefusedError: no family covers it or can.
+        ModelRefusedError: no family covers it, or it is refused.
     """
     known = covered_types()
     if model_type in refused_types():
         raise ModelRefusedError(
             f"model type '{model_type}' is refused: {refused_types()[model_type]}",
             where="config.json",
-            hint="see `slimheads families` for what is covered",
+            hint="run `slimheads families` for the covered model types",
         )
     if model_type not in known:
         near = difflib.get_close_matches(model_type, known, n=1, cutoff=0.0)[0]
         raise ModelRefusedError(
             f"model type '{model_type}' is not covered (the nearest covered one is '{near}')",
             where="config.json",
-            hint="see `slimheads families` for what is",
+            hint="run `slimheads families` for the covered model types",
         )
     return known[model_type], families()[known[model_type]]
 
@@ -200,13 +202,13 @@ def family_of(config: PretrainedConfig) -> tuple[str, Family]:
     """The family that covers a configuration.
 
     Raises:
-        ModelRefusedError: no family covers its model type or can, or the family refuses this configuration.
+        ModelRefusedError: no family covers its model type, or the type or this configuration is refused.
     """
     name, family = family_named(str(config.model_type))
     for refusal in family.refuse:
-        if _says(config, refusal.key, refusal.value):
+        if _has(config, refusal.key, refusal.value):
             raise ModelRefusedError(
-                f"{refusal.key}: {refusal.value} is refused, for {refusal.reason}",
+                f"{refusal.key}: {refusal.value} is refused because {refusal.reason}",
                 where=f"config.json ({config.model_type})",
                 hint="use a checkpoint without it",
             )
@@ -214,7 +216,7 @@ def family_of(config: PretrainedConfig) -> tuple[str, Family]:
 
 
 def is_projection(family: Family, tensor: str) -> bool:
-    """Whether a checkpoint's tensor is, by its name, a projection's weight or bias in some layer of the family."""
+    """Whether a checkpoint's tensor is, by its name, the weight or bias of a projection in the family."""
     owner = tensor.rpartition(".")[0]
     return any(
         owner.endswith(f".{p.module}") and bool(site_pattern(row).fullmatch(owner.removesuffix(f".{p.module}")))
@@ -224,32 +226,32 @@ def is_projection(family: Family, tensor: str) -> bool:
 
 
 def site_pattern(row: SiteRow) -> re.Pattern[str]:
-    """What the qualified name of a row's module looks like; the groups are its indices."""
+    """The pattern of the qualified names of a row's modules; its groups are their indices."""
     return re.compile(r"(?:.*\.)?" + re.escape(row.match).replace(r"\*", r"(\d+)"))
 
 
 def site_count(config: PretrainedConfig, row: SiteRow) -> int:
-    """How many sites of a row's kind a configuration asks for."""
+    """The number of sites of a row's kind, by the configuration."""
     factors = (_lookup(config, key.strip()) for key in row.count.split(" * "))
     return math.prod(sum(factor) if isinstance(factor, list | tuple) else int(factor) for factor in factors)
 
 
 def head_count(config: PretrainedConfig, key: str | int, index: int) -> int:
-    """The dense number of heads that a config key (or a number) gives for the site with this first index."""
+    """The dense number of heads, by a config key (or a number), for the site with this first index."""
     value = dense_value(config, key)
     return int(value[index] if isinstance(value, list | tuple) else value)
 
 
 def dense_value(config: PretrainedConfig, key: str | int) -> Any:
-    """A config key as it was before any deletion (a slim config may carry smaller head counts); a number is itself."""
+    """A config key's value before any deletion (a slim config may have smaller counts); a number is its own value."""
     if isinstance(key, int):
         return key
     recorded = getattr(config, PLAN_KEY, None) or {}
     return recorded["dense"][key] if key in recorded.get("dense", {}) else _lookup(config, key)
 
 
-def _says(config: PretrainedConfig, key: str, value: bool | int | str) -> bool:
-    """Whether a configuration has this value; what it leaves out or leaves empty is false."""
+def _has(config: PretrainedConfig, key: str, value: bool | int | str) -> bool:
+    """Whether a configuration has this value; a missing or empty key counts as false."""
     found = getattr(config, key, None)
     return bool((bool(found) if isinstance(value, bool) else found) == value)
 
@@ -261,7 +263,7 @@ def _lookup(config: Any, key: str) -> Any:
 
 
 def check_head_counts(config: PretrainedConfig, family: Family) -> None:
-    """Refuses head counts that no model can have: transformers itself accepts -4 heads.
+    """Refuses impossible head counts, since transformers accepts even -4 heads.
 
     Raises:
         ModelRefusedError: naming the config key.
@@ -275,7 +277,7 @@ def check_head_counts(config: PretrainedConfig, family: Family) -> None:
         for key in (units_key, heads_key):
             for value in _each(dense_value(config, key)):
                 if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                    refuse(f"{key} is {value!r} where a whole number of at least 1 belongs")
+                    refuse(f"{key} is {value!r}, but must be a whole number of at least 1")
         pairs = zip(_each(dense_value(config, heads_key)), _each(dense_value(config, units_key)), strict=True)
         for heads, units in pairs:
             if heads % units:

@@ -1,12 +1,14 @@
-"""Layouts: how a projection's long axis is divided among heads, in the words of a family file.
+"""The layout language of the family files: how the features of a projection are divided among heads.
 
-`query(unit dim) | key(unit dim) | value(unit dim)` reads: three blocks one after the other, each of them a run of
-units, each unit a run of head_dim features. `unit [query key value] dim` is one block of units, each of which is a
-query, a key and a value. `member` stands for the query heads that share one KV head; in `unit [query*member key value]
-dim` a unit is all of its queries, then its key and its value. `4 [query value key] unit dim` are four equal shares of
-the units, each share its queries, then its values, then its keys. The input projections are divided along their output
-features, `output(...)` along its input features; `position(...)` is what a head has besides the four that the score
-counts.
+`query(unit dim) | key(unit dim) | value(unit dim)`: three blocks one after the other, each a run of units, each unit a
+run of head_dim features.
+`unit [query key value] dim`: one block of units, each of them a query, a key and a value.
+`unit [query*member key value] dim`: the same for KV groups. `member` stands for the query heads that share one KV head,
+so a unit is all its queries, then its key and its value.
+`4 [query value key] unit dim`: four equal shares of the units, each with its queries, then its values, then its keys.
+
+Input projections are divided along their output features, `output(...)` along its input features. `position(...)`
+features belong to a head but not to its score.
 """
 
 from __future__ import annotations
@@ -27,14 +29,14 @@ _BLOCK = re.compile(
 _ROLES = r"\[(?P<roles>(?:query|key|value)(?: (?:query|key|value))*)\]"
 _INTERLEAVED = re.compile(rf"unit {_ROLES} dim")
 _GROUPED = "unit [query*member key value] dim"
-_SHARED_OUT = re.compile(rf"(?P<shares>[1-9][0-9]*) {_ROLES} unit dim")
+_DIVIDED = re.compile(rf"(?P<shares>[1-9][0-9]*) {_ROLES} unit dim")
 
 
 class Block(BaseModel):
-    """One run of features, divided from the outermost to the innermost dimension; `role` is one of them.
+    """One run of features, with its dimensions from the outermost to the innermost; `role` is one of them.
 
-    `per_member` are the roles that a unit has once for each of its members, all of them before its next role. With
-    `shares`, the units are dealt out to that many equal parts.
+    `per_member` are the roles that a unit has once per member, before its next role. With `shares`, the units are
+    divided into that many equal parts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -44,10 +46,10 @@ class Block(BaseModel):
     shares: int = 1
 
     def labels(self, sizes: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each feature of the block: unit (int64), member (int64, -1 where members share it), role (str).
+        """For each feature of the block: unit (int64), member (int64, -1 if the members share it), role (str).
 
         Args:
-            sizes: how many `unit`, `member` and `dim` are.
+            sizes: the numbers of `unit`, `member` and `dim`.
         """
         parts = [(r, m) for r in self.roles for m in (range(sizes["member"]) if r in self.per_member else (-1,))]
         in_share = sizes["unit"] // self.shares
@@ -61,10 +63,10 @@ class Block(BaseModel):
 
 @cache
 def blocks_of(layout: str) -> tuple[Block, ...]:
-    """Reads a layout.
+    """Parses a layout.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: the text is not a layout.
     """
     return tuple(_parse(layout))
 
@@ -77,9 +79,9 @@ def _parse(layout: str) -> Iterator[Block]:
     if layout == _GROUPED:
         yield Block(roles=("query", "key", "value"), dims=("unit", "role", "dim"), per_member=("query",))
         return
-    shared_out = _SHARED_OUT.fullmatch(layout)
-    if shared_out:
-        roles, shares = cast(Any, tuple(shared_out["roles"].split())), int(shared_out["shares"])
+    divided = _DIVIDED.fullmatch(layout)
+    if divided:
+        roles, shares = cast(Any, tuple(divided["roles"].split())), int(divided["shares"])
         yield Block(roles=roles, dims=("share", "role", "unit", "dim"), shares=shares)
         return
     for text in layout.split(" | "):

@@ -1,4 +1,4 @@
-"""How long a model's inputs may be: one rule for every check, from the family files."""
+"""How long a model's inputs can be, from its family file, and the token that its decoder starts with."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ UNLIMITED = 2**31 - 1
 
 
 def position_limit(config: PretrainedConfig) -> int:
-    """The most tokens that a model takes, a cache included; of an encoder-decoder, in either half.
+    """The most tokens that a model takes, including the cache; for an encoder-decoder, in each half.
 
-    The size of the table of positions where there is one. Rotary and relative positions have no table: there it is the
-    longest input that the configuration says the model was made for, and UNLIMITED where it says nothing.
+    This is the size of the position table, if there is one. For rotary and relative positions it is the longest input
+    that the configuration states, or UNLIMITED if it states none.
     """
     _, family = family_of(config)
     found: Any = config if family.positions.key else None
@@ -34,10 +34,10 @@ def position_limit(config: PretrainedConfig) -> int:
 
 
 def require_fit(config: PretrainedConfig, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Refuses shapes, [batch, length] or [batch, length, past], that are longer than the model's positions.
+    """Refuses shapes, [batch, length] or [batch, length, past], that are longer than the position limit.
 
     Raises:
-        UsageError: with shapes that fit.
+        UsageError: naming shapes that fit.
     """
     limit = position_limit(config)
     long = next((shape for shape in shapes if has_length(config) and sum(shape[1:]) > limit), None)
@@ -51,7 +51,7 @@ def require_fit(config: PretrainedConfig, shapes: Sequence[tuple[int, ...]]) -> 
 
 
 def fitting(config: PretrainedConfig, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    """The shapes, cut where they are longer than the model's positions, each once; new tokens count before the past."""
+    """The shapes, each once, cut to the position limit; the past is cut before the new tokens."""
     limit = position_limit(config) if has_length(config) else UNLIMITED
     made = []
     for batch, length, *past in shapes:
@@ -62,7 +62,7 @@ def fitting(config: PretrainedConfig, shapes: Sequence[tuple[int, ...]]) -> tupl
 
 
 def decoder_start(model: PreTrainedModel) -> int:
-    """The token that generation starts with; where the model names none, any will do for a proof."""
+    """The token that generation starts with; 0 if the model names none, since any token will do for a comparison."""
     named = (
         getattr(source, key, None)
         for key in ("decoder_start_token_id", "bos_token_id")

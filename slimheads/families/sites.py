@@ -1,11 +1,11 @@
-"""Finds a model's sites: which rows and columns of which tensors belong to which head, as its family file says.
+"""Finds a model's attention blocks ("sites"): which rows and columns of which tensors belong to which head.
 
-Every feature of a projection gets one label: the unit it belongs to and its role. Scores, gates and deletion read
-labels only, so none of them knows any family.
+The family file describes them. Every feature of a projection gets a label: its unit and its role. Scores, gates and
+deletion use only labels, so they do not depend on the family.
 
-A site with grouped queries can be seen in two ways: as KV groups, the rule, and by query head, where keys and values
-belong to all heads of their group and go with the last of them. A multi-query site, whose heads all share one KV head,
-is always seen by query head.
+The units of a site with grouped queries are KV groups by default. They can also be query heads; then keys and values
+belong to all heads of their group and are deleted with the last of them. The units of a multi-query site, whose heads
+share one KV head, are always query heads.
 """
 
 from __future__ import annotations
@@ -40,31 +40,31 @@ from slimheads.names import Unit
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """A linear module of a site. Feature i of the divided axis belongs to `span[i]` units from `unit_of[i]` on.
+    """A linear module of a site. Feature i of the divided axis belongs to `span[i]` units, starting at `unit_of[i]`.
 
-    `member_of[i]` is the place among the query heads of its group, -1 where they share the feature.
+    `member_of[i]` is the index of its query head in the group, or -1 if the group's heads share the feature.
     """
 
     module: str  # qualified name in the model
     unit_of: np.ndarray  # int64 [features]
     member_of: np.ndarray  # int64 [features]
     role_of: np.ndarray  # str [features]
-    span: np.ndarray  # int64 [features]; 1 but for keys and values seen by query head
+    span: np.ndarray  # int64 [features]; above 1 only for keys and values when units are query heads
 
     @property
     def divides_inputs(self) -> bool:
-        """True for the output projection: its input features are divided, its bias is not."""
+        """Whether this is the output projection, whose input features are divided and whose bias is not."""
         return bool(self.role_of[0] == "output")
 
     def kept_features(self, kept: tuple[int, ...]) -> np.ndarray:
-        """Indices (int64) of the features that stay when only the units `kept` stay, in their old order."""
+        """Indices (int64, ascending) of the features that are kept when the units `kept` are."""
         stays = np.zeros(int((self.unit_of + self.span).max()), np.int64)
         stays[list(kept)] = 1
         before = np.concatenate([[0], stays.cumsum()])
         return np.flatnonzero(before[self.unit_of + self.span] > before[self.unit_of])
 
     def by_head(self, members: int) -> Projection:
-        """The same with query heads for units, `members` in each group."""
+        """The same with query heads as units, `members` per group."""
         own = self.member_of >= 0
         unit_of = self.unit_of * members + np.where(own, self.member_of, 0)
         return replace(self, unit_of=unit_of, span=np.where(own, 1, members))
@@ -80,29 +80,29 @@ class Table:
     entries: int
 
     def kept_entries(self, heads: tuple[int, ...]) -> list[int]:
-        """Indices of the entries that stay when only the query heads `heads` stay."""
+        """Indices of the entries that are kept when the query heads `heads` are."""
         return [head * self.entries + entry for head in heads for entry in range(self.entries)]
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One attention block of a model, as it is now."""
+    """One attention block of a model in its current state."""
 
     name: str
-    layer: int  # its place among the sites of its kind
+    layer: int  # its index among the sites of its kind
     unit: Unit
-    total: int  # units it has now
+    total: int  # current number of units
     members: int  # query heads that share one KV head
     head_dim: int
     projections: tuple[Projection, ...]
     attributes: tuple[tuple[str, str, Counted], ...]  # (qualified module, attribute, what it counts)
     tables: tuple[Table, ...] = ()
     adapter: str | None = None
-    closed: bool = False  # reads its projections' weights past their modules, until its adapter has opened it
+    closed: bool = False  # its stock forward does not call its projections' modules (see `adapters.opened`)
 
     @property
     def output(self) -> Projection:
-        """The output projection, at whose input gates act."""
+        """The output projection; gates multiply its input."""
         return next(p for p in self.projections if p.divides_inputs)
 
     @property
@@ -111,34 +111,34 @@ class Site:
         return self.members if self.unit == "kv_group" else 1
 
     def by_head(self) -> Site:
-        """The same block with query heads for units; itself where that is so already."""
+        """The same block with query heads as units; itself if they are already."""
         if self.unit == "head":
             return self
         projections = tuple(p.by_head(self.members) for p in self.projections)
         return replace(self, unit="head", total=self.total * self.members, projections=projections)
 
     def kept_heads(self, kept: tuple[int, ...]) -> tuple[int, ...]:
-        """The query heads that stay when only the units `kept` stay."""
+        """The query heads that are kept when the units `kept` are."""
         width = self.heads_per_unit
         return tuple(unit * width + member for unit in kept for member in range(width))
 
     def kept_per_group(self, kept: tuple[int, ...]) -> dict[int, int]:
-        """How many query heads stay in each KV group that keeps any."""
+        """The number of kept query heads in each KV group that keeps any."""
         groups = [head // self.members for head in self.kept_heads(kept)]
         return {group: groups.count(group) for group in groups}
 
     def counted(self, what: Counted, kept: tuple[int, ...]) -> int:
-        """A counting attribute when only `kept` stay: KV heads, query heads, query heads a KV head, query width."""
+        """A counting attribute after keeping `kept`: KV heads, query heads, query heads per KV head, or query width."""
         heads, groups = len(self.kept_heads(kept)), len(self.kept_per_group(kept))
         return {"units": groups, "heads": heads, "members": heads // groups, "width": heads * self.head_dim}[what]
 
 
 def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
-    """Every attention block of a model, dense or slim, in the order of its family's rows and its own modules.
+    """Every attention block of a dense or slim model, in the order of its family's rows and of its modules.
 
     Raises:
         ModelRefusedError: the family is not covered, a tensor of its file is missing or has another size, a tensor
-            of an attention block is claimed by no line of the file, or the number of blocks is not the configured one.
+            of an attention block is in no row of the file, or the number of blocks is not the configured one.
     """
     _, family = family_of(model.config)
     check_head_counts(model.config, family)
@@ -150,13 +150,13 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
         expected = site_count(model.config, row)
         if len(found) != expected:
             raise ModelRefusedError(
-                f"{len(found)} modules match '{row.match}' where {row.count} says {expected}",
+                f"{len(found)} modules match '{row.match}', but {row.count} gives {expected}",
                 where=model.config.model_type,
                 hint="the family file does not describe this model",
             )
         for layer, (name, index) in enumerate(found):
             sites.append(_read_site(model.config, family, row, modules, _Place(name, layer, index)))
-    _claim_blocks(family, modules, [site.name for site in sites])
+    _refuse_undescribed_blocks(family, modules, [site.name for site in sites])
     return tuple(sites)
 
 
@@ -164,7 +164,7 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
 class _Place:
     site: str
     layer: int
-    index: int  # the first in its name
+    index: int  # the first index in its name
 
 
 def _read_site(
@@ -178,7 +178,7 @@ def _read_site(
     sizes = {"unit": dense_units, "member": members}
     present = [p for p in row.projections if not (p.optional and f"{name}.{p.module}" not in modules)]
     projections = tuple(_read_projection(p, modules, name, sizes, left) for p in present)
-    _claim_all(row, modules[name], name)
+    _refuse_undescribed_tensors(row, modules[name], name)
     site = Site(
         name=name,
         layer=place.layer,
@@ -196,7 +196,7 @@ def _read_site(
 
 
 def _heads_left(config: PretrainedConfig, site: str, heads: int, members: int) -> tuple[int, ...]:
-    """The dense model's query heads that the recorded plan left in a site, `members` to each KV head."""
+    """The dense model's query heads that are left in a site by the recorded plan; `members` per KV head."""
     recorded = getattr(config, PLAN_KEY, None) or {"sites": []}
     own = next((s for s in recorded["sites"] if s["site"] == site), None)
     if own is None:
@@ -223,14 +223,14 @@ def _read_projection(
         )
     blocks = blocks_of(projection.layout)
     features = linear_features(module)[0 if blocks[0].roles == ("output",) else 1]
-    # head_dim is read off the first projection and must hold for all the others.
+    # head_dim comes from the first projection and must fit all others.
     per_dim = len(_labelled(qualified, blocks, {**sizes, "dim": 1}, left).unit_of)
     sizes.setdefault("dim", features // per_dim)
     if per_dim * sizes["dim"] != features:
         raise ModelRefusedError(
             f"{features} features cannot be {projection.layout} with {sizes}",
             where=f"{qualified}.weight",
-            hint="the weights do not agree with config.json",
+            hint="use the config.json that was saved with these weights",
         )
     return _labelled(qualified, blocks, sizes, left)
 
@@ -239,11 +239,11 @@ def _labelled(module: str, blocks: tuple[Block, ...], sizes: Mapping[str, int], 
     return Projection(module, *_labels(blocks, sizes["unit"], sizes["member"], sizes["dim"], left))
 
 
-@lru_cache(maxsize=64)  # the layers of a model are mostly alike
+@lru_cache(maxsize=64)  # most layers of a model have the same labels
 def _labels(
     blocks: tuple[Block, ...], units: int, members: int, dim: int, left: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The dense model's features less what was deleted, units and members counted anew over the heads that are left."""
+    """Labels of the features that are left of the dense model's, with units and members renumbered."""
     sizes = {"unit": units, "member": members, "dim": dim}
     unit_of, member_of, role_of = (
         np.concatenate(parts) for parts in zip(*(b.labels(sizes) for b in blocks), strict=True)
@@ -283,22 +283,22 @@ def _read_tables(
         yield Table(owner, name, table.axis, each)
 
 
-def _claim_blocks(family: Family, modules: Mapping[str, torch.nn.Module], sites: Sequence[str]) -> None:
-    """An attention module that is no site, in none and around none, would keep its heads without a word."""
+def _refuse_undescribed_blocks(family: Family, modules: Mapping[str, torch.nn.Module], sites: Sequence[str]) -> None:
+    """Refuses attention modules that are not a site, inside one or around one: their heads would never be deleted."""
     inside, around = set(sites), {parent for site in sites for parent in _parents(site)}
     for name, module in modules.items():
-        attends = "attention" in type(module).__name__.lower() and any(True for _ in module.parameters())
-        claimed = name in around or not inside.isdisjoint((name, *_parents(name)))
-        if attends and not claimed and not any(fnmatchcase(name, glob) for glob in family.untouched):
+        is_attention = "attention" in type(module).__name__.lower() and any(True for _ in module.parameters())
+        described = name in around or not inside.isdisjoint((name, *_parents(name)))
+        if is_attention and not described and not any(fnmatchcase(name, glob) for glob in family.untouched):
             raise ModelRefusedError(
-                f"an attention block ({type(module).__name__}) that no line of the family file describes",
+                f"an attention block ({type(module).__name__}) that the family file does not describe",
                 where=name,
-                hint="give it a row under sites, or name it under untouched",
+                hint="add a row for it under sites, or list it under untouched",
             )
 
 
 def _parents(name: str) -> Iterator[str]:
-    """Qualified names of the modules around one, from the inside out."""
+    """Qualified names of the modules around a module, from the inside out."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield name
@@ -310,12 +310,12 @@ def linear_features(module: torch.nn.Module) -> tuple[int, int]:
     return (first, second) if isinstance(module, Conv1D) else (second, first)
 
 
-def _claim_all(row: SiteRow, site: torch.nn.Module, name: str) -> None:
+def _refuse_undescribed_tensors(row: SiteRow, site: torch.nn.Module, name: str) -> None:
     owned = (*(p.module for p in row.projections), *(t.tensor for t in row.tables), *row.keep)
     for parameter, _ in site.named_parameters():
         if not any(parameter == own or parameter.startswith(f"{own}.") for own in owned):
             raise ModelRefusedError(
-                "no line of the family file says what becomes of this tensor",
+                "the family file does not describe this tensor",
                 where=f"{name}.{parameter}",
                 hint="list it under projections, tables or keep",
             )

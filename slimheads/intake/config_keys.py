@@ -1,8 +1,8 @@
-"""allowed.yaml, read and checked: which keys of a configuration mean something to the loaded transformers, which mean
-nothing, and which load code.
+"""allowed.yaml, read and checked: which config keys the installed transformers uses, which it ignores, and which load
+code.
 
-A key that is in none of its tables, and that the model's own configuration class does not know, is refused: it may
-change what the model computes.
+A key that is in none of these tables and unknown to the model's configuration class is refused, because it may change
+what the model computes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Strict(BaseModel):
 
 
 class RefusedKeys(_Strict):
-    """Keys that no model may have with a value, and why."""
+    """Keys that must not have a value in any model, with the reason."""
 
     keys: tuple[str, ...]
     reason: str
@@ -36,14 +36,14 @@ class RefusedKeys(_Strict):
 
 
 class KeysOfTypes(_Strict):
-    """What the code of some model types reads besides."""
+    """Further keys that the code of some model types reads."""
 
     model_types: tuple[str, ...]
     keys: tuple[str, ...]
 
 
 class Allowed(_Strict):
-    """allowed.yaml, which says what each list is for."""
+    """allowed.yaml; its comments explain each list."""
 
     name_code: tuple[str, ...]
     origin: tuple[str, ...]
@@ -60,17 +60,17 @@ class Allowed(_Strict):
 
 @cache
 def allowed() -> Allowed:
-    """The tables."""
+    """The tables of allowed.yaml."""
     return validate(Allowed, *read_yaml(_FILE))
 
 
 def refusal_of(key: str) -> RefusedKeys | None:
-    """Why no model may have this key with a value, where that is so."""
+    """The row that refuses a key, if there is one."""
     return next((row for row in allowed().refused if key in row.keys), None)
 
 
 def known_keys(config_class: type[PretrainedConfig]) -> frozenset[str]:
-    """What a configuration class of transformers takes and keeps, by its signature and by an instance of it."""
+    """The keys that a configuration class accepts and stores, from its signature and from an instance."""
     taken = {
         name
         for part in config_class.__mro__
@@ -84,7 +84,7 @@ def known_keys(config_class: type[PretrainedConfig]) -> frozenset[str]:
 
 
 def means_nothing(key: str, value: Any) -> bool:
-    """Whether a key that the configuration class does not know changes nothing that the model computes."""
+    """Whether a key that the configuration class does not know has no effect on what the model computes."""
     tables = allowed()
     if key in tables.harmless_while:
         return bool(value == tables.harmless_while[key])
@@ -94,11 +94,11 @@ def means_nothing(key: str, value: Any) -> bool:
 
 @cache
 def _generation_keys() -> frozenset[str]:
-    """What belongs to generation_config.json and stood in config.json before that existed."""
+    """Keys of generation_config.json, which older checkpoints have in config.json."""
     return frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_"))
 
 
 def is_tokenizer(name: object) -> bool:
-    """Whether a `tokenizer_class` may be looked up, or is one of transformers 5 that no lookup finds."""
+    """Whether a `tokenizer_class` is allowed: a known one, or one of transformers 5 that version 4 does not find."""
     tables = allowed()
     return isinstance(name, str) and (name.removesuffix("Fast") in tables.tokenizers or name in tables.newer_tokenizers)

@@ -1,11 +1,11 @@
-"""What a model folder is judged by before any class of transformers is built from it or a file of it is copied.
+"""The checks of a model folder before transformers builds a class from it or a file is copied.
 
-1. Every file is a regular one of the folder's own; a link may lead out of it only into the hub cache's blobs.
-2. The model type is a covered one, and every part within the configuration is one that this type has.
-3. Every key of config.json is one that the loaded transformers knows for this type, or one that is known to mean
-   nothing. What names code, a kernel, another file or another repository is refused, or left out and told.
-4. Tokenizers, processors and modules that the other JSON files name are classes of an allow-list.
-5. An index names only safetensors files of its own folder.
+1. Every file is a regular file inside the folder; only links into the hub cache's blobs may lead out of it.
+2. The model type is covered, and every nested configuration is one that this type has.
+3. Every key of config.json is known to the installed transformers for this type, or known to have no effect. Keys that
+   name code, a kernel, another file or another repository are refused, or left out with a notice.
+4. Tokenizers, processors and modules named in the other JSON files are on an allow-list.
+5. An index names only safetensors files in its own folder.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from slimheads.families.family import covered_types, family_named
 from slimheads.intake.config_keys import is_tokenizer, known_keys, means_nothing, refusal_of
 from slimheads.intake.json_files import AGAIN, all_keys, all_objects, read_json, without_code
 from slimheads.intake.model_files import is_read, refuse_link, refuse_links
-from slimheads.intake.rope import in_words_of_4
-from slimheads.intake.side_json import judge_side_file, names_code, refuse_class, refuse_imports
+from slimheads.intake.rope import in_keys_of_4
+from slimheads.intake.side_json import check_side_file, names_code, refuse_class, refuse_imports
 from slimheads.notices import tell
 
 
 def examine(folder: Path) -> None:
-    """Judges a folder's files and the JSON files besides config.json; what will not ship is told.
+    """Checks a folder's files and its JSON files except config.json, with a notice for keys that will not ship.
 
     Raises:
         ModelRefusedError: naming the file, and the key.
@@ -38,17 +38,17 @@ def examine(folder: Path) -> None:
     for path in sorted(folder.rglob("*.json")):
         if is_read(path.relative_to(folder)) and path.is_file():
             if path != folder / "config.json":
-                judge_side_file(path)
+                check_side_file(path)
             for key in names_code(path):
-                tell(f"{path.relative_to(folder)}: '{key}' names code: it is not obeyed, and slim/ ships without it")
+                tell(f"{path.relative_to(folder)}: '{key}' names code: it is ignored and left out of slim/")
 
 
-def judged_config(folder: Path) -> dict[str, Any]:
-    """config.json with the keys that count, in the words of transformers 4; no class was built from it.
+def checked_config(folder: Path) -> dict[str, Any]:
+    """config.json with the keys that matter, as transformers 4 writes them. No class is built from it.
 
     Raises:
-        FileNotFoundError: there is none.
-        ModelRefusedError: it is damaged, of a kind that is not covered, or has a key that is refused.
+        FileNotFoundError: there is no config.json.
+        ModelRefusedError: it is damaged, of an uncovered model type, or has a refused key.
     """
     path = folder / "config.json"
     if path.is_symlink():
@@ -60,7 +60,9 @@ def judged_config(folder: Path) -> dict[str, Any]:
     model_type = clean["model_type"]
     family_named(model_type)
     if model_type not in CONFIG_MAPPING:
-        raise ModelRefusedError(f"transformers knows no '{model_type}'", where=str(path), hint="use a covered family")
+        raise ModelRefusedError(
+            f"unknown to transformers: '{model_type}'", where=str(path), hint="use a covered family"
+        )
     names = clean.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name.isidentifier() for name in names):
         raise ModelRefusedError("architectures is not a list of names", where=str(path), hint=AGAIN)
@@ -69,11 +71,11 @@ def judged_config(folder: Path) -> dict[str, Any]:
     for found in all_objects(clean):
         refuse_imports(found, path)
     config_class: type[PretrainedConfig] = CONFIG_MAPPING[model_type]
-    return _known(in_words_of_4(clean, model_type, known_keys(config_class), str(path)), config_class, "", path)
+    return _known(in_keys_of_4(clean, model_type, known_keys(config_class), str(path)), config_class, "", path)
 
 
 def _known(data: dict[str, Any], config_class: type[PretrainedConfig], part: str, path: Path) -> dict[str, Any]:
-    """The keys that the class knows or that mean nothing; `part` is where a part's own configuration stands."""
+    """The keys that the class knows or that have no effect; `part` is the path of a nested configuration."""
     known, parts = known_keys(config_class), _parts(config_class)
     clean: dict[str, Any] = {}
     for key, value in data.items():
@@ -97,7 +99,7 @@ def _known(data: dict[str, Any], config_class: type[PretrainedConfig], part: str
 
 
 def _parts(config_class: type[PretrainedConfig]) -> dict[str, type[PretrainedConfig]]:
-    """The parts that have a configuration of their own, by key; CLIP's have two keys each."""
+    """The classes of nested configurations by key; CLIP has two keys for each."""
     found = config_class.sub_configs if isinstance(config_class.sub_configs, dict) else {}
     return {key: kind for name, kind in found.items() for key in (name, f"{name}_dict")}
 
@@ -105,7 +107,7 @@ def _parts(config_class: type[PretrainedConfig]) -> dict[str, type[PretrainedCon
 def _part(data: dict[str, Any], kind: type[PretrainedConfig], where: str, path: Path) -> dict[str, Any]:
     if data.get("model_type", kind.model_type) not in (None, kind.model_type):
         raise ModelRefusedError(
-            f"'{where}' is of model type {data['model_type']!r}, where '{kind.model_type}' belongs",
+            f"'{where}' is of model type {data['model_type']!r}, but should be '{kind.model_type}'",
             where=str(path),
             hint="use a checkpoint of a covered family",
         )
@@ -113,7 +115,7 @@ def _part(data: dict[str, Any], kind: type[PretrainedConfig], where: str, path: 
 
 
 def _refuse_parts(value: Any, where: str, path: Path) -> None:
-    """A mapping that names a model type is built as a model of its own, which is covered nowhere else."""
+    """Refuses an object that names a model type, because transformers would build another model from it."""
     for place, key, _ in all_keys(value):
         if key == "model_type":
             raise ModelRefusedError(
@@ -128,10 +130,10 @@ def _is_empty(value: Any) -> bool:
 
 
 def _add_model_type(data: Any) -> str:
-    """What to write: the model type whose classes the architecture's name begins like, where there is one."""
+    """What to add: the model type whose class names begin like the architecture's, if there is one."""
     names = data.get("architectures") if isinstance(data, dict) else None
     first = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     bases = {str(MODEL_MAPPING_NAMES.get(kind, "")).removesuffix("Model"): kind for kind in covered_types()}
     near = max((base for base in bases if base and first.startswith(base)), key=len, default=None)
-    kind = f'"model_type": "{bases[near]}"' if near else 'a model_type, say "model_type": "bert"'
+    kind = f'"model_type": "{bases[near]}"' if near else 'a model_type, e.g. "model_type": "bert"'
     return f"add {kind} to config.json, if the folder is a transformers checkpoint"

@@ -1,4 +1,4 @@
-"""Reads the JSON files of a model, and finds in them, at any depth, the keys that name code."""
+"""Reads a model's JSON files and finds keys that name code, at any depth."""
 
 from __future__ import annotations
 
@@ -12,44 +12,45 @@ from slimheads.intake.config_keys import allowed
 
 AGAIN = "fetch the model again"
 _DEEPEST = 64  # levels of nesting
-_LABELS = {"id2label", "label2id"}  # whose keys are a user's words
+_LABELS = {"id2label", "label2id"}  # whose keys are the user's own words
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of a model.
+def read_json(path: Path, hint: str = AGAIN) -> Any:
+    """A JSON file of a model; `hint` says what to do if it cannot be read.
 
     Raises:
         FileNotFoundError: there is none.
-        ModelRefusedError: it is no JSON, or no regular file.
+        ModelRefusedError: it is not JSON, or not a regular file.
     """
     if path.exists() and not path.is_file():
-        raise ModelRefusedError("is no regular file", where=str(path), hint=AGAIN)
+        raise ModelRefusedError("is not a regular file", where=str(path), hint=hint)
     try:
         data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
         _check_depth(data)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelRefusedError(f"not readable as JSON ({error})", where=str(path), hint=AGAIN) from error
+        raise ModelRefusedError(f"not readable as JSON ({error})", where=str(path), hint=hint) from error
     return data
 
 
-def read_json_as(path: Path, kind: type) -> Any:
-    """A JSON file of a model that holds a mapping (`kind` is dict) or a list; None where there is no such file.
+def read_json_as(path: Path, kind: type, hint: str = AGAIN) -> Any:
+    """A JSON file of a model that holds an object (`kind` is dict) or a list; None if there is no such file.
 
     Raises:
-        ModelRefusedError: it is no JSON, or holds something else.
+        ModelRefusedError: it is not JSON, or holds something else.
     """
     if not path.is_file():
         return None
-    data = read_json(path)
+    data = read_json(path, hint)
     if not isinstance(data, kind):
-        raise ModelRefusedError(f"not a JSON {kind.__name__}", where=str(path), hint=AGAIN)
+        named = "object" if kind is dict else kind.__name__
+        raise ModelRefusedError(f"not a JSON {named}", where=str(path), hint=hint)
     return data
 
 
 def all_keys(data: Any, place: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Every key at any depth: where its mapping stands, the key, its value."""
+    """Every key at any depth: the place of its object, the key, its value."""
     if isinstance(data, dict):
         for key, value in data.items():
             yield place, key, value
@@ -61,17 +62,17 @@ def all_keys(data: Any, place: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def all_objects(data: Any) -> Iterator[dict[str, Any]]:
-    """Every mapping at any depth, outermost first."""
+    """Every object at any depth, outermost first."""
     if isinstance(data, dict):
         yield data
     yield from (value for _, _, value in all_keys(data) if isinstance(value, dict))
 
 
 def without_code(data: Any, path: Path) -> Any:
-    """Without the keys that name code, at any depth; config.json also without those that say where a model came from.
+    """The data without keys that name code, at any depth; config.json also without keys about the model's origin.
 
     Raises:
-        ModelRefusedError: a kernel is to be fetched and run.
+        ModelRefusedError: a key names a kernel to download and run.
     """
     if isinstance(data, list):
         return [without_code(value, path) for value in data]
@@ -88,7 +89,7 @@ def without_code(data: Any, path: Path) -> Any:
 
 
 def refuse_kernels(data: dict[str, Any], path: Path) -> None:
-    """Transformers 4.56 to 5.2 fetch and run a hub "kernel" that such a key names (CVE-2026-4372).
+    """Refuses keys that name a hub "kernel", which transformers 4.56 to 5.2 download and run (CVE-2026-4372).
 
     Raises:
         ModelRefusedError: naming the file and the key.
@@ -96,12 +97,12 @@ def refuse_kernels(data: dict[str, Any], path: Path) -> None:
     for key, value in data.items():
         if "_implementation" in key and "/" in json.dumps(value):
             raise ModelRefusedError(
-                f"'{key}' names code to fetch and run", where=str(path), hint="do not use this checkpoint"
+                f"'{key}' names code to download and run", where=str(path), hint="do not use this checkpoint"
             )
 
 
 def _check_depth(data: Any) -> None:
-    """What is nested deeper than any configuration would end every later walk through it."""
+    """Deeper nesting than any configuration has would overflow the recursion of later walks."""
     level = [data]
     for _ in range(_DEEPEST):
         level = [v for d in level if isinstance(d, dict | list) for v in (d.values() if isinstance(d, dict) else d)]
@@ -110,4 +111,4 @@ def _check_depth(data: Any) -> None:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")

@@ -1,10 +1,10 @@
-"""Rotary positions as transformers 5 writes them, in the words of transformers 4, which does not read them.
+"""Translates rotary positions as transformers 5 writes them to the keys that transformers 4 reads.
 
-    rope_parameters: {rope_type: llama3, rope_theta: 500000.0, factor: 8.0, ...}        # 5, one for all layers
-    rope_parameters: {full_attention: {...}, sliding_attention: {...}}                  # 5, one for each kind of layer
+    rope_parameters: {rope_type: llama3, rope_theta: 500000.0, factor: 8.0, ...}        # 5, the same for all layers
+    rope_parameters: {full_attention: {...}, sliding_attention: {...}}                  # 5, per kind of layer
     rope_theta: 500000.0, rope_scaling: {rope_type: llama3, factor: 8.0, ...}           # 4
 
-What 4 cannot express for a model is refused by name: the angles would be wrong without a word.
+What transformers 4 cannot express is refused, because the angles would be silently wrong.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Data = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Names:
-    """The keys of transformers 4 that hold one set of rotary parameters; None where it has none."""
+    """The keys of transformers 4 for one set of rotary parameters; None if there is no such key."""
 
     theta: str = "rope_theta"
     scaling: str | None = "rope_scaling"
     partial: str = "partial_rotary_factor"
 
 
-_FLAT = {"gpt_neox": _Names("rotary_emb_base", partial="rotary_pct")}  # others have the usual names
+_FLAT = {"gpt_neox": _Names("rotary_emb_base", partial="rotary_pct")}  # others use the default names
 _BY_LAYER = {
     "gemma3_text": {"full_attention": _Names(), "sliding_attention": _Names("rope_local_base_freq", None)},
     "modernbert": {
@@ -36,9 +36,9 @@ _BY_LAYER = {
     },
 }
 
-# By type: what transformers 4.57 has to have, and what it reads besides.
+# By type: the keys that transformers 4.57 requires, and those that it also reads.
 _TYPES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
-    "default": (frozenset(), frozenset({"original_max_position_embeddings"})),  # which changes nothing there
+    "default": (frozenset(), frozenset({"original_max_position_embeddings"})),  # which has no effect there
     "linear": (frozenset({"factor"}), frozenset()),
     "dynamic": (frozenset({"factor"}), frozenset({"original_max_position_embeddings"})),
     "yarn": (
@@ -55,20 +55,20 @@ _TYPES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset(),
     ),
 }
-_HINT = "save the model again with transformers 4.57, or write the key in its form"
+_HINT = "save the model again with transformers 4.57, or write the key as that version does"
 
 
-def in_words_of_4(data: Data, model_type: str, known: frozenset[str], where: str) -> Data:
-    """A config.json's data without `rope_parameters`, whose values stand under the keys that transformers 4 reads.
+def in_keys_of_4(data: Data, model_type: str, known: frozenset[str], where: str) -> Data:
+    """The data of config.json with the values of `rope_parameters` under the keys that transformers 4 reads.
 
     Args:
         data: the file's content; not changed.
-        model_type: a covered one.
+        model_type: a covered model type.
         known: the keys that its configuration class reads.
         where: the file, for errors.
 
     Raises:
-        ModelRefusedError: naming the key that cannot be put so.
+        ModelRefusedError: naming the key that cannot be translated.
     """
     given = data.get("rope_parameters")
     rest = {key: value for key, value in data.items() if key != "rope_parameters"}
@@ -77,14 +77,14 @@ def in_words_of_4(data: Data, model_type: str, known: frozenset[str], where: str
         _check_scaling(rest.get("rope_scaling"), model_type, where)
         return rest
     if not isinstance(given, dict):
-        _refuse("rope_parameters", f"is {type(given).__name__} where a mapping belongs", where)
+        _refuse("rope_parameters", f"is {type(given).__name__}, but should be a mapping", where)
     layers = _BY_LAYER.get(model_type)
     if layers is None:
         parts = {"rope_parameters": (given, _FLAT.get(model_type, _Names()))}
     elif given.keys() == layers.keys() and all(isinstance(part, dict) for part in given.values()):
         parts = {f"rope_parameters.{name}": (given[name], names) for name, names in layers.items()}
     else:
-        _refuse("rope_parameters", f"has to hold {' and '.join(sorted(layers))}", where)
+        _refuse("rope_parameters", f"must have {' and '.join(sorted(layers))}", where)
     found: Data = {}
     for key, (part, names) in parts.items():
         found |= _translated(key, part, names, rest, known, where)
@@ -97,7 +97,7 @@ def in_words_of_4(data: Data, model_type: str, known: frozenset[str], where: str
 def _translated(key: str, part: Data, names: _Names, data: Data, known: frozenset[str], where: str) -> Data:
     settings = {name: value for name, value in part.items() if value is not None}
     kind = settings.pop("rope_type", settings.pop("type", "default"))
-    settings.pop("type", None)  # both are written at times
+    settings.pop("type", None)  # some files have both
     theta, partial = settings.pop("rope_theta", None), settings.pop("partial_rotary_factor", 1.0)
     if names.theta not in known:
         _refuse(key, "is not read by transformers 4 for this kind of model", where)
@@ -134,7 +134,7 @@ def _longrope(key: str, settings: Data, name: str, data: Data, where: str) -> Da
     limit = data.get("max_position_embeddings")
     original = settings.get("original_max_position_embeddings", data.get("original_max_position_embeddings"))
     ratio = limit / original if limit and _is_number(limit) and _is_number(original) else None
-    # 4 reads the original length beside rope_scaling, and takes the ratio of the two lengths for the factor.
+    # 4 reads the original length beside rope_scaling and uses the ratio of the two lengths as the factor.
     if not _is_number(original):
         _refuse(key, "has no number as original_max_position_embeddings", where)
     if settings.get("attention_factor") is None and settings.get("factor") not in (None, ratio):
@@ -152,7 +152,7 @@ def _longrope(key: str, settings: Data, name: str, data: Data, where: str) -> Da
 
 
 def _check_scaling(scaling: Any, model_type: str, where: str) -> None:
-    """The same of `rope_scaling` as transformers 4 writes it: it ignores what it does not know."""
+    """Checks `rope_scaling` as transformers 4 writes it, since that version ignores unknown keys."""
     if isinstance(scaling, dict):
         kind = "longrope" if model_type == "phi3" else scaling.get("rope_type", scaling.get("type"))
         left = {k: v for k, v in scaling.items() if k not in ("type", "rope_type", "finetuned") and v is not None}
@@ -170,14 +170,14 @@ def _check_settings(key: str, kind: str, settings: Data, where: str, *, whole: b
 
 
 def _without_layer_types(data: Data, model_type: str, where: str) -> Data:
-    """ModernBERT's, which 4 derives from `global_attn_every_n_layers`: dropped where they say the same."""
+    """Drops ModernBERT's `layer_types` if it agrees with `global_attn_every_n_layers`, which 4 reads."""
     if model_type != "modernbert" or data.get("layer_types") is None:
         return data
     every, count = data.get("global_attn_every_n_layers", 3), data.get("num_hidden_layers", 22)
     if not (isinstance(every, int) and isinstance(count, int) and every > 0 and 0 <= count < 10_000):
         _refuse("layer_types", "cannot be compared with global_attn_every_n_layers", where)
     if data["layer_types"] != ["sliding_attention" if n % every else "full_attention" for n in range(count)]:
-        _refuse("layer_types", "is not what global_attn_every_n_layers says, and transformers 4 reads that", where)
+        _refuse("layer_types", "differs from global_attn_every_n_layers, which transformers 4 reads", where)
     return {key: value for key, value in data.items() if key != "layer_types"}
 
 

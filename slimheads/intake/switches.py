@@ -1,7 +1,7 @@
-"""Keys of config.json that say what a model is asked for, not what it is: they are left out wherever they are switched.
+"""Keys of config.json that say how a model is run, not what it is. They are left out.
 
-`torchscript` and `return_dict` make tuples of the outputs, `output_attentions` and `output_hidden_states` add to them,
-and `gradient_checkpointing` is for training. An export has its own say in all of that.
+`torchscript` and `return_dict` change the type of the outputs, `output_attentions` and `output_hidden_states` add
+outputs, and `gradient_checkpointing` is for training. An export decides all of these itself.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _DEFAULTS: dict[str, bool] = {
 
 
 def without_switches(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as JSON without them, in its parts' configurations too. Tells of each that is not the default."""
+    """A configuration as JSON data without these keys, at any depth; a value other than the default gives a notice."""
     kept: dict[str, Any] = {}
     for key, value in data.items():
         if key in _DEFAULTS:
             if value not in (_DEFAULTS[key], None):
                 shown = json.dumps(value)[:40]
-                tell(f"config.json: '{key}: {shown}' is not carried over: it is how a model is run, not what it is")
+                tell(f"config.json: '{key}: {shown}' is left out: it says how a model is run, not what it is")
         elif isinstance(value, dict) and (key.endswith("_config") or "model_type" in value):
             kept[key] = without_switches(value)
         else:

@@ -1,7 +1,4 @@
-"""Latency: dense against slim in ONNX Runtime, in interleaved rounds, with a control, an interval and a verdict.
-
-How samples are taken is said in measuring.py; this module says what they are worth.
-"""
+"""Latency: dense against slim in ONNX Runtime, in interleaved rounds, with a control, an interval and a verdict."""
 
 from __future__ import annotations
 
@@ -21,10 +18,7 @@ from slimheads.runtime.environment import Conditions, Watch
 from slimheads.runtime.onnx_signature import read_interface
 from slimheads.runtime.sessions import PROVIDERS, open_session, placement_of, require_provider
 
-EXTENSION = 3  # a measurement is prolonged at most to so many times its seconds and session sets
-
-
-# ----------------------------------------------------------------------------------------------------- public function
+EXTENSION = 3  # with a noisy control, up to this many times the seconds and session sets
 
 
 def bench(
@@ -42,27 +36,30 @@ def bench(
     on_missing: OnMissing = "fail",
     seed: int = 0,
     on_progress: Callable[[str], None] | None = None,
+    on_share: Callable[[float], None] | None = None,
 ) -> tuple[Latency, ...]:
-    """Measure how much faster `slim` runs than `dense`: any two ONNX files that take a transformer's inputs.
+    """Measures how much faster `slim` runs than `dense`: any two ONNX files that take a transformer's inputs.
 
     Args:
         dense: the file to compare against; it is measured twice, the second time as the control.
-        slim: the file in question.
-        shapes: (batch, length), (batch, length, past) or, for the decoder behind an encoder, (batch, length, past,
-            encoder's positions) of each measurement; (batch,) where inputs have no length. The cache holds `past`
-            tokens that the file itself has read.
+        slim: the file to compare.
+        shapes: per measurement (batch, length), (batch, length, past) or, for the decoder of an encoder-decoder,
+            (batch, length, past, encoder positions); (batch,) where inputs have no length. The cache holds `past`
+            tokens that the same file has read.
         provider: `cpu` or `cuda`.
         threads: threads within an operator.
         precision, graph: labels for the report.
-        min_seconds: least time in timed runs, a shape; up to three times as much where the control asks for it.
-        min_pairs: least number of rounds, a shape.
-        flops: floating-point operations of (dense, slim) by shape, where they are known.
-        on_missing: `skip` answers a missing provider with rows that say "not measured".
+        min_seconds: least time in timed runs per shape; up to three times as much where the control is noisy.
+        min_pairs: least number of rounds per shape.
+        flops: floating-point operations of (dense, slim) by shape, where known.
+        on_missing: with "skip", a missing provider gives rows with the verdict "not measured".
         seed: of the inputs, the orders and the bootstrap.
         on_progress: called with one line of text after each session set of a shape.
+        on_share: called along with it, with the share of the measurement that is done, 0 to 1. It falls where the
+            control asks for more.
 
     Returns:
-        One row a shape, in the order of `shapes`; where the files' inputs have no length, one row a batch size.
+        One row per shape, in the order of `shapes`; where inputs have no length, one row per batch size.
 
     Raises:
         UsageError: a file cannot be opened or fed, or does not run at a shape.
@@ -71,11 +68,8 @@ def bench(
     effort = effort_of(min_seconds, min_pairs)
     require_known("bench.on_missing", on_missing, ("fail", "skip"))
     setup = Setup(provider, threads, precision, graph, flops or {}, on_missing, seed)
-    found = measured_rows((Path(dense), Path(slim)), shapes, setup, effort, on_progress)
+    found = measured_rows((Path(dense), Path(slim)), shapes, setup, effort, on_progress, on_share)
     return tuple(row for row, _ in found)
-
-
-# ----------------------------------------------------------------------------------------------- from samples to a row
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,11 @@ class Setup:
 
 
 def effort_of(min_seconds: float, min_pairs: int) -> Effort:
-    """How long to measure for; refuses what measures nothing."""
+    """How long to measure.
+
+    Raises:
+        UsageError: no time or no pairs.
+    """
     if not 0 < min_seconds < inf or min_pairs < 1:
         raise UsageError(
             f"min_seconds {min_seconds} with min_pairs {min_pairs} measures nothing",
@@ -108,8 +106,9 @@ def measured_rows(
     setup: Setup,
     effort: Effort,
     on_progress: Callable[[str], None] | None,
+    on_share: Callable[[float], None] | None,
 ) -> list[tuple[Latency, Series | None]]:
-    """A row a shape about the first two files, and the samples of all of them; no samples where nothing was measured.
+    """One row per shape about the first two files, and the samples of all files where any were measured.
 
     Args, raises: as `bench`.
     """
@@ -133,9 +132,10 @@ def measured_rows(
             effort,
             provider=setup.provider,
             threads=setup.threads,
-            vouched=lambda first, control: control_fault(ratio_interval(first, control, setup.seed)) is None,
+            control_ok=lambda first, control: control_fault(ratio_interval(first, control, setup.seed)) is None,
             seed=setup.seed,
             on_progress=on_progress or (lambda line: None),
+            on_share=on_share or (lambda share: None),
         )
     except EnvironmentLackError as error:
         if setup.on_missing == "fail":
@@ -148,10 +148,10 @@ def measured_rows(
 
 
 def _placement(files: Sequence[Path], setup: Setup) -> Placement | None:
-    """Where the operators of the first two files run; on the CPU provider there is no other place.
+    """Where the operators of the first two files run; None on the CPU provider, which runs all of them.
 
     Raises:
-        EnvironmentLackError: the provider runs nothing of a file, which would be measured on the CPU instead.
+        EnvironmentLackError: the provider runs no operator of a file: ONNX Runtime would run it on the CPU.
     """
     wanted = PROVIDERS[setup.provider]
     if wanted == PROVIDERS["cpu"]:
@@ -198,6 +198,3 @@ def _result(
     if made.flop_speedup is None:
         return made
     return made.model_copy(update={"realised": speedup.estimate / made.flop_speedup})
-
-
-# ---------------------------------------------------------------------------------------------------------- statistics

@@ -1,4 +1,4 @@
-"""The latency gate, of a recipe and of `slimheads bench`: when a measured ratio counts as kept."""
+"""The latency gate of a recipe and of `slimheads bench`: whether a measured ratio is within a limit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slimheads.latency.records import Latency
 
 
 class Bound(NamedTuple):
-    """Whether a latency ratio was kept, the ratio that decided, and the words for both."""
+    """Whether a latency ratio is within the limit, the ratio that decided, and both in words."""
 
     met: bool
     ratio: float | None
@@ -22,25 +22,25 @@ class Bound(NamedTuple):
 def latency_bound(rows: Sequence[Latency], limit: float, names: tuple[str, str] = ("dense", "slim")) -> Bound:
     """Whether second / first latency is at most `limit` in every shape, and conclusively.
 
-    A speedup that could be noise does not count: where one is asked for (a limit below 1) it must be shown. Then the
-    worst row decides.
+    The worst row decides. A limit below 1 requires a speedup that is shown in every row: one within the noise does not
+    count.
     """
     measured = [row for row in rows if row.speedup is not None]
     if not measured:
         return Bound(False, None, "no latency was measured")
     noise = ("inconclusive", "no difference shown") if limit < 1 else ("inconclusive",)
-    doubtful = next((row for row in measured if row.verdict in noise), None)
-    worst = doubtful or min(measured, key=lambda row: row.speedup.estimate if row.speedup else 0.0)
+    undecided = next((row for row in measured if row.verdict in noise), None)
+    worst = undecided or min(measured, key=lambda row: row.speedup.estimate if row.speedup else 0.0)
     ratio = 1 / worst.speedup.estimate if worst.speedup else None
     graph = f"{worst.graph}, " if worst.graph else ""
     where = f"{shape_text(worst.shape)} ({graph}{worst.provider}, {worst.precision})"
-    met = doubtful is None and ratio is not None and ratio <= limit
-    said = f"{worst.verdict} at {where}" if doubtful else f"{names[1]} / {names[0]} latency {ratio:.3f} at {where}"
+    met = undecided is None and ratio is not None and ratio <= limit
+    said = f"{worst.verdict} at {where}" if undecided else f"{names[1]} / {names[0]} latency {ratio:.3f} at {where}"
     return Bound(met, ratio, f"{said}, {'within' if met else 'not within'} {limit}")
 
 
 def require_limit(limit: float, where: str) -> None:
-    """Refuse a limit that is no ratio, before anything is measured.
+    """Refuses a limit that is no ratio, before anything is measured.
 
     Raises:
         UsageError: naming the option.
@@ -50,10 +50,10 @@ def require_limit(limit: float, where: str) -> None:
 
 
 def require_ratio(rows: Sequence[Latency], limit: float, *, asked: str, names: tuple[str, str]) -> None:
-    """Refuse a measurement in which second / first latency is not, conclusively, at most `limit` in every shape.
+    """Refuses a measurement in which second / first latency is not, conclusively, at most `limit` in every shape.
 
     Args:
-        asked: what set the limit, for the message.
+        asked: the key or option that set the limit, for the message.
         names: of the two files, for the message.
 
     Raises:
@@ -61,5 +61,5 @@ def require_ratio(rows: Sequence[Latency], limit: float, *, asked: str, names: t
     """
     bound = latency_bound(rows, limit, names)
     if not bound.met:
-        hint = "measure on a machine that does nothing else, or allow more"
+        hint = "measure on an idle machine, or allow more"
         raise GateError(f"the latency gate was not met: {bound.reason}", where=asked, hint=hint)

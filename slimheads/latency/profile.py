@@ -1,4 +1,4 @@
-"""Measures latency tables in ONNX Runtime, or takes those that are stored."""
+"""Latency tables from ONNX Runtime: measured, or taken from where they are stored."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from slimheads.models.loading import load
 from slimheads.names import Shape
 from slimheads.pruning.surgery import prune
 
-MIN_SECONDS = 1.0  # a point
-_TRIES = 2  # for a point whose control does not vouch for it; `bench` has by then prolonged each threefold
+MIN_SECONDS = 1.0  # per point
+_TRIES = 2  # for a point with a noisy control; `bench` has by then measured each three times as long
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,17 @@ def profile(
     min_seconds: float = MIN_SECONDS,
     again: bool = False,
     tell: Callable[[str], None] = lambda line: None,
+    on_share: Callable[[float], None] = lambda share: None,
 ) -> tuple[Profile, ...]:
-    """The model's latency tables, one a shape; those that are not stored yet are measured together, and stored.
+    """The model's latency tables, one per shape. Those that are not stored yet are measured together, and stored.
 
     Args:
         source: a model of one graph.
-        shapes: as for `bench`; [batch, ...] where inputs have no length.
-        min_seconds: least time in timed runs, a point and shape.
-        again: measure even what is stored.
+        shapes: as for `bench`.
+        min_seconds: least time in timed runs per point and shape.
+        again: whether to measure what is stored already.
         tell: called with a line of text for each point.
+        on_share: called with the share of the work that is done, 0 to 1.
 
     Raises:
         UsageError: an encoder-decoder, a model of single heads, or a shape that the model does not run at.
@@ -69,15 +71,15 @@ def profile(
     lacking = [shape for shape in shapes if shape not in found]
     if lacking:
         with writable(folder()):
-            pass  # better found out now than when all is measured
-        for table in _measure(source, lacking, setting, min_seconds, tell):
+            pass  # found out before hours of measuring
+        for table in _measure(source, lacking, setting, min_seconds, tell, on_share):
             store(path_of(source, table.shape, setting), table)
             found[table.shape] = table
     return tuple(Profile(found[s], path_of(source, s, setting), s not in lacking) for s in shapes)
 
 
 def table_shapes(source: Source, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-    """The shapes that differ for this model, each once.
+    """The shapes that differ for this model, each one once.
 
     Raises:
         UsageError: the model is an encoder-decoder, whose latency is that of several graphs.
@@ -85,21 +87,23 @@ def table_shapes(source: Source, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
     config = read_config(source.folder)
     if config.is_encoder_decoder:
         raise UsageError(
-            f"a latency table is of a model with one graph, and {source.model_type} is an encoder-decoder",
+            f"a latency table is for a model with one graph, and {source.model_type} is an encoder-decoder",
             where=source.given,
-            hint="go by the ratio of FLOPs, which every run reports",
+            hint="use the ratio of FLOPs, which every run reports",
         )
     return tuple(dict.fromkeys(measured_shapes(config, shapes)))
 
 
-# Measuring
-
-
 def _measure(
-    source: Source, shapes: Sequence[Shape], setting: Setting, min_seconds: float, tell: Callable[[str], None]
+    source: Source,
+    shapes: Sequence[Shape],
+    setting: Setting,
+    min_seconds: float,
+    tell: Callable[[str], None],
+    on_share: Callable[[float], None],
 ) -> Iterator[LatencyTable]:
-    """One table a shape. All shapes of a point are measured on the same two files."""
-    model = load(source.folder, source.asked).float()
+    """One table per shape. All shapes of a point are measured on the same two files."""
+    model = load(source.folder, source.given_task).float()
     kinds = kinds_of(model, setting.within_groups)
     wanted = [(index, count) for index, kind in enumerate(kinds) for count in kind.counts(setting.threads)]
     if not wanted:
@@ -115,6 +119,7 @@ def _measure(
         for number, (index, count) in enumerate(wanted, 1):
             place = f"point {number} of {len(wanted)}: {kinds[index].name} keeps {count} of {kinds[index].total}"
             tell(place)
+            on_share((number - 1) / len(wanted))
             slim_model = prune(copy.deepcopy(model), plan_keeping(kinds, index, count))
             slim = _exported(slim_model, Path(home, "slim"), source.task)
             for shape, row in _rows(dense, slim, shapes, setting, min_seconds, place, tell).items():
@@ -138,32 +143,31 @@ def _rows(
     place: str,
     tell: Callable[[str], None],
 ) -> dict[Shape, Latency]:
-    """One point at every shape. What is inconclusive is measured again; of several the steadiest control counts."""
+    """One point at every shape. Inconclusive shapes are measured again, and the least noisy control is kept."""
     best: dict[Shape, Latency] = {}
     for attempt in range(_TRIES):
-        doubtful = [shape for shape in shapes if shape not in best or best[shape].verdict == "inconclusive"]
-        if not doubtful:
+        noisy = [shape for shape in shapes if shape not in best or best[shape].verdict == "inconclusive"]
+        if not noisy:
             break
         if attempt:
-            tell(f"{place}, again at {', '.join(map(shape_text, doubtful))}: the machine is noisy")
+            tell(f"{place}, again at {', '.join(map(shape_text, noisy))}: the machine is noisy")
         rows = bench(
-            dense, slim, shapes=doubtful, provider=setting.provider, threads=setting.threads,
+            dense, slim, shapes=noisy, provider=setting.provider, threads=setting.threads,
             min_seconds=min_seconds, seed=attempt,
         )  # fmt: skip
-        for shape, row in zip(doubtful, rows, strict=True):
-            if shape not in best or row.verdict != "inconclusive" or _unrest(row) < _unrest(best[shape]):
-                best[shape] = row
+        for shape, row in zip(noisy, rows, strict=True):
+            best[shape] = min(best.get(shape, row), row, key=_noise)
     return best
 
 
-def _unrest(row: Latency) -> float:
-    """How far a control's interval reaches from 1."""
+def _noise(row: Latency) -> float:
+    """How far the control's interval reaches from 1, where the row is inconclusive."""
     _, control = _measured(row)
-    return max(abs(control.low - 1), abs(control.high - 1))
+    return max(abs(control.low - 1), abs(control.high - 1)) if row.verdict == "inconclusive" else 0.0
 
 
 def _measured(row: Latency) -> tuple[Interval, Interval]:
-    """The speedup and the control of a row that was measured, which every row is where no provider may be skipped."""
+    """The speedup and the control of a row. Every row has both, because a missing provider is an error here."""
     assert row.speedup is not None and row.control is not None
     return row.speedup, row.control
 
@@ -194,9 +198,9 @@ def _table(
 
 
 def command(source: Source, shapes: Sequence[Shape], setting: Setting) -> str:
-    """What to type to have these tables measured."""
+    """The command line that measures these tables."""
     parts: list[str] = ["slimheads", "profile", source.given, "--task", source.task]
-    for shape in shapes:  # of images the batch alone counts, but a length is to be written
+    for shape in shapes:  # an image has no length, but the option requires one
         parts += ["--shape", "x".join(map(str, shape if len(shape) > 1 else (*shape, 1)))]
     parts += ["--threads", str(setting.threads), "--provider", setting.provider]
     return shlex.join([*parts, *(["--within-groups"] if setting.within_groups else [])])

@@ -1,4 +1,4 @@
-"""What a latency measurement is: times, intervals, verdicts, as report.json keeps them."""
+"""The records of a latency measurement: times, intervals, verdicts, as in report.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Timing(BaseModel):
     p10_ms: float
     p90_ms: float
     runs: int
-    tokens_per_second: float | None = None  # of decoders: new tokens of all sequences over the median
+    tokens_per_second: float | None = None  # decoders: new tokens of all sequences over the median
 
 
 class Interval(BaseModel):
@@ -32,7 +32,7 @@ class Interval(BaseModel):
 
 
 class Samples(BaseModel):
-    """Every sample in the order it was taken, in milliseconds a run: a row a session set, a column a round."""
+    """All samples in order, in milliseconds per run: one row per session set, one column per round."""
 
     model_config = ConfigDict(frozen=True)
     dense: tuple[tuple[float, ...], ...]
@@ -62,7 +62,7 @@ class Latency(BaseModel):
     model_config = ConfigDict(frozen=True)
     provider: str
     threads: int
-    graph: str | None = None  # which file's, where a model is more than one: "encoder_model"
+    graph: str | None = None  # which file, where a model has more than one: "encoder_model"
     precision: str
     candidate: str = "plain"  # which form of the float32 graph
     ships: bool | None = None  # in a run: whether the slim file is one of those that ship
@@ -76,13 +76,13 @@ class Latency(BaseModel):
     verdict: Verdict
     reason: str | None = None  # why nothing was measured, or why it is inconclusive
     cache_bytes_per_token: CacheBytes | None = None  # decoders only
-    placement: Placement | None = None  # null on the CPU, where all of it runs there
+    placement: Placement | None = None  # null on the CPU provider, which runs every operator
     conditions: Conditions | None = None  # null where nothing was measured
-    samples: Samples | None = Field(default=None, exclude=True, repr=False)  # for plots; report.json goes without
+    samples: Samples | None = Field(default=None, exclude=True, repr=False)  # for plots; not in report.json
 
     @property
     def phase(self) -> Literal["prefill", "decode"] | None:
-        """What a decoder does at this shape: one token after others, or more; None of other models."""
+        """Decode is one new token after cached ones, prefill anything else; None of models that are no decoders."""
         if self.cache_bytes_per_token is None:
             return None
         return "decode" if len(self.shape) > 2 and self.shape[1] == 1 and self.shape[2] > 0 else "prefill"

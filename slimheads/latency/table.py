@@ -1,14 +1,14 @@
-"""The latency table of a model at one shape: what a site costs at each count of units, and what a plan will cost.
+"""The latency table of a model at one shape: the cost of a site at each count of units, and of a plan.
 
-Sites that are alike in everything that latency depends on are one *kind*. For a kind and a count the table holds the
+Sites that are alike in everything that latency depends on are one *kind*. For a kind and a count the table has the
 share of the dense model's latency that is left when every site of the kind keeps that many units and all others are
-whole: a single head of a single layer is lost in the noise of a whole model's latency, a head of every layer is not.
-What one site saves is its part of that, and what a plan saves is the sum over its sites:
+whole. A single head of a single layer would be within the noise of a model's latency; one head of every layer is not.
+Each site saves its part of that, and a plan saves the sum over its sites:
 
     share(plan) = 1 - sum over sites of (1 - share(kind, kept)) / sites of the kind
 
-Its margin is that of the points it is made of, taken as independent of each other. It says how noisy the table was,
-not how well costs add up: that is what predicted against measured shows in every run.
+The margin of a prediction is that of its points, taken as independent. It shows how noisy the table is, not how well
+costs add up; for that, every run compares predicted with measured latency.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from slimheads.names import Unit
 from slimheads.pruning.plan import Plan, SitePlan
 
 FORMAT: Literal[1] = 1
-MEASURED = 16  # counts of a kind that are measured, about; all of them where there are no more
-_PER_RESIDUE = 3  # at least, for each remainder of a count by the number of threads
+MEASURED = 16  # about so many counts of a kind are measured, or all where there are fewer
+_PER_RESIDUE = 3  # least number of counts measured for each remainder by the number of threads
 
-Point = tuple[int, int]  # (kind's index, units that each of its sites keeps)
+Point = tuple[int, int]  # (index of the kind, units that each of its sites keeps)
 Weights = Mapping[Point, float]
 
 
@@ -45,7 +45,7 @@ class _Stored(BaseModel):
 class Kind(_Stored):
     """Sites that cost the same at the same count."""
 
-    name: str  # what their names have in common, * for an index
+    name: str  # the sites' name with * for each index
     unit: Unit
     total: PositiveInt
     step: PositiveInt  # units that go together: one of each KV group, or 1
@@ -56,7 +56,7 @@ class Kind(_Stored):
         return measured_counts(self.total, self.step, threads)
 
     def keeping(self, count: int) -> tuple[int, ...]:
-        """Which units stay when `count` do: the first, or the first of each group."""
+        """The units that stay when `count` do: the first ones, or the first ones of each group."""
         members = self.total // self.step
         return tuple(group * members + member for group in range(self.step) for member in range(count // self.step))
 
@@ -70,26 +70,26 @@ class Measurement(_Stored):
     control: Interval  # dense against dense, measured along with it
 
     @property
-    def doubt(self) -> str | None:
-        """Why the control cannot vouch for it, or None where it does."""
+    def noise(self) -> str | None:
+        """Why the control is too noisy, or None where it is not."""
         return control_fault(self.control)
 
     @property
     def margin(self) -> float:
-        """Half the width of the 95% interval; where there is doubt, no less than the control was off."""
+        """Half the width of the 95% interval; with a noisy control, at least as far as its interval reaches from 1."""
         half = (self.share.high - self.share.low) / 2
-        return max(half, abs(self.control.low - 1), abs(self.control.high - 1)) if self.doubt else half
+        return max(half, abs(self.control.low - 1), abs(self.control.high - 1)) if self.noise else half
 
 
 class LatencyTable(_Stored):
-    """Everything measured of one model at one shape; valid for what `made_for` names and nothing else."""
+    """The points of one model at one shape; valid for what `made_for` names and nothing else."""
 
     format: Literal[1] = FORMAT
     made_for: dict[str, JsonValue]
     provider: str
     threads: PositiveInt
     shape: tuple[int, ...]
-    min_seconds: PositiveFloat  # a point
+    min_seconds: PositiveFloat  # per point
     dense_ms: PositiveFloat
     kinds: tuple[Kind, ...]
     points: tuple[Measurement, ...]
@@ -105,9 +105,9 @@ class LatencyTable(_Stored):
         return self
 
     @property
-    def doubtful(self) -> int:
-        """How many points have a control that does not vouch for them."""
-        return sum(point.doubt is not None for point in self.points)
+    def noisy_points(self) -> int:
+        """How many points have a noisy control."""
+        return sum(point.noise is not None for point in self.points)
 
     def fingerprint(self) -> str:
         """SHA-256 of the content, in hex."""
@@ -116,7 +116,7 @@ class LatencyTable(_Stored):
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a table says of a plan: slim latency in milliseconds, and dense / slim with the table's own margin."""
+    """A table's prediction of a plan: slim latency in milliseconds, and dense / slim with the table's margin."""
 
     dense_ms: float
     slim_ms: float
@@ -126,9 +126,9 @@ class Predicted:
 def measured_counts(total: int, step: int, threads: int) -> tuple[int, ...]:
     """The counts below `total` that are measured, ascending.
 
-    A count's remainder by the number of threads decides how evenly its heads are shared out, so that latency is a
-    staircase. Where there are too many counts, each remainder gets as many, its lowest and highest among them: counts
-    between are read off their own remainder, and the stairs survive.
+    A count's remainder by the number of threads decides how evenly heads are distributed over them, so latency is a
+    step function. Where not all counts are measured, each remainder gets the same number, its lowest and highest among
+    them; the counts between are interpolated within their remainder, which keeps the steps.
     """
     residues: dict[int, list[int]] = {}
     for count in range(step, total, step):
@@ -146,8 +146,8 @@ def _spread(counts: Sequence[int], wanted: int) -> set[int]:
 def kinds_of(model: PreTrainedModel, within_groups: bool = False) -> tuple[Kind, ...]:
     """The kinds of a model's sites, in the model's order.
 
-    Alike are sites whose names differ in indices alone and whose units, head size, projections (both sizes of each) and
-    tables are the same. A layer's other parts do not matter: they cost the same in the dense model and in the slim one.
+    Sites are alike if their names differ only in indices and their units, head size, projections (both sizes of each)
+    and tables are the same. The other parts of a layer cost the same in the dense model and in the slim one.
 
     Args:
         within_groups: count query heads where they share KV heads, one of each group at a time.
@@ -176,7 +176,7 @@ def _kind(sites: Sequence[Site], within_groups: bool) -> Kind:
 
 
 def plan_keeping(kinds: Sequence[Kind], chosen: int, count: int) -> Plan:
-    """The plan of a point: every site of the kind with the index `chosen` keeps `count` units, all others are whole."""
+    """The plan of a point: every site of the kind at index `chosen` keeps `count` units, all others are whole."""
     return Plan(
         tuple(
             SitePlan(site, kind.unit, kind.total, kind.keeping(count if index == chosen else kind.total))
@@ -186,14 +186,11 @@ def plan_keeping(kinds: Sequence[Kind], chosen: int, count: int) -> Plan:
     )
 
 
-# Prediction
-
-
 def weights_of(table: LatencyTable, plan: Plan) -> dict[Point, float]:
-    """How much of each point's saving is in what a plan saves.
+    """The weight of each point's saving in the saving of a plan.
 
     Raises:
-        UsageError: the plan is for other sites, other units or other counts than the table.
+        UsageError: the plan has other sites, other units or other counts than the table.
     """
     homes = {site: index for index, kind in enumerate(table.kinds) for site in kind.sites}
     if homes.keys() != {site.site for site in plan.sites}:
@@ -212,7 +209,7 @@ def weights_of(table: LatencyTable, plan: Plan) -> dict[Point, float]:
 
 
 def saved(table: LatencyTable, weights: Weights) -> tuple[float, float]:
-    """What is saved of the dense latency, as a share of it, and its margin (95%)."""
+    """The saving as a share of the dense latency, and its margin (95%)."""
     points = {(point.kind, point.kept): point for point in table.points}
     estimate = math.fsum(weight * (1 - points[at].share.estimate) for at, weight in weights.items())
     return estimate, math.hypot(*(weight * points[at].margin for at, weight in weights.items()))
@@ -222,20 +219,20 @@ def predict(table: LatencyTable, plan: Plan) -> Predicted:
     """The latency of a plan at the table's shape.
 
     Raises:
-        UsageError: the plan is not one for the table.
+        UsageError: the plan does not fit the table.
     """
     gain, margin = saved(table, weights_of(table, plan))
     share = 1 - gain
     if share <= 0:
         raise _mismatch("the costs of the plan's sites add up to more than the model")
-    # On the log scale, where no margin makes a latency negative.
+    # On the log scale, so that no margin makes a latency negative.
     low, high = (math.exp(sign * margin / share) / share for sign in (-1, 1))
     speedup = Interval(estimate=1 / share, low=low, high=high)
     return Predicted(dense_ms=table.dense_ms, slim_ms=table.dense_ms * share, speedup=speedup)
 
 
 def _between(kept: int, measured: Sequence[int], threads: int) -> list[tuple[int, float]]:
-    """The measured counts that stand for a count, with their parts: itself, or its neighbours of the same remainder."""
+    """The measured counts that a count is interpolated from, with their weights; neighbours of the same remainder."""
     if kept in measured:
         return [(kept, 1.0)]
     alike = [count for count in measured if count % threads == kept % threads]

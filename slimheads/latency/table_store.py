@@ -1,10 +1,10 @@
-"""Where latency tables are kept, so that every later run finds them.
+"""Where latency tables are stored for later runs.
 
     $SLIMHEADS_CACHE, or $XDG_CACHE_HOME/slimheads, or ~/.cache/slimheads
         profiles/KEY.json       one table: one model, one shape, one way of running it, on one machine
 
-The key is a hash of all that a latency depends on, so what it finds is valid or is not there. A file gets its name by
-one rename; one that was damaged later is told and measured again.
+The key is a hash of everything that a latency depends on, so a table that is found is valid. A file gets its name by
+one rename. A damaged file is reported and measured again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 import slimheads
-from slimheads.errors import EnvironmentLackError
+from slimheads.errors import EnvironmentLackError, one_line
 from slimheads.files import remove, write
 from slimheads.latency.table import FORMAT, LatencyTable
 from slimheads.models.checkpoint import Source
@@ -35,12 +35,12 @@ from slimheads.runtime.sessions import session_options_record
 
 log = logging.getLogger(__name__)
 
-_ABOUT_THE_SOURCE = ("_name_or_path", "transformers_version")  # keys of config.json that say nothing of the model
+_ABOUT_THE_SOURCE = ("_name_or_path", "transformers_version")  # keys of config.json that do not describe the model
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is run, and what is counted of it."""
+    """How a model is run, and which units are counted."""
 
     provider: str = "cpu"
     threads: int = 2
@@ -48,12 +48,12 @@ class Setting:
 
 
 def stored(source: Source, shapes: Sequence[Shape], setting: Setting) -> dict[Shape, LatencyTable]:
-    """The tables that are there, by shape. A damaged one is not: the reason is logged as a warning."""
+    """The stored tables by shape. A damaged one is left out, and the reason logged as a warning."""
     return {shape: table for shape in shapes if (table := _read(source, shape, setting)) is not None}
 
 
 def folder() -> Path:
-    """Where tables are kept."""
+    """The folder of the tables."""
     if own := os.environ.get("SLIMHEADS_CACHE"):
         return Path(own).expanduser() / "profiles"
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -61,7 +61,7 @@ def folder() -> Path:
 
 
 def made_for(source: Source, shape: Shape, setting: Setting) -> dict[str, JsonValue]:
-    """Everything that a table's figures depend on. Weights are not: latency is that of their sizes."""
+    """Everything that a table's figures depend on. Latency depends on the sizes of weights, not on their values."""
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     machine = environment()
     gpu = {"gpu": _gpu()} if setting.provider == "cuda" else {}
@@ -79,7 +79,7 @@ def made_for(source: Source, shape: Shape, setting: Setting) -> dict[str, JsonVa
 
 
 def _gpu() -> str:
-    """The GPUs that this process may see, with their driver, as the driver's own tool names them."""
+    """The GPUs that this process may use and their driver, by the names that nvidia-smi prints."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return "unknown"
     query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -102,14 +102,13 @@ def _read(source: Source, shape: Shape, setting: Setting) -> LatencyTable | None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        log.warning("the latency table %s is not used, it is damaged: %s", path, reason[:200])
+        log.warning("the latency table %s is not used, it is damaged: %s", path, one_line(error))
         return None
     return table
 
 
 def store(path: Path, table: LatencyTable) -> None:
-    """Writes a table; it has its name when it is whole.
+    """Writes a table; its file appears under its name only when complete.
 
     Raises:
         EnvironmentLackError: the folder cannot be written.
@@ -125,7 +124,7 @@ def store(path: Path, table: LatencyTable) -> None:
 
 @contextmanager
 def writable(where: Path) -> Iterator[None]:
-    """Makes the folder, and turns a failure to write there into EnvironmentLackError."""
+    """Makes the folder; a failure to write there becomes an EnvironmentLackError."""
     try:
         where.mkdir(parents=True, exist_ok=True)
         yield

@@ -1,4 +1,4 @@
-"""What of a model is timed: its one graph, or an encoder-decoder's encoder and one step of its decoder."""
+"""What is timed: a model's one graph, or an encoder-decoder's encoder and one step of its decoder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slimheads.names import Shape
 
 @dataclass(frozen=True)
 class Workload:
-    """A graph by the first part of its name, the shapes it runs at, and what a torch model computes at such a shape."""
+    """A graph by the first part of its file's name, its shapes, and a torch model's operations at such a shape."""
 
     graph: str
     shapes: tuple[Shape, ...]
@@ -24,10 +24,10 @@ class Workload:
 
 
 def workloads(config: PretrainedConfig, shapes: Sequence[Shape]) -> tuple[Workload, ...]:
-    """What is timed of a model at the recipe's shapes, each [batch, length] or, of a decoder, [batch, length, past].
+    """What is timed at the recipe's shapes, each [batch, length] or, for a decoder, [batch, length, past].
 
-    Of an encoder-decoder: its encoder at that length, and one new token of its decoder after as many, in the merged
-    graph, which is what clients load.
+    For an encoder-decoder: its encoder at that length, and one new token of its decoder after as many tokens, in the
+    merged graph, which clients load.
     """
     measured = measured_shapes(config, shapes)
     if not config.is_encoder_decoder:

@@ -1,4 +1,4 @@
-"""Counts a model's size and the arithmetic of one run."""
+"""Counts parameters and floating-point operations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from slimheads.data.inputs import make_inputs, to_torch
-from slimheads.errors import UsageError
+from slimheads.errors import UsageError, one_line
 
 
 def parameters(model: PreTrainedModel) -> int:
@@ -28,15 +28,15 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 
 def flops(model: PreTrainedModel, batch: int, length: int = 1, past: int = 0) -> int:
-    """Floating-point operations of one forward: 2 a multiply-add, matrix products and convolutions only.
+    """Floating-point operations of one forward pass: 2 per multiply-add, matrix products and convolutions only.
 
     Args:
         batch: texts, images or recordings.
-        length: tokens or frames of each; of no effect where inputs have no length. An encoder-decoder's decoder reads
-            as many tokens.
-        past: tokens of each that a decoder has in its cache already.
+        length: tokens or frames of each; ignored if inputs have no length. The decoder of an encoder-decoder reads as
+            many tokens.
+        past: tokens of each that are already in a decoder's cache.
 
-    Counted by torch's own FlopCounterMode while the model runs, so nothing is assumed about the architecture.
+    torch's own FlopCounterMode counts while the model runs, so nothing is assumed about the architecture.
 
     Raises:
         UsageError: the model does not run at this shape, or has no cache for the past.
@@ -45,21 +45,20 @@ def flops(model: PreTrainedModel, batch: int, length: int = 1, past: int = 0) ->
         to_torch(make_inputs(model.config, batch, past + length, np.random.default_rng(0)), model)
     )
     if past:
-        with _refused(batch, length, past), torch.no_grad():
+        with _refused_shape(batch, length, past), torch.no_grad():
             earlier = {name: tensor[:, :past] for name, tensor in feed.items()}
             cache = getattr(model(**earlier, use_cache=True), "past_key_values", None)
         if cache is None or model.config.is_encoder_decoder:
             raise UsageError(
                 f"the model keeps no cache to hold {past} tokens in",
-                keys=("bench.shapes",),
-                hint="name [batch, length]",
+                hint="use shapes of [batch, length]",
             )
         feed |= {"input_ids": feed["input_ids"][:, past:], "past_key_values": cache, "use_cache": True}
     return _counted(partial(model, **feed), batch, length, past)
 
 
 def encoder_flops(model: PreTrainedModel, batch: int, length: int = 1) -> int:
-    """The same for the encoder alone of an encoder-decoder."""
+    """The same for the encoder of an encoder-decoder."""
     feed = to_torch(make_inputs(model.config, batch, length, np.random.default_rng(0)), model)
     del feed["decoder_input_ids"]
     return _counted(partial(model.get_encoder(), **feed), batch, length)
@@ -71,8 +70,8 @@ def step_flops(model: PreTrainedModel, batch: int, length: int, past: int, posit
     Args:
         batch: sequences.
         length: new tokens of each.
-        past: tokens of each that are in the cache already.
-        positions: what the encoder left for each.
+        past: tokens of each that are already in the cache.
+        positions: encoder positions of each.
     """
     states = BaseModelOutput(torch.zeros((batch, positions, model.config.hidden_size), dtype=model.dtype))
     ids = torch.zeros((batch, past + length), dtype=torch.long)
@@ -86,26 +85,21 @@ def _counted(run: Callable[[], Any], batch: int, length: int, past: int = 0) -> 
     # torch counts the attention of GPUs but not its CPU kernel.
     cpu_attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
     counter = FlopCounterMode(display=False, custom_mapping=cpu_attention)
-    with torch.no_grad(), counter, _refused(batch, length, past):
+    with torch.no_grad(), counter, _refused_shape(batch, length, past):
         run()
     return int(counter.get_total_flops())
 
 
 @contextmanager
-def _refused(batch: int, length: int, past: int) -> Iterator[None]:
+def _refused_shape(batch: int, length: int, past: int) -> Iterator[None]:
     try:
         yield
-    except (IndexError, RuntimeError) as error:  # past the end of a position table, say
-        raise _no_shape(" ".join(str(error).split())[:200], batch, length, past) from error
-
-
-def _no_shape(why: str, batch: int, length: int, past: int) -> UsageError:
-    after = f" after {past}" if past else ""
-    return UsageError(
-        f"the model does not run on [{batch}, {length}] tokens{after} ({why})",
-        keys=("bench.shapes",),
-        hint="name shorter shapes",
-    )
+    except (IndexError, RuntimeError) as error:  # e.g. past the end of a position table
+        after = f" after {past}" if past else ""
+        raise UsageError(
+            f"the model does not run on [{batch}, {length}] tokens{after} ({one_line(error)})",
+            hint="use a shorter shape",
+        ) from error
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -23,15 +23,15 @@ from slimheads.families.sites import Site, find_sites
 from slimheads.files import new_folder, remove
 from slimheads.intake.side_json import strip_code
 from slimheads.models.checkpoint import Source, find, read_config, weight_files
-from slimheads.models.generation import settings_left_alone, settings_of, write_settings
-from slimheads.models.heads import account_for_unused
+from slimheads.models.generation_settings import generation_settings, settings_left_alone, write_settings
+from slimheads.models.unused_weights import account_for_unused
 from slimheads.models.weights import check_loaded, refused_loading, tensor_files
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.plan_record import record_plan, recorded_plan
 from slimheads.pruning.surgery import shrink
 from slimheads.runtime.memory import MappedFiles
 from slimheads.runtime.quiet import quiet_transformers
-from slimheads.side_files.files import copy_side_files, side_files
+from slimheads.side_files.shipped_files import copy_side_files, side_files
 
 # What transformers raises, among asserts and plain mistakes, when a config and the weights do not make a model.
 _LOADING_FAILURES = (
@@ -55,10 +55,10 @@ def load(source: str | Path, task: str = "auto", *, attn_implementation: str | N
     config = read_config(found.folder)
     build = _load_slim if hasattr(config, PLAN_KEY) else _from_pretrained
     model = build(getattr(transformers, found.architecture), found, config, attn_implementation)
-    # A family file that does not describe this model is an error here, not later.
+    # Raises here, not later, if the family file does not describe this model.
     for site in find_sites(model):
         dtype = model.get_submodule(site.output.module).get_parameter("weight").dtype
-        for table in site.tables:  # DeBERTa declares its as float32, and then cannot run in half precision
+        for table in site.tables:  # DeBERTa declares its tables as float32, which fails in half precision
             tensor = getattr(model.get_submodule(table.module), table.name)
             if isinstance(tensor, torch.nn.Parameter):
                 tensor.data = tensor.data.to(dtype)
@@ -68,18 +68,18 @@ def load(source: str | Path, task: str = "auto", *, attn_implementation: str | N
 def save(model: PreTrainedModel, folder: str | Path) -> None:
     """Writes config.json (with the plan), model.safetensors and the side files of the model's source.
 
-    The folder must not exist or be empty. `slimheads.load` gives the same model back.
+    The folder must be empty or not exist. `slimheads.load` gives the same model back.
 
     Raises:
-        UsageError: the folder holds something already.
+        UsageError: the folder is not empty.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError("the folder exists and is not empty", where=str(folder), hint="name a new folder")
-    # Listed before anything is written, for the folder may lie inside the source. A model made in memory has no source.
+    # Listed before writing, because the folder may be inside the source. A model made in memory has no source.
     source = Path(model.name_or_path) if model.name_or_path and Path(model.name_or_path).is_dir() else None
     beside = list(side_files(source)) if source else []
-    # Written beside and renamed, so that a failure midway leaves no folder that looks like a model.
+    # Written under another name and then renamed, so that a failure leaves no folder that looks like a model.
     draft = new_folder(folder.absolute().parent)
     try:
         with quiet_transformers(), settings_left_alone(model):
@@ -88,7 +88,7 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
         for written in draft.glob("*.json"):
             strip_code(written)
         for weights in weight_files(draft):
-            # safetensors writes 0600; a shipped file is as readable as its config
+            # safetensors writes with mode 0600; the weights should be as readable as the config
             weights.chmod((draft / "config.json").stat().st_mode)
         if source:
             copy_side_files(source, beside, draft)
@@ -103,7 +103,7 @@ def _from_pretrained(
     folder = found.folder
     shards = weight_files(folder)
     files = tensor_files(shards)
-    settings = settings_of(folder, config) if model_class.can_generate() else None
+    settings = generation_settings(folder, config) if model_class.can_generate() else None
 
     def build(**extra: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         return cast(
@@ -130,33 +130,33 @@ def _from_pretrained(
     except _LOADING_FAILURES as error:
         raise refused_loading(error, model_class, config, files, folder) from error
     if settings is not None:
-        model.generation_config = settings  # from_pretrained took a copy without what `generate` asks of it
+        model.generation_config = settings  # from_pretrained copies it without the hash that `generate` reads
     check_loaded(model, info, files, folder, family_of(config)[1])
     account_for_unused(model, info["unexpected_keys"], files, folder, task_named=found.task_named)
-    _take_out_of_files(model, shards)
+    _copy_out_of_files(model, shards)
     return model
 
 
 def _lacks_pooler(model_class: Any, info: Mapping[str, Any]) -> bool:
-    """Whether all that is missing of what was loaded is a pooler that its class can go without."""
+    """Whether only a pooler is missing, and the class can be built without one."""
     missing = info["missing_keys"]
-    # A slim model's class is made of the one that has the parameter.
+    # The class of a slim model is a subclass of the one with the parameter.
     takes = any("add_pooling_layer" in inspect.signature(made_of).parameters for made_of in model_class.__mro__[:2])
     return bool(missing) and takes and all(key.startswith("pooler.") for key in missing)
 
 
-def _take_out_of_files(model: PreTrainedModel, files: tuple[Path, ...]) -> None:
-    """Copies the weights out of the mapped files, one at a time, and gives back what was resident of the file.
+def _copy_out_of_files(model: PreTrainedModel, files: tuple[Path, ...]) -> None:
+    """Copies the weights out of the memory-mapped files, one at a time, and frees the pages of the file.
 
-    Transformers leaves them in the files, whose pages stay for as long as any weight is there: what surgery deletes
-    would be kept, and a file that is written to would change the model.
+    transformers leaves the weights in the mapped files. Their pages stay while any weight uses them, so the memory of
+    deleted heads would not be freed, and writing to a file would change the model.
     """
     mapped = MappedFiles(files)
     for tensor in (*model.parameters(), *model.buffers()):
         in_file = tensor.data
         if in_file.numel() and mapped.hold(in_file.data_ptr()):
             tensor.data = in_file.clone()
-            mapped.give_back(in_file.data_ptr(), in_file.numel() * in_file.element_size())
+            mapped.release(in_file.data_ptr(), in_file.numel() * in_file.element_size())
 
 
 def _load_slim(
@@ -194,7 +194,7 @@ def _load_slim(
 
 
 def _for_class(plan: Plan, sites: tuple[Site, ...]) -> Plan:
-    """Renames a plan's sites for a class with another head: `h.0.attn` here is `transformer.h.0.attn` there."""
+    """Renames a plan's sites for another task class: `h.0.attn` of the body is `transformer.h.0.attn` under a head."""
 
     def name(planned: str) -> str:
         return next(

@@ -1,4 +1,4 @@
-"""Which library can reload a slim folder: found out by doing it, not looked up."""
+"""Which library can reload a slim folder, determined by reloading it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from slimheads.errors import first_line
 from slimheads.families.sites import find_sites
-from slimheads.models.checkpoint import auto_classes
+from slimheads.models.tasks import auto_classes
 from slimheads.runtime.quiet import quiet_transformers
 
 Tier = Literal["stock", "slimheads"]
@@ -21,7 +22,7 @@ def reload_tier(folder: Path, model: PreTrainedModel, task: str) -> tuple[Tier, 
     """Tries plain transformers on a saved folder and compares every tensor with the model that was saved.
 
     Returns:
-        The tier, and one sentence that says why.
+        The tier, and one sentence with the reason.
     """
     auto = auto_classes(model.config)[task]
     try:
@@ -30,29 +31,28 @@ def reload_tier(folder: Path, model: PreTrainedModel, task: str) -> tuple[Tier, 
                 folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
             )
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return (
             "slimheads",
-            f"Plain transformers does not rebuild these head counts ({first[:120]}): use slimheads.load.",
+            f"Plain transformers does not rebuild these head counts ({first_line(error)[:120]}): use slimheads.load.",
         )
     by = f"Plain transformers ({transformers.__version__}) reloads it with {auto}.from_pretrained"
-    made_up = stock.state_dict().keys() - model.state_dict().keys()
-    if made_up and all(name.startswith("pooler.") for name in made_up):
+    extra = stock.state_dict().keys() - model.state_dict().keys()
+    if extra and all(name.startswith("pooler.") for name in extra):
         stock.pooler = None
-        by += ", all but the pooler, which no file holds: it makes one up unless add_pooling_layer=False is given"
+        by += ", all but the pooler, which is in no file and is random unless add_pooling_layer=False is given"
     if same_weights(stock, model) and same_attributes(stock, model):
         return "stock", f"{by}."
     return "slimheads", "Plain transformers loads it with other weights or head counts: use slimheads.load."
 
 
 def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
-    """True if both have the same tensors, bit for bit."""
+    """Whether both have the same tensors, bit for bit."""
     a, b = one.state_dict(), other.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def same_attributes(one: PreTrainedModel, other: PreTrainedModel) -> bool:
-    """True if the counting attributes of every attention block agree: right weights with a stale count are wrong."""
+    """Whether the head counts in the attributes of every attention block agree. A stale count gives wrong outputs."""
     with contextlib.suppress(AttributeError):
         return all(
             getattr(one.get_submodule(module), name) == getattr(other.get_submodule(module), name)

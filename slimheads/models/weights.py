@@ -1,12 +1,12 @@
-"""Whether a checkpoint's tensors are those of the model that is built of them, by name, shape and value.
+"""Checks that a checkpoint's tensors are those of the model built from them, by name, shape and value.
 
-What does not fit is refused with its own cause, for each has another remedy:
-1. Names that a wrapper (torch.compile, data parallel) or a training loop has put a prefix before.
+Each cause of a mismatch has its own error, because each has its own remedy:
+1. Names with a prefix from a wrapper (torch.compile, data parallel) or a training loop.
 2. An adapter's weights among the model's own.
-3. A tensor of another shape than config.json asks for.
-4. A tied tensor that is missing although config.json does not tie it, or that is there twice with different values.
-5. A head that is not there: another task's checkpoint. Anything else that is not there: an incomplete one.
-6. Biases, or attention blocks, that config.json does not count. NaN and infinity.
+3. A tensor whose shape differs from the one that config.json gives.
+4. A tied tensor that is missing although config.json does not tie it, or stored twice with different values.
+5. A missing head: a checkpoint for another task. Any other missing tensor: an incomplete checkpoint.
+6. Biases or attention blocks that config.json does not have. NaN and infinity.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
-from slimheads.errors import ModelRefusedError
+from slimheads.errors import ModelRefusedError, one_line
 from slimheads.families.family import Family, is_projection
 from slimheads.runtime.quiet import quiet_transformers
 
-# What a wrapper puts into the names of what it wraps, and how to save without it.
+# The prefixes that wrappers add to tensor names.
 _WRAPPERS = {
     "_orig_mod.": "torch.compile",
     "_fsdp_wrapped_module.": "FSDP",
     "_checkpoint_wrapped_module.": "activation checkpointing",
 }
-_PARALLEL = "module."  # DataParallel and DistributedDataParallel; a model's own names can hold this further in
+_PARALLEL = "module."  # DataParallel and DistributedDataParallel; a model's own names can contain this after the start
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\.")
 _MISMATCH = "size mismatch for"  # transformers' message names the tensor by its last part only
-_ROWS = 1 << 24  # elements of a tensor that are compared at a time
+_ROWS = 1 << 24  # elements of a tensor compared at a time
 
 
 def tensor_files(files: Iterable[Path]) -> dict[str, Path]:
@@ -61,19 +61,19 @@ def tensor_files(files: Iterable[Path]) -> dict[str, Path]:
 def refused_loading(
     error: Exception, model_class: Any, settings: PretrainedConfig, files: Mapping[str, Path], folder: Path
 ) -> ModelRefusedError:
-    """What transformers raised while it loaded a class of a configuration, with the remedy for that cause."""
-    text = " ".join(str(error).split())
+    """An error that transformers raised while loading, with the remedy for its cause."""
+    text = one_line(error, None)
     config = str(folder / "config.json")
     if _MISMATCH in text:
         name, stored, wanted = next(_other_shapes(model_class, settings, files), ("a tensor", "another", "its own"))
         return ModelRefusedError(
-            f"{name} has the shape {stored} in the weights, and config.json asks for {wanted}",
+            f"{name} has the shape {stored} in the weights, but {wanted} by config.json",
             where=config,
             hint="use the config.json that was saved with these weights",
         )
     if "adding_idx must be within num_embeddings" in text:
         return ModelRefusedError(
-            "pad_token_id is not among the vocab_size tokens",
+            "pad_token_id is not below vocab_size",
             where=config,
             hint="set it to the tokenizer's padding token, or to null",
         )
@@ -84,7 +84,7 @@ def refused_loading(
             hint="save the whole model with save_pretrained, not its parts",
         )
     return ModelRefusedError(
-        f"transformers cannot load it ({text[:300] or type(error).__name__})",
+        f"transformers cannot load it ({text[:300]})",
         where=str(folder),
         hint="check that config.json and the weights were saved together, or fetch both again",
     )
@@ -93,7 +93,7 @@ def refused_loading(
 def _other_shapes(
     model_class: Any, config: PretrainedConfig, files: Mapping[str, Path]
 ) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Every stored tensor of another shape than the model's: its name, the one and the other."""
+    """Stored tensors whose shape differs from the model's: name, stored shape, the model's shape."""
     with torch.device("meta"), quiet_transformers():
         made = model_class(copy.deepcopy(config))
     base = f"{made.base_model_prefix}."
@@ -111,10 +111,10 @@ def _other_shapes(
 def check_loaded(
     model: PreTrainedModel, info: Mapping[str, Any], files: Mapping[str, Path], folder: Path, family: Family
 ) -> None:
-    """Refuses a model that transformers completed with random numbers, cut short, or read NaN into.
+    """Refuses a model with randomly initialised or unused projection weights, or with NaN or infinity.
 
     Args:
-        info: what `from_pretrained` says of its loading: missing, mismatched and unexpected names.
+        info: the loading info of `from_pretrained`: missing, mismatched and unexpected names.
         files: every tensor's name in the checkpoint with its file.
 
     Raises:
@@ -126,7 +126,7 @@ def check_loaded(
     for key in sorted(info["unexpected_keys"]):
         if is_projection(family, key):
             raise _uncounted(model, key, folder)
-    _refuse_disagreeing(model, files)
+    _refuse_differing_ties(model, files)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise ModelRefusedError("the tensor holds NaN or infinity", where=name, hint="the checkpoint is damaged")
@@ -178,7 +178,7 @@ def _incomplete(
 
 
 def _prefix_of(model: PreTrainedModel, files: Mapping[str, Path]) -> str | None:
-    """A prefix without which most of the checkpoint's names are the model's, where hardly any is as it stands."""
+    """A prefix without which most of the checkpoint's names match the model's, if most do not match as they are."""
     expected = {name for name, _ in model.named_parameters()}
     expected |= {name.removeprefix(f"{model.base_model_prefix}.") for name in expected}
     if sum(name in expected for name in files) * 2 > len(files):
@@ -194,24 +194,24 @@ def _leading(name: str) -> list[str]:
 
 
 def _uncounted(model: PreTrainedModel, key: str, folder: Path) -> ModelRefusedError:
-    """For a projection's tensor that the model as config.json describes it does not have."""
+    """The error for a stored projection tensor that the model, as described by config.json, does not have."""
     modules = {name for name, _ in model.named_modules()}
     owner = key.rpartition(".")[0]
     if owner in modules or f"{model.base_model_prefix}.{owner}" in modules:
         return ModelRefusedError(
-            f"the checkpoint has {key}, and {type(model).__name__} as config.json describes it has none",
+            f"the checkpoint has {key}, but {type(model).__name__} as config.json describes it does not",
             where=str(folder / "config.json"),
-            hint="use the config.json that was saved with these weights: it has a key for such biases",
+            hint="use the config.json that was saved with these weights: it turns such biases on",
         )
     return ModelRefusedError(
-        f"the checkpoint has an attention block that config.json does not count: {key}",
+        f"the checkpoint has more attention blocks than config.json says: {key}",
         where=str(folder / "config.json"),
         hint="use the config.json that was saved with these weights",
     )
 
 
-def _refuse_disagreeing(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
-    """Refuses tensors that the model ties and that the checkpoint holds twice, with different values."""
+def _refuse_differing_ties(model: PreTrainedModel, files: Mapping[str, Path]) -> None:
+    """Refuses tensors that the model ties but the checkpoint stores twice with different values."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -220,15 +220,15 @@ def _refuse_disagreeing(model: PreTrainedModel, files: Mapping[str, Path]) -> No
         for other in stored[1:]:
             if not _same(files[stored[0]], stored[0], files[other], other):
                 raise ModelRefusedError(
-                    f"{other} differs from {stored[0]}, and the model ties the two",
+                    f"{other} differs from {stored[0]}, but the model ties the two",
                     where=str(files[other]),
-                    hint="set tie_word_embeddings to false in config.json to use both, or remove the one that is not "
-                    "to be used from the weights",
+                    hint="set tie_word_embeddings to false in config.json to use both, or remove one of them from "
+                    "the weights",
                 )
 
 
 def _same(one_file: Path, one: str, other_file: Path, other: str) -> bool:
-    """Whether two stored tensors are equal, read a part at a time."""
+    """Whether two stored tensors are equal, read in parts."""
     with safe_open(one_file, framework="pt") as a, safe_open(other_file, framework="pt") as b:
         first, second = a.get_slice(one), b.get_slice(other)
         shape = first.get_shape()
@@ -242,5 +242,5 @@ def _same(one_file: Path, one: str, other_file: Path, other: str) -> bool:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Ten times as fast as `isfinite(tensor).all()`, and makes nothing of the tensor's size; NaN is in both ends."""
+    """Ten times as fast as `isfinite(tensor).all()`, without a temporary tensor. NaN shows in minimum and maximum."""
     return tensor.numel() == 0 or all(math.isfinite(end) for end in torch.aminmax(tensor))

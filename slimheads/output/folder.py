@@ -1,9 +1,9 @@
-"""Which files of an output folder are ours: only what a run published, and nobody changed since, may be replaced.
+"""Which files of an output folder may be replaced: those that a run published and that are unchanged since.
 
     OUT/.slimheads/published.json    the names in OUT that runs published, and what each of their files held
 
-A file under one of these names that no run published, or that is not as it was published, is the user's. It is refused
-by name, before a run does any work and again before it publishes.
+Any other file under one of these names is the user's. It is refused by name before a run does any work, and again
+before it publishes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from slimheads.errors import UsageError
+from slimheads.errors import UsageError, one_line
 from slimheads.files import is_there, sha256_file
 
 log = logging.getLogger(__name__)
@@ -30,12 +30,12 @@ PUBLISHED = (
     "report.md",
     "report.html",
 )
-# What file browsers leave in every folder that they show.
-DROPPINGS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+# Files that file browsers write into the folders they show.
+BROWSER_FILES = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 
 
 class Mark(BaseModel):
-    """What a published file held."""
+    """A published file's content."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     sha256: str
@@ -44,12 +44,12 @@ class Mark(BaseModel):
 
     @classmethod
     def of(cls, file: Path) -> Mark:
-        """What a file holds now."""
+        """A file's content now."""
         info = file.stat()
         return cls(sha256=sha256_file(file), bytes=info.st_size, mtime_ns=info.st_mtime_ns)
 
     def fits(self, file: Path) -> bool:
-        """Whether a file still holds it; one of the same size and time is not read."""
+        """Whether a file still has this content; a file of the same size and time is not read."""
         if file.is_symlink() or not file.is_file():
             return False
         info = file.stat()
@@ -72,13 +72,13 @@ class Shown(BaseModel):
 
 
 def shown(out: Path) -> Shown:
-    """What runs of ours published in `out`; nothing where the record is damaged, so that all there is, is refused."""
+    """What runs published in `out`; nothing if the record is damaged, so that every file there is refused."""
     try:
         return Shown.model_validate_json((out / ".slimheads" / "published.json").read_bytes())
     except FileNotFoundError:
         return Shown()
     except (OSError, ValueError) as error:
-        log.warning("published.json is damaged: %s", " ".join(str(error).split())[:200])
+        log.warning("published.json is damaged: %s", one_line(error))
         return Shown()
 
 
@@ -94,7 +94,7 @@ def is_whole(folder: Path, name: str, published: Mapping[str, Mark]) -> bool:
 
 
 def refuse_foreign(out: Path, names: Iterable[str]) -> None:
-    """Nothing of the user's may be replaced: neither a folder that happens to be called `slim`, nor a file in ours.
+    """Refuses to replace a file of the user's: a folder that happens to be called `slim`, or a file added to ours.
 
     Raises:
         UsageError: naming the first such file or folder.
@@ -108,7 +108,7 @@ def refuse_foreign(out: Path, names: Iterable[str]) -> None:
 
 
 def refuse_changed(out: Path, name: str, published: Mapping[str, Mark]) -> None:
-    """Nothing may have come to what was published under a name; what is gone is no loss.
+    """Refuses files that were added to or changed in a published name; deleted ones do not matter.
 
     Raises:
         UsageError: naming the first file that was added or changed.
@@ -130,14 +130,14 @@ def _files(path: Path) -> Iterator[Path]:
     """What is at a path and below it, without the folders; links are not followed."""
     if path.is_dir() and not path.is_symlink():
         for below in sorted(path.rglob("*")):
-            if (below.is_symlink() or not below.is_dir()) and below.name not in DROPPINGS:
+            if (below.is_symlink() or not below.is_dir()) and below.name not in BROWSER_FILES:
                 yield below
     elif is_there(path):
         yield path
 
 
 def refuse_links(inside: Path) -> None:
-    """Our own folder and what we write or clear in it must not lead elsewhere.
+    """Refuses links in `.slimheads`: a run writes and removes files there.
 
     Raises:
         UsageError: naming the link.

@@ -1,4 +1,4 @@
-"""Which folders a run may write in: new ones, empty ones and its own, apart from everything that it reads."""
+"""Which folders a run may write in: new ones, empty ones and its own, if they hold nothing that it reads."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slimheads.errors import UsageError
-from slimheads.output.folder import DROPPINGS, PUBLISHED, refuse_foreign, refuse_links
+from slimheads.output.folder import BROWSER_FILES, PUBLISHED, refuse_foreign, refuse_links
 from slimheads.recipe.recipe import Recipe
 
 _ELSEWHERE = "choose another folder with --out"
-# What an output folder may hold before its first run: what keeps an empty folder in git, or lies in a new file system.
-_AS_GOOD_AS_EMPTY = DROPPINGS | {".gitkeep", ".gitignore", "lost+found"}
+# Files that do not make a folder count as used: placeholders for git, and those of a new file system.
+_IGNORED = BROWSER_FILES | {".gitkeep", ".gitignore", "lost+found"}
 
 
 def require_place(out: Path, model: Path, recipe: Recipe) -> None:
-    """Refuses an output folder that is not for a run to write in. Writes nothing.
+    """Refuses an output folder that a run must not write in. Writes nothing.
 
     Args:
         out: the output folder; it need not be there.
@@ -37,13 +37,13 @@ def require_place(out: Path, model: Path, recipe: Recipe) -> None:
     if (out / ".git").exists():
         raise UsageError("is the root of a git work tree", where=str(out), hint=f"{_ELSEWHERE}, {out / 'runs'} say")
     refuse_foreign(out, PUBLISHED)
-    other = next((path.name for path in sorted(out.iterdir()) if path.name not in _AS_GOOD_AS_EMPTY), None)
+    other = next((path.name for path in sorted(out.iterdir()) if path.name not in _IGNORED), None)
     if other:
         raise UsageError(f"holds files that are not slimheads', {other} say", where=str(out), hint=_ELSEWHERE)
 
 
 def _require_apart(out: Path, model: Path, recipe: Recipe) -> None:
-    """What a run replaces may be nothing that it reads, however the paths are spelled."""
+    """Refuses to replace anything that the run reads, whichever way the paths are written."""
     if _is_within(out, model):
         raise UsageError("the output folder lies in the model's folder", where=str(out), hint=_ELSEWHERE)
     if any(_is_within(path, out) for path in (model, *_linked_files(model))):

@@ -1,11 +1,11 @@
-"""How an output folder comes to show a run: assembled aside, exchanged name by name, and undone if that is cut short.
+"""Publishing: results are assembled aside, exchanged name by name, and put back if that is interrupted.
 
-    OUT/.slimheads/tmp-*/new/NAME        assembled, to be shown
-    OUT/.slimheads/tmp-*/old/NAME        what was shown before, where two names cannot be exchanged at one instant
+    OUT/.slimheads/tmp-*/new/NAME        assembled, to be published
+    OUT/.slimheads/tmp-*/old/NAME        published before, on systems that cannot exchange two names atomically
     OUT/.slimheads/publishing.json       the intent: there from before the first rename until after the last
 
-The intent is the next published.json with a few notes on how to undo it. Its rename to published.json makes the new run
-count. Until then whoever holds the folder's lock next puts everything back that was shown before.
+The intent is the next published.json plus what is needed to undo it. Renaming it to published.json commits the new run.
+Until then, the next process that holds the folder's lock restores everything that was published before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import field_validator
 
-from slimheads.errors import SlimheadsError
+from slimheads.errors import SlimheadsError, one_line
 from slimheads.files import (
     exchange,
     failing_disk_named,
@@ -41,7 +41,7 @@ OWN_FOLDER = re.compile("tmp-[0-9a-f]{32}")
 
 
 class Intent(Shown):
-    """What is being published: `folder` has it, `changing` are the names, `before` those that were shown before."""
+    """What is being published: from `folder`, under the names `changing`, of which `before` existed already."""
 
     folder: str
     changing: tuple[str, ...]
@@ -63,13 +63,13 @@ class Intent(Shown):
 
 
 def publish(out: Path, wanted: Mapping[str, Source], retract: Iterable[str] = ()) -> None:
-    """Make the output folder show one run: each wanted name whole, each retracted one gone.
+    """Publishes one run in the output folder: every wanted name complete, every retracted one removed.
 
     Everything is assembled aside first. Then the names are exchanged for the new ones, in the given order. Each name is
-    whole at every instant where the system can exchange two names, and else missing for an instant. If a rename fails,
-    all is put back; if the process is killed, the next holder of the lock does so.
-    Files of stage records are hard-linked but for ONNX external data; others are copied: an edit of the output must not
-    reach the user's sources.
+    complete at all times where the system can exchange two names atomically; elsewhere it is missing for an instant.
+    If a rename fails, everything is put back; if the process is killed, the next holder of the lock does so.
+    Files of stage records are hard-linked, except ONNX external data. Other files are copied, so that an edit of the
+    output does not change the user's sources.
 
     Args:
         out: the output folder; the caller holds its lock.
@@ -79,7 +79,7 @@ def publish(out: Path, wanted: Mapping[str, Source], retract: Iterable[str] = ()
 
     Raises:
         UsageError: a file that no run of ours published would be replaced.
-        EnvironmentLackError: the disk is full, or fails; what was shown before is kept.
+        EnvironmentLackError: the disk is full, or fails; what was published before is kept.
     """
     names = tuple(dict.fromkeys([*wanted, *retract]))
     if not set(names) <= set(PUBLISHED):
@@ -96,7 +96,7 @@ def publish(out: Path, wanted: Mapping[str, Source], retract: Iterable[str] = ()
             sync_folders(aside)
             _carry_out(out, aside, _intent(out, aside, names, wanted.keys()))
     except BaseException:
-        with suppress(SlimheadsError):  # the disk fails still: the next holder tries again
+        with suppress(SlimheadsError):  # the disk still fails: the next holder of the lock tries again
             undo(out)
         raise
     finally:
@@ -124,7 +124,7 @@ def _carry_out(out: Path, aside: Path, intent: Intent) -> None:
     sync(file.parent)
     for name in intent.changing:
         if name in intent.names and name in intent.before:
-            _take_the_place(aside / "new" / name, out / name, aside / "old" / name)
+            _exchange_or_move(aside / "new" / name, out / name, aside / "old" / name)
         elif name in intent.names:
             (aside / "new" / name).rename(out / name)
         elif name in intent.before:
@@ -135,19 +135,19 @@ def _carry_out(out: Path, aside: Path, intent: Intent) -> None:
     sync(file.parent)
 
 
-def _take_the_place(path: Path, of: Path, away: Path) -> None:
-    """Exchange two names; where the system cannot, what had the place goes `away` first."""
+def _exchange_or_move(path: Path, of: Path, away: Path) -> None:
+    """Exchanges two names; where the system cannot, moves `of` to `away` first."""
     if not exchange(path, of):
         of.rename(away)
         path.rename(of)
 
 
 def undo(out: Path) -> bool:
-    """Put back what was shown before a publication that was cut short. The caller holds the folder's lock.
+    """Restores what was published before an interrupted publication. The caller holds the folder's lock.
 
     Returns:
-        Whether what runs left over in `.slimheads` may be cleared: not where the intent is damaged, since the only copy
-        of what was shown may be there.
+        Whether leftovers of runs in `.slimheads` may be removed: not if the intent is damaged, because the only copy of
+        what was published may be there.
 
     Raises:
         UsageError: the user changed what was just published.
@@ -160,7 +160,7 @@ def undo(out: Path) -> bool:
         except FileNotFoundError:
             return True
         except ValueError as error:
-            log.warning("publishing.json is damaged: %s", " ".join(str(error).split())[:200])
+            log.warning("publishing.json is damaged: %s", one_line(error))
             return False
         aside = file.with_name(intent.folder)
         if aside.is_dir() and not any(path.is_symlink() for path in (aside, *aside.glob("*"))):
@@ -189,7 +189,7 @@ def _put_back(out: Path, aside: Path, name: str, intent: Intent) -> None:
         old.rename(now)
     elif is_there(old):
         refuse_changed(out, name, published)
-        _take_the_place(old, now, aside / "undone" / name)
+        _exchange_or_move(old, now, aside / "undone" / name)
 
 
 def _intent_file(out: Path) -> Path:
@@ -197,7 +197,7 @@ def _intent_file(out: Path) -> Path:
 
 
 def _assemble(folder: Path, name: str, source: Source, own: Path) -> None:
-    """Put one name together below `folder`."""
+    """Assembles one name below `folder`."""
     relative = PurePosixPath(name)
     if relative.is_absolute() or not relative.parts or ".." in relative.parts:
         raise ValueError(f"{name!r} does not stay inside its folder")
@@ -226,7 +226,7 @@ def _is_own(source: Path, own: Path) -> bool:
 
 
 def _link_or_copy(source: Path, target: Path, own: Path) -> None:
-    # onnx reads no weights beside a graph that have a second name: they could be those of somebody else.
+    # onnx reads no weights beside a graph that have a second name: they could belong to another model.
     if _is_own(source, own) and not source.name.endswith(".onnx_data"):
         try:
             os.link(source, target)

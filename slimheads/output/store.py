@@ -1,13 +1,13 @@
-"""What a stage left: keyed by content, in its place by one rename.
+"""Stage records: keyed by what they depend on, and moved into place by one rename.
 
-    OUT/.slimheads/lock                       held by the one run that may write in OUT
-    OUT/.slimheads/holder                     its process id, for the message to the one that is refused
-    OUT/.slimheads/published.json             the files in OUT that are ours to replace (`output_folder`)
+    OUT/.slimheads/lock                       held by the run that may write in OUT
+    OUT/.slimheads/holder                     its process id, for the error message of other runs
+    OUT/.slimheads/published.json             the files in OUT that a run may replace (`folder`)
     OUT/.slimheads/stages/STAGE/KEY/          one finished stage: record.json and its files
-    OUT/.slimheads/tmp-*                      work under way; left over only by a killed run
+    OUT/.slimheads/tmp-*                      work in progress; left over only by a killed run
 
-A folder gets its final name by one rename, when every byte in it is written and synced. So whatever has a final name is
-whole, or was damaged later, which the hashes in record.json show.
+A folder gets its final name by one rename after every byte in it is written and synced. A folder with a final name is
+therefore complete, unless it was damaged later, which the hashes in record.json show.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 
-from slimheads.errors import OutputBusyError
+from slimheads.errors import OutputBusyError, one_line
 from slimheads.files import (
     disk_full_named,
     files_below,
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class Stamp(BaseModel):
-    """What a file held when its stage ended."""
+    """A file's content when its stage ended."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     sha256: str
@@ -62,7 +62,7 @@ class Record(BaseModel):
     peak_rss_mb: float | None
     result: dict[str, Any]
     files: dict[str, Stamp]
-    notices: list[str] = []  # what the stage told, to be told again where its result is reused
+    notices: list[str] = []  # shown again when the result is reused
 
 
 def stage_key(stage: str, section: Mapping[str, Any], upstream: Sequence[str], versions: Mapping[str, str]) -> str:
@@ -88,14 +88,14 @@ def _json(data: object) -> bytes:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold an output folder, made if need be, for one run; a killed run's hold ends with it.
+    """Locks an output folder, made if needed, for one run; the lock of a killed run ends with its process.
 
-    What a killed run left half published is undone, and then what it left over is cleared.
+    A publication that a killed run left incomplete is undone, and its leftovers are removed.
 
     Raises:
         OutputBusyError: another run holds it.
-        UsageError: it cannot be made or written, holds files of somebody else's under the names of ours, or our own
-            folder in it leads elsewhere.
+        UsageError: it cannot be made or written, holds files of the user's under published names, or `.slimheads` in
+            it is a link.
         EnvironmentLackError: the disk is full, or fails.
     """
     inside = folder / ".slimheads"
@@ -158,8 +158,7 @@ class Store:
                 raise ValueError("record.json belongs to another stage")
             _check_files(record)
         except (OSError, ValueError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            log.warning("the stage %s runs again, its stored result is damaged: %s", stage, reason[:200])
+            log.warning("the stage %s runs again, its stored result is damaged: %s", stage, one_line(error))
             return None
         return record
 
@@ -185,7 +184,7 @@ class Store:
 
 
 class Work:
-    """A stage under way: it writes its files below `path`, then calls `publish` once."""
+    """A stage in progress: it writes its files below `path`, then calls `publish` once."""
 
     def __init__(self, path: Path, stage: str, shelf: Path) -> None:
         self.path = path
@@ -206,7 +205,7 @@ class Work:
             result: the stage's result as JSON types, without NaN.
             seconds: wall-clock time it took.
             peak_rss_mb: the process's peak resident memory in MiB, if known.
-            notices: what the stage told.
+            notices: what the user was told during the stage.
         """
         target, files = self._shelf / key, dict[str, Stamp]()
         for file in files_below(self.path):

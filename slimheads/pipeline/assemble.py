@@ -19,7 +19,7 @@ from slimheads.pipeline.predictions import predict_rows
 from slimheads.pipeline.stages.export import SIDES
 from slimheads.report.model import GateResult, Heads, ModelFacts, Report, Size, StageRecord, Verdict
 from slimheads.runtime.environment import Environment
-from slimheads.side_files.files import stated_terms
+from slimheads.side_files.shipped_files import stated_terms
 from slimheads.verification.lengths import lengths
 
 BROKEN_PROOF = "the certificate failed, so nothing after it was measured"
@@ -39,7 +39,7 @@ class Circumstances:
 
 def assemble(run: Finished, circumstances: Circumstances) -> Report:
     """Puts the report together, judges the gates and gives the verdict."""
-    certificate = run.verified.certificate.with_candidate(run.shipped)
+    certificate = run.verified.certificate.with_form(run.shipped)
     latency = run.benched.latency if run.benched else ()
     drift, drift_text = run.verified.drift, run.verified.drift_text
     drift_reason, text_reason = _no_drift(run)

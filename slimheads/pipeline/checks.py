@@ -18,8 +18,8 @@ from slimheads.recipe.recipe import Recipe
 from slimheads.runtime.cpu import require_int8_target
 from slimheads.runtime.sessions import require_provider
 from slimheads.side_files.embedding import require_embedding
-from slimheads.side_files.files import side_files, tell_what_is_left_out
 from slimheads.side_files.sentence_modules import task_of_modules
+from slimheads.side_files.shipped_files import note_files_left_out, side_files
 from slimheads.side_files.tokenizing import load_tokenizer, require_vocabulary
 
 
@@ -105,7 +105,7 @@ def require_side_files(recipe: Recipe, source: Source) -> None:
     wanted = task_of_modules(folder)
     if wanted not in (None, source.task) and inputs_kind(config) == "text":
         tell(f"sentence-transformers cannot use a slim/ made for {source.task}: for that, set task: {wanted}")
-    tell_what_is_left_out(folder)
+    note_files_left_out(folder)
 
 
 def _require_cache(source: Source, config: PretrainedConfig, shape: tuple[int, ...]) -> None:

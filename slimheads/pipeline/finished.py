@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from slimheads.exporting.artifacts import FILES, client_names, file_name, parts_of
+from slimheads.exporting.artifacts import client_names, file_name, parts_of
 from slimheads.exporting.graph_files import graph_files
-from slimheads.latency.graph_choice import GraphChoice, choices
+from slimheads.latency.graph_choice import GraphChoice, graph_choices
 from slimheads.models.checkpoint import Source, read_config
 from slimheads.names import PLAIN, GraphForm, Precision, Side
 from slimheads.pipeline.stages.bench import Benched
@@ -49,14 +49,8 @@ class Finished:
     @property
     def graphs(self) -> tuple[GraphChoice, ...]:
         """The forms of the float32 graph that could ship; one of them does, or none where the certificate failed."""
-        certificate, benched = self.verified.certificate, self.benched
-        refused = {proof.candidate: proof.reason for proof in certificate.candidates} if certificate.passed else None
-        decides = self.recipe.bench.providers[0]
-        rows, again = (
-            [row for row in found if row.provider == decides]
-            for found in ((benched.treatments, benched.again) if benched else ((), ()))
-        )
-        return choices(self.exported.forms, refused, rows, again)
+        refused = {proof.candidate: proof.reason for proof in self.verified.certificate.forms}
+        return graph_choices(self.exported.forms, refused, self.benched.choice if self.benched else None)
 
     @property
     def shipped(self) -> GraphForm:
@@ -67,7 +61,7 @@ class Finished:
         """The files of one side's onnx/ as published, by name: the shipped graph, and each under all of its names."""
         exported, ships = self.exported, self.precisions
         files = {path.name: path for path in sorted(exported.onnx_folder(side).iterdir())}
-        plain, parts = FILES["fp32"], parts_of(read_config(self.source.folder))
+        plain, parts = file_name("model", "fp32"), parts_of(read_config(self.source.folder))
         left_out = set(self.recipe.export.precisions) - set(ships)
         for part, precision in product(parts, left_out):
             for path in graph_files(exported.onnx(side, precision, part)):

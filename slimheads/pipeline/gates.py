@@ -8,7 +8,8 @@ from typing import Any
 from slimheads.errors import GateError
 from slimheads.latency.gate import latency_bound
 from slimheads.latency.records import Latency
-from slimheads.recipe.recipe import Gates, Recipe
+from slimheads.recipe.recipe import Recipe
+from slimheads.recipe.sections import Gates
 from slimheads.report.model import GateResult, Size
 from slimheads.verification.certificate import Link
 from slimheads.verification.drift import Drift

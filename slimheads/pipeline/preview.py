@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from pydantic import BaseModel, ConfigDict
 
+from slimheads.errors import about_keys
 from slimheads.families.config_facts import measured_shapes
 from slimheads.latency.head_counts import Selection
 from slimheads.latency.records import Interval
@@ -85,10 +86,11 @@ def _preview(recipe: Recipe, note: Callable[[str], None]) -> Preview:
         tables = recipe_tables.measured(note)
     elif not read_config(source.folder).is_encoder_decoder:
         tables = recipe_tables.stored()
-    model = load(source.folder, source.asked)
+    model = load(source.folder, source.given_task)
     plan, selection = choose(score(model, recipe.score.method), recipe.select, tuple(tables.values()))
     shape = measured_shapes(model.config, recipe.bench.shapes)[-1]
 
+    @about_keys("bench.shapes")
     def cost(units: int) -> Cost:
         return Cost(
             heads=units,
@@ -121,5 +123,5 @@ def _predicted(table: LatencyTable, plan: Plan) -> PlannedLatency:
         dense_ms=found.dense_ms,
         slim_ms=found.slim_ms,
         speedup=found.speedup,
-        doubtful=table.doubtful,
+        doubtful=table.noisy_points,
     )

@@ -30,7 +30,7 @@ from slimheads.pipeline.finished import Finished
 from slimheads.pipeline.latency_tables import RecipeTables
 from slimheads.pipeline.progress import Progress, Silent
 from slimheads.pipeline.run_models import RunModels
-from slimheads.pipeline.stage import STAGE_NAMES, MissingError, Runner, StoppedError
+from slimheads.pipeline.stage import MissingError, Runner, StoppedError
 from slimheads.pipeline.stages.bench import Graphs, bench_stage
 from slimheads.pipeline.stages.export import export_stage
 from slimheads.pipeline.stages.load import load_stage
@@ -43,11 +43,13 @@ from slimheads.recipe.recipe import Recipe
 from slimheads.report.model import Report
 from slimheads.report.render import append_step_summary
 from slimheads.runtime.cpu import cpu_features
-from slimheads.runtime.environment import environment
+from slimheads.runtime.environment import Environment, environment
 from slimheads.runtime.memory import PeakMemory
 from slimheads.runtime.sessions import session_options_record
 
 log = logging.getLogger(__name__)
+
+STAGE_NAMES = ("load", "score", "select", "prune", "recover", "export", "verify", "bench", "report")
 
 
 def _stages(recipe: Recipe, source: Source, runner: Runner) -> Finished:
@@ -62,7 +64,7 @@ def _stages(recipe: Recipe, source: Source, runner: Runner) -> Finished:
     verified = do(verify_stage(recipe, models, Subjects(scored, selected, pruned, recovered, exported), note))
     benched = None
     if not verified.ends_run:
-        benched = do(bench_stage(recipe.bench, models, Graphs.of(recipe, pruned, exported, verified), note))
+        benched = do(bench_stage(recipe.bench, models, Graphs.of(recipe, pruned, exported, verified), runner.progress))
     return Finished(recipe, source, loaded, scored, selected, pruned, exported, verified, benched)
 
 
@@ -102,9 +104,7 @@ def run(
     with recipe.located(), collected() as notices:
         source = _checked(recipe, out)
         with lock(out):
-            bench = recipe.bench
-            options = {str(name): session_options_record(name, bench.threads) for name in bench.providers}
-            surroundings = environment(options, cpu_features())
+            surroundings = _environment(recipe)
             runner = Runner(Store(out), progress or Silent(), from_stage, until)
             try:
                 finished = _stages(recipe, source, runner)
@@ -139,6 +139,13 @@ def dry_run(
             _stages(recipe, source, runner)
     planned = STAGE_NAMES[: STAGE_NAMES.index(until or "report") + 1]
     return {name: "reuse" if name in runner.done else "run" for name in planned}
+
+
+def _environment(recipe: Recipe) -> Environment:
+    bench = recipe.bench
+    return environment(
+        {str(name): session_options_record(name, bench.threads) for name in bench.providers}, cpu_features()
+    )
 
 
 def _checked(recipe: Recipe, out: Path) -> Source:

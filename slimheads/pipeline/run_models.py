@@ -20,7 +20,7 @@ class RunModels:
 
     def dense(self) -> PreTrainedModel:
         """The untouched model."""
-        return self._model(self.source.folder, self.source.asked)
+        return self._model(self.source.folder, self.source.given_task)
 
     def slim(self, folder: Path) -> PreTrainedModel:
         """The slim model, as reloaded from the folder that the prune stage wrote.

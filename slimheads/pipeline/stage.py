@@ -24,7 +24,6 @@ from slimheads.report.model import StageRecord
 from slimheads.runtime.environment import installed
 from slimheads.runtime.memory import PeakMemory
 
-STAGE_NAMES = ("load", "score", "select", "prune", "recover", "export", "verify", "bench", "report")
 _VERSIONED = (
     "torch",
     "transformers",
@@ -67,6 +66,7 @@ class Stage(Generic[R]):
         depends: what of the recipe, the model's files and the machine the result depends on, as JSON types. It is read
             before the work to look for a stored result, and after it to store one; it does no work itself.
         reads: the results of earlier stages that it depends on as a whole.
+        about: what the work is, and how long it takes if that is known; shown when it begins.
         presumed: what a dry run goes on with where the stage would have to work; None where it cannot go on.
     """
 
@@ -76,6 +76,7 @@ class Stage(Generic[R]):
     depends: Callable[[], Mapping[str, Any]]
     reads: tuple[Result, ...] = ()
     presumed: R | None = None
+    about: str = ""
 
     def key(self) -> str:
         """What the result depends on, as one hash."""
@@ -107,6 +108,7 @@ class Runner:
     dry: bool = False
     done: dict[str, Result] = field(default_factory=dict)
     timings: list[StageRecord] = field(default_factory=list)
+    _forced: bool = False  # `from_stage` was reached
 
     def do(self, stage: Stage[R]) -> R:
         """The stage's result, stored or new.
@@ -122,6 +124,7 @@ class Runner:
         if found is None:
             if self.dry:
                 return _presumed(stage)
+            self.progress.work(stage.about)
             found = self._work(stage, started, memory)
         record, result = found
         for notice in record.notices:
@@ -135,8 +138,8 @@ class Runner:
         return result
 
     def _stored(self, stage: Stage[R]) -> tuple[Record, R] | None:
-        forced = self.from_stage is not None and STAGE_NAMES.index(stage.name) >= STAGE_NAMES.index(self.from_stage)
-        record = None if forced else self.store.find(stage.name, stage.key())
+        self._forced = self._forced or stage.name == self.from_stage
+        record = None if self._forced else self.store.find(stage.name, stage.key())
         if record is None:
             return None
         try:

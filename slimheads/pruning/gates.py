@@ -1,4 +1,4 @@
-"""Gates: the reversible form of a plan, and the oracle that deletion is held against.
+"""Gates: the reversible form of a plan, and the reference that deletion is compared with.
 
 Deleting a unit equals multiplying its slice of the output projection's input by zero.
 """
@@ -19,15 +19,15 @@ from slimheads.pruning.plan import Plan, match_plan
 
 @contextmanager
 def gated(model: PreTrainedModel, plan: Plan) -> Iterator[Mapping[str, torch.Tensor]]:
-    """Multiplies every unit's contribution by a gate while the context lasts: 1 where the plan keeps it, 0 where not.
+    """Multiplies every unit's contribution by a gate inside the context: 1 if the plan keeps the unit, else 0.
 
     Yields:
         The gates by site name, each a leaf tensor [units] in the model's dtype that requires a gradient and may be
-        written to in place. Gradients flow through the gates and the kept weights. No weight is touched, so leaving
-        the context restores the model bit for bit.
+        written to in place. Gradients flow through the gates and the kept weights. No weight changes, so leaving the
+        context restores the model bit for bit.
 
     Raises:
-        UsageError: the plan is not one for this model.
+        UsageError: the plan was not made for this model.
     """
     sites = find_sites(model)
     pairs = match_plan(sites, plan)

@@ -1,4 +1,4 @@
-"""The plan inside config.json: written by surgery, read when a slim model is loaded."""
+"""The plan inside config.json: surgery writes it, loading a slim model reads it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from slimheads.pruning.plan import Plan, match_plan
 
 
 def record_plan(config: PretrainedConfig, family: Family, sites: Sequence[Site], plan: Plan) -> None:
-    """Writes into the configuration the plan, relative to the dense model, and what lets the stock library reload."""
+    """Writes the plan, relative to the dense model, and what plain transformers needs to reload."""
     before = {s["site"]: s for s in (getattr(config, PLAN_KEY, None) or {}).get("sites", [])}
     pairs = match_plan(sites, plan)
     records = [_composed(before.get(site.name), site, kept) for site, kept in pairs]
     dense = {key: dense_value(config, key) for key in family.recorded_keys}
     setattr(config, PLAN_KEY, {"format": 1, "dense": dense, "sites": records})
     if family.reload == "pruned_heads":
-        gone = [sorted(set(range(r["total"])) - set(r["kept"])) for r in records]
-        config.pruned_heads = {site.layer: heads for site, heads in zip(sites, gone, strict=True) if heads}
+        deleted = [sorted(set(range(r["total"])) - set(r["kept"])) for r in records]
+        config.pruned_heads = {site.layer: heads for site, heads in zip(sites, deleted, strict=True) if heads}
     elif family.reload == "head_counts":
         counts = dense | _equal_head_counts(family, dense, pairs)
-        for key, value in (counts if _takes(config, counts) else dense).items():
+        for key, value in (counts if _accepts(config, counts) else dense).items():
             setattr(config, key, value)
 
 
 def recorded_plan(config: PretrainedConfig, family: Family) -> Plan | None:
-    """The plan that `record_plan` wrote, or None where there is none (a dense model).
+    """The plan that `record_plan` wrote, or None for a dense model.
 
     Raises:
-        ModelRefusedError: something else stands there.
+        ModelRefusedError: the key holds something else.
     """
     if not hasattr(config, PLAN_KEY):
         return None
@@ -51,9 +51,9 @@ def recorded_plan(config: PretrainedConfig, family: Family) -> Plan | None:
     return plan
 
 
-def _takes(config: PretrainedConfig, counts: Mapping[str, int]) -> bool:
-    """Whether the class builds a configuration with these counts: Phi-3's derives from them how long longrope's lists
-    of factors have to be, and refuses those of the dense model.
+def _accepts(config: PretrainedConfig, counts: Mapping[str, int]) -> bool:
+    """Whether the class accepts these counts. Phi-3's derives the length of longrope's factor lists from them, and so
+    refuses the lists of the dense model.
     """
     try:
         type(config).from_dict(config.to_dict() | counts)
@@ -63,10 +63,10 @@ def _takes(config: PretrainedConfig, counts: Mapping[str, int]) -> bool:
 
 
 def _composed(before: Mapping[str, Any] | None, site: Site, kept: tuple[int, ...]) -> dict[str, Any]:
-    """A site's record after one more pruning; by head as soon as one of the prunings was."""
+    """A site's record after one more pruning; in heads as soon as one of the prunings was in heads."""
     record = before or {"unit": site.unit, "total": site.total, "kept": list(range(site.total))}
     if record["unit"] == "kv_group" and site.unit == "head":
-        members = site.members  # no pruning by head has changed it yet
+        members = site.members  # unchanged, since no earlier pruning was by head
         heads = [group * members + member for group in record["kept"] for member in range(members)]
         record = {"unit": "head", "total": record["total"] * members, "kept": heads}
     now = site.kept_heads(kept) if record["unit"] == "head" else kept
@@ -76,7 +76,7 @@ def _composed(before: Mapping[str, Any] | None, site: Site, kept: tuple[int, ...
 def _equal_head_counts(
     family: Family, dense: Mapping[str, int], pairs: Sequence[tuple[Site, tuple[int, ...]]]
 ) -> dict[str, int]:
-    """Equal counts and an explicit head_dim let plain `from_pretrained` build the slim shapes by itself."""
+    """With equal counts and an explicit head_dim, plain `from_pretrained` builds the slim shapes."""
     units_key, heads_key = map(str, family.keys(family.sites[0]))
     found = [{units_key: s.counted("units", kept), heads_key: s.counted("heads", kept)} for s, kept in pairs]
     if found[0] == dense or any(counts != found[0] for counts in found):

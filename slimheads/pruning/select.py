@@ -1,15 +1,15 @@
-"""Selection: numbers in, a plan out. Pure; no model is needed.
+"""Selection: from scores to a plan. A pure function; no model is needed.
 
 Rules, in order:
 1. A site may keep any number of units that is a multiple of `multiple_of` and at least `keep_at_least` (never below 1),
    or all of them.
-2. So each site gives up its units in chunks: weakest first, ties broken by the unit's index. With `multiple_of: 1` a
-   chunk is one unit.
-3. The chunks of all sites are taken in ascending order of their mean score (ties: the site's place in the model) until
-   floor(ratio x units) units are gone, or the next chunk would exceed that number.
-4. `scope: layer` does this within each site alone. `counts: equal` also takes the same number from every site.
-5. `within_groups` takes query heads instead of KV groups: a step takes the weakest head left in each group of a site.
-6. Sites whose name does not match the glob `sites` give up nothing and are not counted.
+2. So units are removed from a site in chunks: lowest score first, ties broken by the unit's index. With
+   `multiple_of: 1` a chunk is one unit.
+3. The chunks of all sites are removed in ascending order of their mean score (ties: the site's place in the model),
+   until floor(ratio x units) units are removed or the next chunk would exceed that number.
+4. `scope: layer` ranks each site alone. `counts: equal` also removes the same number of units from every site.
+5. `within_groups` removes query heads instead of KV groups: each step removes the lowest head of each group of a site.
+6. Sites whose name does not match the glob `sites` lose nothing and are not counted.
 
 So plans are nested: a larger ratio removes all that a smaller one removes.
 """
@@ -30,19 +30,19 @@ from slimheads.names import Counts, Normalize, Scope, Unit
 from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.scores import Scores, SiteScores
 
-_LET_GO = "lower keep_at_least or multiple_of, which let nothing go at any ratio, or use 0 to change nothing"
-_SINGLE = "every attention block has a single head, which stays: use 0"
+_FLOORS_TOO_HIGH = "lower keep_at_least or multiple_of, which allow no removal at any ratio, or use ratio 0"
+_ONE_HEAD_PER_BLOCK = "every attention block has one head, which is kept: use ratio 0"
 
 
 @dataclass(frozen=True)
 class _Removable:
-    """A site, its units in the order in which they would go, and how many have to go together."""
+    """A site, the order in which its units would be removed, and how many are removed in one step."""
 
     index: int
     site: str
     unit: Unit
     scores: tuple[float, ...]
-    weakest_first: tuple[int, ...]
+    order: tuple[int, ...]
     step: int
 
     @property
@@ -52,15 +52,15 @@ class _Removable:
     @classmethod
     def of(cls, index: int, site: SiteScores, within_groups: bool) -> _Removable:
         if not (within_groups and site.query_heads):
-            order = _weakest_first(site.scores)
+            order = _ascending(site.scores)
             return cls(index, site.site, site.unit, site.scores, tuple(order), 1)
         members = len(site.query_heads[0])
-        ranked = [[g * members + m for m in _weakest_first(group)] for g, group in enumerate(site.query_heads)]
+        ranked = [[g * members + m for m in _ascending(group)] for g, group in enumerate(site.query_heads)]
         order = [unit for step in zip(*ranked, strict=True) for unit in step]
         return cls(index, site.site, "head", site.by_head().scores, tuple(order), len(ranked))
 
 
-def _weakest_first(scores: Sequence[float]) -> list[int]:
+def _ascending(scores: Sequence[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda unit: (scores[unit], unit))
 
 
@@ -73,18 +73,18 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Ranking:
-    """Chunks that compete with each other, in the order in which they go, out of `total` units."""
+    """Chunks of `total` units that compete with each other, in the order of their removal."""
 
-    site: str | None  # None: of all sites together
+    site: str | None  # None: all sites together
     total: int
     chunks: tuple[_Chunk, ...]
 
     @property
-    def possible(self) -> int:
+    def removable(self) -> int:
         return sum(len(chunk.units) for chunk in self.chunks)
 
-    def wanted(self, ratio: float | Fraction) -> int:
-        # The ratio as the decimal that was written: 0.29 of 100 is 29, where floating point says 28.999...
+    def target(self, ratio: float | Fraction) -> int:
+        # The ratio as the decimal in the recipe: 0.29 of 100 is 29, but 28.999... in floating point.
         return math.floor(Fraction(str(ratio)) * self.total)
 
 
@@ -102,44 +102,29 @@ def select(
     """Chooses the units to keep.
 
     Args:
-        scores: one number a unit; the lowest go first.
-        ratio: share of all units to remove, 0 <= ratio < 1; floor(ratio x units) go.
-        scope: rank all units together, or each site's among themselves.
+        scores: one score per unit; the lowest are removed first.
+        ratio: share of all units to remove, 0 <= ratio < 1; floor(ratio x units) are removed.
+        scope: rank all units together, or the units of each site alone.
         normalize: "layer" divides a site's scores by their mean before ranking (no effect within one site).
         keep_at_least: the fewest units a site keeps.
-        multiple_of: every site that gives up units keeps a multiple of this.
-        counts: "equal" removes the same number from every site (all must have as many).
-        within_groups: where query heads share KV heads, remove the same number of query heads from each group.
-        sites: a glob over the names of the sites that may give up units; the ratio is a share of theirs.
+        multiple_of: every site that loses units keeps a multiple of this.
+        counts: "equal" removes the same number from every site (all sites must have equally many).
+        within_groups: if query heads share KV heads, remove the same number of query heads from each group.
+        sites: a glob for the names of the sites that may lose units; the ratio is a share of their units.
 
     Raises:
-        UsageError: the ratio cannot be met under these floors, or would remove nothing although it is above 0; no
-            site matches, or none has groups although `within_groups` is set.
+        UsageError: the ratio cannot be reached with these floors, or is above 0 and would remove nothing; no site
+            matches; `within_groups` is set and no site has groups.
     """
     _require_rules(ratio, scope, normalize, keep_at_least, multiple_of, counts)
     candidates = _candidates(scores, within_groups)
     eligible = _eligible(candidates, sites)
     chunks = [_chunks(candidate, normalize, keep_at_least, multiple_of) for candidate in eligible]
-    totals = [candidate.total for candidate in eligible]
-    if counts == "equal" and len(set(totals)) > 1:
-        what = "counts: equal needs the same number of units in every site"
-        raise UsageError(what, keys=("select.counts",), hint="use counts: any")
-    if scope == "layer" or counts == "equal":
-        named = zip(eligible, totals, chunks, strict=True)
-        rankings = [_Ranking(c.site, total, tuple(own)) for c, total, own in named]
-    else:
-        ranked = sorted((chunk for own in chunks for chunk in own), key=lambda c: (c.cost, c.site))
-        rankings = [_Ranking(None, sum(totals), tuple(ranked))]
+    rankings = _rankings(eligible, chunks, scope, counts)
     floors = _floors(keep_at_least, multiple_of)
-    removed = {unit for ranking in rankings for unit in _take(ranking, ratio, rankings, floors)}
+    removed = {unit for ranking in rankings for unit in _removed(ranking, ratio, rankings, floors)}
     if ratio > 0 and not removed:
-        works = _working_ratios(rankings)
-        hint = _SINGLE if max(totals) == 1 else _LET_GO
-        raise UsageError(
-            f"ratio {ratio} removes nothing here",
-            keys=("select.ratio", *floors) if works or max(totals) == 1 else floors,
-            hint=f"the smallest ratio that removes a unit is {works[0]}; use 0 to change nothing" if works else hint,
-        )
+        raise _removes_nothing(ratio, eligible, rankings, floors)
     return Plan(
         tuple(
             SitePlan(c.site, c.unit, c.total, tuple(u for u in range(c.total) if (c.index, u) not in removed))
@@ -151,24 +136,24 @@ def select(
 def _require_rules(
     ratio: float, scope: str, normalize: str, keep_at_least: int, multiple_of: int | str, counts: str
 ) -> None:
-    """What no scores would make right.
+    """Refuses rules that are wrong for any scores.
 
     Raises:
-        UsageError: with the key of the recipe that it is about.
+        UsageError: with the recipe key at fault.
     """
     for key, value, known in (("scope", scope, Scope), ("normalize", normalize, Normalize), ("counts", counts, Counts)):
         require_known(f"select.{key}", value, get_args(known))
     if not 0 <= ratio < 1:
-        hint = "at least one unit stays in every site"
+        hint = "every site keeps at least one unit"
         raise UsageError(f"ratio {ratio} is not in [0, 1)", keys=("select.ratio",), hint=hint)
     if isinstance(multiple_of, str):
-        what = f"multiple_of {multiple_of!r} takes a latency table, and scores alone have none"
-        hint = "give a number here; a recipe with multiple_of: auto has it measured"
+        what = f"multiple_of {multiple_of!r} needs a latency table"
+        hint = "give a number here; a run measures the table if the recipe says multiple_of: auto"
         raise UsageError(what, keys=("select.multiple_of",), hint=hint)
     for key, floor in (("keep_at_least", keep_at_least), ("multiple_of", multiple_of)):
         if floor < 1:
             hint = "every site keeps at least one unit"
-            raise UsageError(f"{key} is {floor}, and starts at 1", keys=(f"select.{key}",), hint=hint)
+            raise UsageError(f"{key} is {floor}, but must be at least 1", keys=(f"select.{key}",), hint=hint)
 
 
 def _floors(keep_at_least: int, multiple_of: int) -> tuple[str, ...]:
@@ -179,8 +164,8 @@ def _floors(keep_at_least: int, multiple_of: int) -> tuple[str, ...]:
 
 def _candidates(scores: Scores, within_groups: bool) -> list[_Removable]:
     if within_groups and not any(site.query_heads for site in scores.sites):
-        hint = "leave within_groups out: heads are what is deleted here"
-        what = "within_groups has nothing to act on: no site has several KV groups of query heads"
+        hint = "remove within_groups: single heads are deleted in this model"
+        what = "within_groups has no effect: no site has KV groups of several query heads"
         raise UsageError(what, keys=("select.within_groups",), hint=hint)
     return [_Removable.of(index, site, within_groups) for index, site in enumerate(scores.sites)]
 
@@ -193,12 +178,37 @@ def _eligible(candidates: Sequence[_Removable], sites: str) -> list[_Removable]:
     return found
 
 
+def _rankings(
+    eligible: Sequence[_Removable], chunks: Sequence[list[_Chunk]], scope: Scope, counts: Counts
+) -> list[_Ranking]:
+    totals = [candidate.total for candidate in eligible]
+    if counts == "equal" and len(set(totals)) > 1:
+        what = "counts: equal needs the same number of units in every site"
+        raise UsageError(what, keys=("select.counts",), hint="use counts: any")
+    if scope == "layer" or counts == "equal":
+        return [_Ranking(site.site, site.total, tuple(own)) for site, own in zip(eligible, chunks, strict=True)]
+    ranked = sorted((chunk for own in chunks for chunk in own), key=lambda c: (c.cost, c.site))
+    return [_Ranking(None, sum(totals), tuple(ranked))]
+
+
+def _removes_nothing(
+    ratio: float, eligible: Sequence[_Removable], rankings: Sequence[_Ranking], floors: tuple[str, ...]
+) -> UsageError:
+    works, one_head = _working_ratios(rankings), max(site.total for site in eligible) == 1
+    hint = _ONE_HEAD_PER_BLOCK if one_head else _FLOORS_TOO_HIGH
+    return UsageError(
+        f"ratio {ratio} removes nothing here",
+        keys=("select.ratio", *floors) if works or one_head else floors,
+        hint=f"the smallest ratio that removes a unit is {works[0]}; use 0 to change nothing" if works else hint,
+    )
+
+
 def random_plan(scores: Scores, seed: int, ratio: float, **rules: Any) -> Plan:
-    """A plan of the same size under the same rules, from random scores: the control that a score must beat.
+    """A plan of the same size by the same rules, from random scores: the control for a score.
 
     Args:
-        scores: whose sites and units to choose from; the numbers are not used.
-        seed: of the random numbers.
+        scores: of the same sites and units; their values are not used.
+        seed: for the random scores.
         ratio, rules: as for `select`.
     """
     rng = random.Random(seed)
@@ -222,48 +232,48 @@ def _chunks(site: _Removable, normalize: Normalize, keep_at_least: int, multiple
     stops = [total, *(kept for kept in steps if kept % multiple_of == 0 and kept >= floor)]
     chunks: list[_Chunk] = []
     for before, after in pairwise(stops):
-        units = site.weakest_first[total - before : total - after]
+        units = site.order[total - before : total - after]
         mean_score = math.fsum(site.scores[u] for u in units) / len(units) / scale
-        # Never below the chunk before: the mean of equal scores can round to less than the score.
+        # Never below the previous chunk, because the mean of equal scores can round to less than the score.
         cost = max(mean_score, chunks[-1].cost) if chunks else mean_score
         chunks.append(_Chunk(cost, site.index, tuple(units)))
     return chunks
 
 
-def _take(
+def _removed(
     ranking: _Ranking, ratio: float, rankings: Sequence[_Ranking], floors: tuple[str, ...]
 ) -> set[tuple[int, int]]:
-    wanted = ranking.wanted(ratio)
-    if wanted > ranking.possible:
+    target = ranking.target(ratio)
+    if target > ranking.removable:
         works = _working_ratios(rankings)
         units = f"{ranking.total} units" + (f" of {ranking.site}" if ranking.site else "")
         raise UsageError(
-            f"ratio {ratio} means {wanted} of {units}, but the floors let only {ranking.possible} go",
+            f"ratio {ratio} means {target} of {units}, but the floors allow the removal of only {ranking.removable}",
             keys=("select.ratio", *floors) if works else floors,
-            hint=f"use a ratio of at most {works[-1]}, or lower the floors" if works else _LET_GO,
+            hint=f"use a ratio of at most {works[-1]}, or lower the floors" if works else _FLOORS_TOO_HIGH,
         )
-    taken: set[tuple[int, int]] = set()
+    removed: set[tuple[int, int]] = set()
     for chunk in ranking.chunks:
-        if len(taken) + len(chunk.units) > wanted:
+        if len(removed) + len(chunk.units) > target:
             break
-        taken |= {(chunk.site, unit) for unit in chunk.units}
-    return taken
+        removed |= {(chunk.site, unit) for unit in chunk.units}
+    return removed
 
 
 def _working_ratios(rankings: Sequence[_Ranking]) -> list[float]:
-    """The ratios at which one more chunk goes and every floor still holds, ascending."""
+    """The ratios at which one more chunk is removed and every floor still holds, ascending."""
     steps = {
-        _decimal(gone, ranking.total)
+        _decimal(removed, ranking.total)
         for ranking in rankings
-        for gone in accumulate(len(chunk.units) for chunk in ranking.chunks)
+        for removed in accumulate(len(chunk.units) for chunk in ranking.chunks)
     }
-    return sorted(step for step in steps if all(r.wanted(step) <= r.possible for r in rankings))
+    return sorted(step for step in steps if all(r.target(step) <= r.removable for r in rankings))
 
 
 def _decimal(units: int, total: int) -> float:
-    """The shortest decimal ratio, of four digits or more, that means `units` of `total`."""
+    """The shortest decimal ratio with at least four digits that gives `units` of `total`."""
     for digits in count(4):
         ratio = Fraction(math.ceil(Fraction(units, total) * 10**digits), 10**digits)
         if math.floor(ratio * total) == units:
             return float(ratio)
-    raise AssertionError("unreachable: enough digits always do")
+    raise AssertionError("unreachable: some number of digits is enough")

@@ -1,11 +1,11 @@
-"""Surgery: deletes the rows and columns of the units that a plan does not keep. Modules keep their identity.
+"""Surgery: deletes the rows and columns of the units that a plan does not keep. Module objects stay the same.
 
 Rules:
-1. Nothing is changed until the whole plan has been matched against the whole model.
+1. Nothing changes until the whole plan has been matched with the whole model.
 2. Input projections lose output features (and bias entries); the output projection loses input features, never bias.
-3. head_dim and the attention scale stay; counting attributes that forwards and other tools read are updated.
-4. What has one entry a head (a table of position biases, say) loses the same heads; a family's adapter does the rest.
-5. The configuration records the plan relative to the dense model (plans of repeated prunings are composed).
+3. head_dim and the attention scale do not change. Attributes that count heads are updated.
+4. Tensors with one entry per head (e.g. position biases) lose the same heads; a family's adapter does the rest.
+5. The configuration records the plan relative to the dense model; the plans of repeated prunings are combined.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from slimheads.pruning.plan_record import record_plan
 
 
 def prune(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """Deletes in place what the plan does not keep, and returns the model. Dtype, device and `requires_grad` stay.
+    """Deletes in place what the plan does not keep, and returns the model. Dtype, device and `requires_grad` are kept.
 
     Raises:
         ModelRefusedError: the model's family is not covered.
-        UsageError: the plan is not one for this model (a site is missing, unknown, or has another number of units).
+        UsageError: the plan was not made for this model (a site is missing, unknown, or has another number of units).
     """
     _, family = family_of(model.config)
     sites = find_sites(model)
@@ -39,7 +39,7 @@ def prune(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 
 def shrink(model: torch.nn.Module, sites: Sequence[Site], plan: Plan) -> None:
-    """The deletion itself, on real or meta tensors; the configuration is left alone."""
+    """The deletion itself, on real or meta tensors; the configuration does not change."""
     pairs = match_plan(sites, plan)
     for site, kept in pairs:
         if len(kept) == site.total:
@@ -68,25 +68,25 @@ def _keep_features(module: torch.nn.Module, projection: Projection, kept: tuple[
 def _keep_entries(module: torch.nn.Module, table: Table, heads: tuple[int, ...]) -> None:
     entries = np.array(table.kept_entries(heads))
     if table.name in module._buffers:
-        setattr(module, table.name, _chosen(getattr(module, table.name), table.axis, entries))
+        setattr(module, table.name, _with_features(getattr(module, table.name), table.axis, entries))
     else:
         _keep(module, table.name, table.axis, entries)
 
 
 def _keep(module: torch.nn.Module, name: str, dim: int, features: np.ndarray) -> None:
     old = module.get_parameter(name)
-    new = torch.nn.Parameter(_chosen(old.detach(), dim, features), requires_grad=old.requires_grad)
+    new = torch.nn.Parameter(_with_features(old.detach(), dim, features), requires_grad=old.requires_grad)
     setattr(module, name, new)
 
 
-def _chosen(tensor: torch.Tensor, dim: int, features: np.ndarray) -> torch.Tensor:
-    """A new contiguous tensor with some of an axis' features (int64, ascending), as many at a time as lie together.
+def _with_features(tensor: torch.Tensor, dim: int, features: np.ndarray) -> torch.Tensor:
+    """A new contiguous tensor with the given features (int64, ascending) of one axis, copied in runs of adjacent ones.
 
-    Copied one by one, features of the last axis take up to ten times as long.
+    Copying features of the last axis one by one takes up to ten times as long.
     """
     begins = np.flatnonzero(np.diff(features, prepend=-2) != 1)
     run = int(np.gcd.reduce([tensor.shape[dim], len(features), *begins, *features[begins]]))
-    # From numpy, for torch's default device is the meta device where a model is built there.
+    # From numpy, because torch's default device is the meta device while a model is built there.
     runs = torch.from_numpy(features[::run] // run).to(tensor.device)
     before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
     return tensor.reshape(*before, -1, run, *after).index_select(dim, runs).reshape(*before, len(features), *after)

@@ -1,45 +1,51 @@
-"""YAML out: plain data as text that recipe_yaml reads back equal."""
+"""YAML out, by ruamel.yaml's dumper: mappings as blocks, lists on one line, text in ASCII."""
 
 from __future__ import annotations
 
+import io
 import re
+import sys
+from collections.abc import Mapping
 from typing import Any
 
-from slimheads.strict_yaml import scalar
+from ruamel.yaml import YAML
+from ruamel.yaml.nodes import ScalarNode, SequenceNode
+from ruamel.yaml.representer import RoundTripRepresenter, SafeRepresenter
+from ruamel.yaml.resolver import implicit_resolvers
+
+from slimheads.strict_yaml import CoreSchema
 
 _PLAIN = re.compile(r"[A-Za-z./][\w./@+-]*(://[\w./@+-]+)?", re.ASCII)
-_OTHER_YAML = frozenset({"y", "n", "yes", "no", "on", "off"})  # YAML 1.1 reads these as booleans
 
 
-def dump_yaml(data: dict[str, Any], indent: str = "") -> str:
-    """Write plain data as YAML that this module reads back equal: mappings as blocks, lists on one line."""
-    lines = []
-    for key, value in data.items():
-        if isinstance(value, dict) and value:
-            lines.append(f"{indent}{dump_value(key)}:\n{dump_yaml(value, indent + '  ')}")
-        else:
-            lines.append(f"{indent}{dump_value(key)}: {dump_value(value)}\n")
-    return "".join(lines)
+class _EverySchema(CoreSchema):
+    """Takes for a number, a date and so on what any version of YAML does: text that looks like one is quoted."""
 
 
-def dump_value(value: Any) -> str:
-    """One value on one line. Text is left plain only where no YAML reader could take it for anything else."""
-    if isinstance(value, str):
-        ambiguous = value.lower() in _OTHER_YAML or not isinstance(scalar(value), str)
-        return value if _PLAIN.fullmatch(value) and not ambiguous else _quoted(value)
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(dump_value(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{dump_value(key)}: {dump_value(item)}" for key, item in value.items()) + "}"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+for _, _tag, _pattern, _first in implicit_resolvers:
+    _EverySchema.add_implicit_resolver_base(_tag, _pattern, _first)
 
 
-def _quoted(text: str) -> str:
-    """Double-quoted YAML; json.dumps will not do, because it writes an emoji as two surrogates."""
-    return '"' + "".join(_escaped(c) for c in text) + '"'
+class _Representer(RoundTripRepresenter):
+    def represent_text(self, text: str) -> ScalarNode:
+        """Quoted unless it is clearly plain: ruamel writes `[a?b]` as it is, which readers of YAML 1.1 refuse."""
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if _PLAIN.fullmatch(text) else '"')
+
+    def represent_flow(self, data: list[Any] | tuple[Any, ...]) -> SequenceNode:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
 
-def _escaped(c: str) -> str:
-    if " " <= c <= "~":
-        return "\\" + c if c in '"\\' else c
-    return f"\\U{ord(c):08x}" if ord(c) > 0xFFFF else f"\\u{ord(c):04x}"
+_Representer.add_representer(str, _Representer.represent_text)
+_Representer.add_representer(list, _Representer.represent_flow)
+_Representer.add_representer(tuple, _Representer.represent_flow)
+_Representer.add_representer(type(None), SafeRepresenter.represent_none)  # the word null, not nothing
+
+
+def dump_yaml(data: Mapping[str, Any]) -> str:
+    """Plain data, or a ruamel `CommentedMap` of it, as YAML that `strict_yaml` reads back equal."""
+    yaml = YAML()
+    yaml.Resolver, yaml.Representer = _EverySchema, _Representer
+    yaml.width, yaml.allow_unicode = sys.maxsize, False
+    out = io.StringIO()
+    yaml.dump(data, out)
+    return out.getvalue()

@@ -1,217 +1,24 @@
-"""The recipe: its sections, how it is read and written, and its JSON Schema."""
+"""The recipe: how it is read, where its keys were given, and its JSON Schema."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    PositiveFloat,
-    PositiveInt,
-    PrivateAttr,
-    Strict,
-    WithJsonSchema,
-)
+from pydantic import Field, PrivateAttr
 
 from slimheads.errors import SlimheadsError, UsageError
-from slimheads.names import (
-    Counts,
-    GraphForm,
-    Int8For,
-    KvAxes,
-    Normalize,
-    OnMissing,
-    OnWeakPrecision,
-    Precision,
-    Provider,
-    Scope,
-    ScoreMethod,
-    Task,
-)
-from slimheads.recipe.dump import dump_value, dump_yaml
+from slimheads.names import Task
+from slimheads.recipe.dump import dump_yaml
+from slimheads.recipe.sections import Bench, Export, Gates, PathText, Recover, Score, Section, Select, Verify
 from slimheads.strict_yaml import KeyPath, Place, Positions, dotted, parse_value, read_yaml, validate
 
-Item = TypeVar("Item")
-DEFAULT_SHAPES = ((1, 16), (1, 128))
 
-
-def _distinct(items: tuple[Item, ...]) -> tuple[Item, ...]:
-    if len(set(items)) < len(items):
-        raise ValueError("should not name the same thing twice")
-    return items
-
-
-def _holding(wanted: str) -> AfterValidator:
-    def check(items: tuple[str, ...]) -> tuple[str, ...]:
-        if wanted not in items:
-            raise ValueError(f"should hold {wanted}, which the others are made from")
-        return items
-
-    return AfterValidator(check)
-
-
-def _whole_or_auto(value: object) -> object:
-    if value != "auto" and not (type(value) is int and value >= 1):
-        raise ValueError("should be auto, or a whole number of at least 1")
-    return value
-
-
-# A tuple may be given as a list (as YAML and callers do); what is inside stays strict.
-PathText = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
-Precisions = Annotated[
-    tuple[Precision, ...],
-    Strict(False),
-    AfterValidator(_distinct),
-    _holding("fp32"),
-    Field(json_schema_extra={"uniqueItems": True, "contains": {"const": "fp32"}}),
-]
-Candidates = Annotated[
-    tuple[GraphForm, ...],
-    Strict(False),
-    AfterValidator(_distinct),
-    _holding("plain"),
-    Field(json_schema_extra={"uniqueItems": True, "contains": {"const": "plain"}}),
-]
-Providers = Annotated[
-    tuple[Provider, ...],
-    Strict(False),
-    Field(min_length=1, json_schema_extra={"uniqueItems": True}),
-    AfterValidator(_distinct),
-]
-RecipeShape = Annotated[tuple[PositiveInt, ...], Strict(False), Field(min_length=2, max_length=3)]
-Shapes = Annotated[
-    tuple[RecipeShape, ...],
-    Strict(False),
-    Field(min_length=1, json_schema_extra={"uniqueItems": True}),
-    AfterValidator(_distinct),
-]
-# Not a plain union, whose errors would name the branch.
-Multiple = Annotated[
-    int | Literal["auto"],
-    PlainValidator(_whole_or_auto),
-    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]}),
-]
-Share = Annotated[float, Field(gt=0, le=1)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Score(_Section):
-    """How a head's importance is estimated."""
-
-    method: ScoreMethod = Field("magnitude", description="magnitude: Frobenius norms of the head's weights")
-
-
-class Select(_Section):
-    """Which heads are deleted."""
-
-    ratio: float = Field(
-        0.25,
-        ge=0,
-        lt=1,
-        description="share of heads to delete, 0 to below 1: at least one head stays in every site",
-    )
-    scope: Scope = Field("global", description="global: rank all heads together; layer: the same share in each layer")
-    normalize: Normalize = Field("none", description="layer: divide scores by their layer's mean before ranking")
-    keep_at_least: PositiveInt = Field(1, description="heads that stay in each layer, at least 1")
-    multiple_of: Multiple = Field(
-        1, description="kept heads of each layer are a multiple of this; auto: of what is measured to pay"
-    )
-    counts: Counts = Field("any", description="equal: every layer keeps the same number of heads")
-    within_groups: bool = Field(
-        False, description="true: where query heads share KV heads, delete query heads and keep every KV head"
-    )
-    sites: Annotated[str, Field(min_length=1)] = Field(
-        "*", description="glob of the attention blocks that may lose heads; the ratio is a share of theirs"
-    )
-
-
-class Recover(_Section):
-    """How quality is won back after deletion."""
-
-    method: Literal["none"] = Field("none", description="none: the kept weights stay as they are")
-
-
-class Export(_Section):
-    """Which ONNX graphs are written."""
-
-    precisions: Precisions = Field(("fp32",), description="graphs to write: fp32 (always), fp16, int8, q4 (4 bits)")
-    candidates: Candidates = Field(
-        ("plain", "optimized", "attention", "fused", "rewritten"),
-        description="forms of the fp32 graph to try; plain is always made",
-    )
-    int8_for: Int8For = Field(
-        "any",
-        description="CPUs that int8 is right on: any, avx2 (weights of 7 bits), avx512_vnni, arm64 (8 bits)",
-    )
-    on_weak_precision: OnWeakPrecision = Field(
-        "fail", description="a precision that loses too much: fail ends with code 4, drop leaves it out"
-    )
-    kv_axes: KvAxes = Field(
-        "symbolic", description="decoders: symbolic for optimum and transformers.js, static for onnxruntime-genai"
-    )
-
-
-class Verify(_Section):
-    """How close slim torch and slim ONNX must be, and on what drift is measured."""
-
-    atol: PositiveFloat = Field(1e-4, description="absolute tolerance of torch against ONNX, above 0")
-    rtol: PositiveFloat = Field(1e-4, description="relative tolerance of torch against ONNX, above 0")
-    text: PathText | None = Field(
-        None, description="UTF-8 file, one text a line: drift is measured on it besides the built-in sample"
-    )
-    inputs: PathText | None = Field(
-        None,
-        description="models fed images or sound: safetensors file of inputs by name to measure drift on",
-    )
-
-
-class Bench(_Section):
-    """How latency is measured, dense against slim."""
-
-    providers: Providers = Field(("cpu",), description="ONNX Runtime providers to measure on: cpu, cuda")
-    threads: PositiveInt = Field(2, description="threads inside an operator, at least 1")
-    shapes: Shapes = Field(
-        DEFAULT_SHAPES,
-        description="inputs, [batch, tokens or frames]; decoders also [batch, new tokens, tokens in cache]",
-    )
-    min_seconds: PositiveFloat = Field(3.0, description="seconds to measure each shape for, above 0")
-    on_missing: OnMissing = Field(
-        "fail", description="a provider that is not there: fail ends with code 5, skip reports not measured"
-    )
-
-
-class Gates(_Section):
-    """What the slim model must reach for the run to end with code 0; null is no gate."""
-
-    latency_ratio: PositiveFloat | None = Field(None, description="slim / dense latency, at most this in every shape")
-    size_ratio: PositiveFloat | None = Field(None, description="slim / dense size of the fp32 graph, at most this")
-    min_cosine: Share | None = Field(
-        None, description="all but decoders: mean cosine to the dense embeddings, at least this, up to 1"
-    )
-    max_perplexity_ratio: PositiveFloat | None = Field(
-        None, description="decoders: slim / dense perplexity, at most this"
-    )
-    min_top1_agreement: Share | None = Field(
-        None, description="models that write: share of tokens predicted the same, at least this, up to 1"
-    )
-    min_precision_cosine: Share | None = Field(
-        None, description="further precisions: mean cosine of outputs to fp32's, at least this, up to 1"
-    )
-
-
-class Recipe(_Section):
-    """One run: which model, and what each stage does with it. Immutable; compares by its values alone."""
+class Recipe(Section):
+    """One run: the model, and the settings of each stage. Immutable; two recipes are equal if their values are."""
 
     model: PathText = Field(description="a folder, pkg://package/folder for one in an installed package, or a hub id")
     task: Task = Field("auto", description="what the model is used for; auto reads it from the model")
@@ -254,11 +61,11 @@ class Recipe(_Section):
         return recipe.model_copy(update={"verify": verify, "model": model})
 
     def _base(self, key: str, path: Path | str) -> Path:
-        """What a relative path is taken from: the recipe's folder, or the working one where an override gives it."""
+        """The folder a relative path starts at: the recipe's, or the working directory if an override gives it."""
         return (Path() if self.where(key).startswith("--set ") else Path(path).parent).absolute()
 
     def _model_folder(self, path: Path | str) -> str:
-        """`model` with a folder's path made whole; a hub id, pkg:// and ~ stay as written."""
+        """`model`, as an absolute path if it is a folder; a hub id, pkg:// and ~ stay as written."""
         given, base = self.model, self._base("model", path)
         if given.startswith(("pkg://", "~")) or Path(given).is_absolute():
             return given
@@ -267,17 +74,17 @@ class Recipe(_Section):
         if Path(given).is_dir():
             beside = os.path.relpath(given, base)
             raise UsageError(
-                f"'{given}' is a folder of the working folder, and a recipe's paths start at its own",
+                f"'{given}' is in the working directory, but a recipe's paths start at the recipe's folder",
                 where=self.where("model"),
                 hint=f"write {beside}, or give it as --set model={given}",
             )
         return given
 
     def where(self, *keys: str) -> str:
-        """Where the first of these dotted keys that was given was given: `minilm.yaml:4:10`, `--set select.ratio=0.5`.
+        """Where the first of these dotted keys that the recipe gives was written: `a.yaml:4:10` or `--set task=auto`.
 
-        Where all are left to their defaults, the first one's name says so: `minilm.yaml: select.ratio (default)`. For a
-        recipe made in Python: the key.
+        If all are defaults, the name of the first: `a.yaml: select.ratio (default)`. For a recipe made in Python,
+        the key.
         """
         key = next(filter(self._gives, keys), None)
         if key is None:
@@ -292,7 +99,7 @@ class Recipe(_Section):
 
     @contextmanager
     def located(self) -> Iterator[None]:
-        """Errors about keys of the recipe point at where these were given."""
+        """Give errors about keys of the recipe the place where the key was written."""
         try:
             yield
         except SlimheadsError as error:
@@ -308,7 +115,7 @@ class Recipe(_Section):
         return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
 
     def __hash__(self) -> int:
-        return hash(self.resolved_yaml())
+        return hash(self.model_dump_json())
 
 
 def _override(data: dict[str, Any], positions: Positions, override: str, number: int) -> None:
@@ -335,7 +142,8 @@ def _override(data: dict[str, Any], positions: Positions, override: str, number:
 def recipe_schema() -> dict[str, Any]:
     """The recipe as JSON Schema, draft 2020-12, for editors and other tools.
 
-    It accepts what `Recipe.read` accepts, but for one thing: to JSON Schema 2.0 is a whole number, to the reader not.
+    It accepts what `Recipe.read` accepts, with one difference: JSON Schema takes 2.0 for a whole number, the reader
+    does not.
     """
     schema = Recipe.model_json_schema()
     return {
@@ -344,53 +152,3 @@ def recipe_schema() -> dict[str, Any]:
         **schema,
         "title": "slimheads recipe",
     }
-
-
-_DECODERS_ONLY = frozenset({"export.kv_axes", "gates.max_perplexity_ratio", "gates.min_top1_agreement"})
-_ALL_BUT_DECODERS = frozenset({"gates.min_cosine"})
-
-
-def commented_recipe(
-    model: str,
-    task: str = "auto",
-    is_decoder: bool = False,
-    facts: Sequence[str] = (),
-    *,
-    fed_texts: bool = True,
-    shapes: Sequence[tuple[int, ...]] = DEFAULT_SHAPES,
-) -> str:
-    """A recipe to start from: every section and key with its default and what it is for.
-
-    Args:
-        model: where the model is, as `Recipe.model` takes it.
-        task: a task of the recipe.
-        is_decoder: whether the model generates text; keys that do not concern the model are left out.
-        facts: what is known of the model, a line each, for the comment at the top.
-        fed_texts: whether texts are all the model takes.
-        shapes: to measure at, where those of every recipe are too long for the model.
-
-    Returns:
-        YAML text that `Recipe.read` reads as `Recipe(model=model, task=task)` with these shapes.
-    """
-    left_out = _ALL_BUT_DECODERS if is_decoder else _DECODERS_ONLY
-    if task == "text2text-generation":
-        left_out = _ALL_BUT_DECODERS | {"gates.max_perplexity_ratio"}
-    left_out |= {"verify.inputs" if fed_texts else "verify.text"}
-    lines = ["# A recipe for slimheads; run it with: slimheads run THIS-FILE"]
-    lines += [f"# {_one_line(fact)}" for fact in facts]
-    for name, info in Recipe.model_fields.items():
-        about = info.description or ""
-        lines += ["", f"# {about[:1].upper()}{about[1:]}"]
-        if name in ("model", "task"):
-            lines.append(f"{name}: {dump_value(model if name == 'model' else task)}")
-            continue
-        lines.append(f"{name}:")
-        for key, field in type(info.default).model_fields.items():
-            if f"{name}.{key}" not in left_out:
-                given = f"  {key}: {dump_value(shapes if key == 'shapes' else field.default)}"
-                lines.append(f"{given:<30}  # {field.description}")
-    return "\n".join(lines) + "\n"
-
-
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text).strip()

@@ -13,7 +13,8 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
 
 from slimheads.families.family import Inputs
-from slimheads.latency.graph_choice import GraphChoice, Treatment
+from slimheads.latency.attribution import Treatment
+from slimheads.latency.graph_choice import GraphChoice
 from slimheads.latency.head_counts import Selection
 from slimheads.latency.records import Latency
 from slimheads.pruning.plan import Plan

@@ -1,7 +1,6 @@
 """The report's plots as inline SVG: the map of scores, latency with its intervals, and drift beside the random control.
 
-Every function takes the width in pixels to draw for, because letters in a plot that is merely shrunk to a phone cannot
-be read.
+Every function takes the width in pixels, because letters in a plot that is only scaled down to a phone cannot be read.
 """
 
 from __future__ import annotations
@@ -12,94 +11,96 @@ from typing import TYPE_CHECKING
 
 from slimheads import formatting as fmt
 from slimheads.report import wording
-from slimheads.report.svg import RAMP_STEPS, Axis, Canvas
+from slimheads.report.svg import RAMP_STEPS, Axis, Drawing, text_width
 
 if TYPE_CHECKING:
+    from slimheads.data.metrics import Figures
     from slimheads.latency.records import Interval, Latency
     from slimheads.pruning.plan import Plan
     from slimheads.pruning.scores import ScoreTable
-    from slimheads.verification.drift import Drift, Figures
+    from slimheads.verification.drift import Drift
 
 
 def heat_map(scores: ScoreTable, plan: Plan, *, width: int, name: str) -> str:
-    """Scores as tiles, one row a site and one column a unit; a deleted unit's tile keeps its colour and has a dot.
+    """Scores as tiles, one row per site and one column per unit; a deleted unit has a dot on its tile.
 
     Each deleted unit's dot has the id `NAME-deleted-SITE-UNIT`, both counted from 0.
     """
     kept = [set(site.kept) for site in plan.sites]
     rows, columns = len(scores.sites), max(len(site.scores) for site in scores.sites)
     labels, axis = wording.site_labels([site.site for site in scores.sites])
-    if 6.6 * max(map(len, labels)) > width * 0.35:  # long names would leave no room for the tiles: number the rows
+    if max(map(text_width, labels)) > width * 0.35:  # long names would leave no room for tiles: number the rows
         labels = [str(row) for row in range(rows)]
-    left = 14 + 6.6 * max(len(label) for label in [*labels, axis])
+    left = 14 + max(map(text_width, [*labels, axis]))
     cell_w = min(64.0, (width - left - 62) / columns)
     cell_h = min(28.0, max(cell_w, 4.0), max(4.0, 620 / rows))
     top = 34.0
     removed = sum(len(site.scores) - len(keep) for site, keep in zip(scores.sites, kept, strict=True))
     unit = "KV group" if plan.sites[0].unit == "kv_group" else "head"
-    canvas = Canvas(width, top + rows * cell_h + 52, name)
-    canvas.text(left, 9, f"{unit} →", colour="muted")
-    canvas.text(left - 10, 24, axis, align="right", colour="muted")
+    drawing = Drawing(width, top + rows * cell_h + 52, name)
+    drawing.text(left, 9, f"{unit} →", colour="muted")
+    drawing.text(left - 10, 24, axis, align="right", colour="muted")
     for column in range(0, columns, _stride(cell_w, 20)):
-        canvas.text(left + (column + 0.5) * cell_w, 24, str(column), align="center", colour="muted")
+        drawing.text(left + (column + 0.5) * cell_w, 24, str(column), align="center", colour="muted")
     flat = [score for site in scores.sites for score in site.scores]
     low, high = min(flat), max(flat)
     for row, (site, keep) in enumerate(zip(scores.sites, kept, strict=True)):
         y = top + row * cell_h
         if row % _stride(cell_h, 13) == 0:
-            canvas.text(left - 10, y + cell_h / 2, labels[row], align="right", colour="muted")
-            canvas.text(
+            drawing.text(left - 10, y + cell_h / 2, labels[row], align="right", colour="muted")
+            drawing.text(
                 left + columns * cell_w + 10, y + cell_h / 2, f"{len(keep)} of {len(site.scores)}", colour="ink"
             )
         for column, score in enumerate(site.scores):
             share = (score - low) / (high - low) if high > low else 1.0
             colour = f"heat{round(share * (RAMP_STEPS - 1))}"
-            _tile(canvas, (left + column * cell_w, y, cell_w, cell_h), colour, column in keep, f"{row}-{column}")
-    canvas.text(left + columns * cell_w + 10, 24, "kept", colour="muted")
-    _heat_legend(canvas, left, top + rows * cell_h + 22, low, high)
-    return canvas.svg(
+            _tile(drawing, (left + column * cell_w, y, cell_w, cell_h), colour, column in keep, f"{row}-{column}")
+    drawing.text(left + columns * cell_w + 10, 24, "kept", colour="muted")
+    _heat_legend(drawing, left, top + rows * cell_h + 22, low, high)
+    return drawing.svg(
         f"Heat map of {scores.method} scores: {rows} attention blocks with up to {columns} {unit}s each, scores from "
         f"{fmt.figures(low)} to {fmt.figures(high)}; {removed} of {len(flat)} {unit}s are marked as removed."
     )
 
 
-def _tile(canvas: Canvas, box: tuple[float, float, float, float], colour: str, kept: bool, place: str) -> None:
+def _tile(drawing: Drawing, box: tuple[float, float, float, float], colour: str, kept: bool, place: str) -> None:
     x, y, w, h = box
     gap = min(1.0, w * 0.08)
-    canvas.rect(x + gap, y + gap, w - 2 * gap, h - 2 * gap, fill=colour)
+    drawing.rect(x + gap, y + gap, w - 2 * gap, h - 2 * gap, fill=colour)
     if kept:
         return
     middle, gid = (x + w / 2, y + h / 2), f"deleted-{place}"
     if min(w, h) >= 16:  # the ring keeps it apart from dark tiles
-        canvas.dot(*middle, min(w, h) * 0.18, fill="limit", stroke="paper", gid=gid)
+        drawing.dot(*middle, min(w, h) * 0.18, fill="limit", stroke="paper", gid=gid)
     else:  # too small to tell from a disc, and a fifth of its text
         side = max(2.0, min(w, h) * 0.26)
-        canvas.rect(middle[0] - side / 2, middle[1] - side / 2, side, side, fill="limit", gid=gid)
+        drawing.rect(middle[0] - side / 2, middle[1] - side / 2, side, side, fill="limit", gid=gid)
 
 
-def _heat_legend(canvas: Canvas, x: float, y: float, low: float, high: float) -> None:
-    canvas.text(x, y, f"score {fmt.figures(low)}", colour="muted")
-    start = x + 46 + 6.6 * len(fmt.figures(low))
+def _heat_legend(drawing: Drawing, x: float, y: float, low: float, high: float) -> None:
+    lowest, highest = f"score {fmt.figures(low)}", fmt.figures(high)
+    drawing.text(x, y, lowest, colour="muted")
+    start = x + text_width(lowest) + 8
     for step in range(RAMP_STEPS):
-        canvas.rect(start + step * 5, y - 5, 5.5, 10, fill=f"heat{step}")
+        drawing.rect(start + step * 5, y - 5, 5.5, 10, fill=f"heat{step}")
     end = start + RAMP_STEPS * 5 + 8
-    canvas.text(end, y, fmt.figures(high), colour="muted")
-    mark = end + 6.6 * len(fmt.figures(high)) + 22
-    canvas.rect(mark + 0.5, y - 5.5, 12, 11, fill="heat3")
-    canvas.dot(mark + 6.5, y, 2.6, fill="limit", stroke="paper")
-    canvas.text(mark + 20, y, "removed", colour="ink")
+    drawing.text(end, y, highest, colour="muted")
+    mark = end + text_width(highest) + 22
+    drawing.rect(mark + 0.5, y - 5.5, 12, 11, fill="heat3")
+    drawing.dot(mark + 6.5, y, 2.6, fill="limit", stroke="paper")
+    drawing.text(mark + 20, y, "removed", colour="ink")
 
 
 def latency(rows: Sequence[Latency], *, width: int, name: str) -> str | None:
-    """Medians with p10 to p90, and the speedup's interval beside its control; None where nothing was measured."""
+    """Medians with p10 to p90, and the speedup's interval beside its control; None if nothing was measured."""
     measured = [row for row in rows if row.dense and row.slim and row.speedup]
     if not measured:
         return None
     side_by_side = width > 600
     labels = [(wording.latency_place(row), wording.latency_setup(row)) for row in measured]
-    label_w = max(150.0, *(max(7.3 * len(place), 5.8 * len(setup)) + 14 for place, setup in labels))
+    label_w = max(150.0, *(max(text_width(place, bold=True), text_width(setup)) + 8 for place, setup in labels))
     label_w = min(label_w, 290.0) if side_by_side else 0.0
-    below = 16.0 if any(7.3 * len(place) + 5.8 * len(setup) > width for place, setup in labels) else 0.0
+    below = 16.0 if any(text_width(place, bold=True) + text_width(setup) > width for place, setup in labels) else 0.0
     band = 64.0 if side_by_side else 128.0 + below
     head = 52.0 if side_by_side else 62.0
     panel_w = (width - label_w - 40) / 2 if side_by_side else float(width)
@@ -109,36 +110,36 @@ def latency(rows: Sequence[Latency], *, width: int, name: str) -> str | None:
     longest = max(
         max(row.dense.p90_ms, row.slim.p90_ms) / row.dense.median_ms for row in measured if row.dense and row.slim
     )
-    canvas = Canvas(width, head + band * len(measured) + 34, name)
-    _latency_legend(canvas, times_x, ratio_x, side_by_side)
+    drawing = Drawing(width, head + band * len(measured) + 34, name)
+    _latency_legend(drawing, times_x, ratio_x, side_by_side)
     bottom = head + band * len(measured)
     ticks = axis.ticks(5)
-    for tick in ticks:
-        canvas.text(axis(tick), bottom + 14, f"{tick:.{axis.decimals}f}x", align="center", colour="muted")
+    for place, label in ticks:
+        drawing.text(place, bottom + 14, f"{label}x", align="center", colour="muted")
     for index, row in enumerate(measured):
         y = head + index * band
         if index:
-            canvas.line(0, y - 6, width, y - 6, colour="rule")
+            drawing.line(0, y - 6, width, y - 6, colour="rule")
         above = -2 if side_by_side else 68 + below  # the ratio's scale does not run through the bars above it
-        for tick in ticks:
-            canvas.line(axis(tick), y + above, axis(tick), y + band - 10, colour="rule")
-        canvas.line(axis(1), y + above, axis(1), y + band - 10, colour="ink", weight=1.2)
+        for place, _ in ticks:
+            drawing.line(place, y + above, place, y + band - 10, colour="rule")
+        drawing.line(axis(1), y + above, axis(1), y + band - 10, colour="ink", weight=1.2)
         title, note = labels[index]
         if side_by_side:
-            canvas.text(0, y + 16, title, bold=True)
-            canvas.text(0, y + 33, note, colour="muted")
-            _times(canvas, row, times_x, y + 6, panel_w - 66, longest)
-            _speedup(canvas, row, axis, y + 24)
+            drawing.text(0, y + 16, title, bold=True)
+            drawing.text(0, y + 33, note, colour="muted")
+            _times(drawing, row, times_x, y + 6, panel_w - 66, longest)
+            _speedup(drawing, row, axis, y + 24)
         else:
-            canvas.text(0, y + 10, title, bold=True, paper=True)
+            drawing.text(0, y + 10, title, bold=True, paper=True)
             if below:
-                canvas.text(0, y + 26, note, colour="muted", paper=True)
+                drawing.text(0, y + 26, note, colour="muted", paper=True)
             else:
-                canvas.text(width, y + 10, note, align="right", colour="muted", paper=True)
-            _times(canvas, row, 0, y + 22 + below, width - 72.0, longest)
-            _speedup(canvas, row, axis, y + 90 + below)
+                drawing.text(width, y + 10, note, align="right", colour="muted", paper=True)
+            _times(drawing, row, 0, y + 22 + below, width - 72.0, longest)
+            _speedup(drawing, row, axis, y + 90 + below)
     summary = "; ".join(wording.latency_line(row) for row in measured)
-    return canvas.svg(f"Latency of the dense and the slim model, and the speedup with its 95% interval. {summary}.")
+    return drawing.svg(f"Latency of the dense and the slim model, and the speedup with its 95% interval. {summary}.")
 
 
 def _ratio_values(row: Latency) -> list[float]:
@@ -148,63 +149,61 @@ def _ratio_values(row: Latency) -> list[float]:
     return found
 
 
-def _latency_legend(canvas: Canvas, times_x: float, ratio_x: float, side_by_side: bool) -> None:
-    canvas.text(times_x, 8, "Time a run: median, p10 to p90", bold=True)
+def _latency_legend(drawing: Drawing, times_x: float, ratio_x: float, side_by_side: bool) -> None:
+    drawing.text(times_x, 8, "Time per run: median, p10 to p90", bold=True)
     x, y = (times_x, 26.0) if side_by_side else (222.0, 8.0)
     for label in ("dense", "slim"):
-        canvas.rect(x, y - 4.5, 9, 9, fill=label)
-        canvas.text(x + 14, y, label, colour="muted")
+        drawing.rect(x, y - 4.5, 9, 9, fill=label)
+        drawing.text(x + 14, y, label, colour="muted")
         x += 62
     y = 8.0 if side_by_side else 26.0
-    canvas.text(ratio_x, y, "Speedup, 95% interval", bold=True)
+    drawing.text(ratio_x, y, "Speedup, 95% interval", bold=True)
     y += 18
     x = ratio_x + 4
-    canvas.dot(x, y, 4, fill="slim")
-    canvas.text(x + 9, y, "slim", colour="muted")
-    canvas.dot(x + 52, y, 3, fill="paper", stroke="dense")
-    canvas.text(x + 61, y, "control", colour="muted")
-    canvas.diamond(x + 122, y, 5)
-    canvas.text(
-        x + 132, y, "FLOP ratio" if not side_by_side else "FLOP ratio: what the arithmetic allows", colour="muted"
-    )
+    drawing.dot(x, y, 4, fill="slim")
+    drawing.text(x + 9, y, "slim", colour="muted")
+    drawing.dot(x + 52, y, 3, fill="paper", stroke="dense")
+    drawing.text(x + 61, y, "control", colour="muted")
+    drawing.diamond(x + 122, y, 5)
+    drawing.text(x + 132, y, "FLOP ratio" if not side_by_side else "FLOP-ratio speedup", colour="muted")
 
 
-def _times(canvas: Canvas, row: Latency, x: float, y: float, room: float, longest: float) -> None:
+def _times(drawing: Drawing, row: Latency, x: float, y: float, room: float, longest: float) -> None:
     """Bars relative to this row's dense median: shapes differ by orders of magnitude and would hide each other."""
     if not (row.dense and row.slim):
         return
     for offset, timing, colour, name in ((0.0, row.dense, "dense", "dense"), (19.0, row.slim, "slim", "slim")):
         scale = room / (longest * row.dense.median_ms)
         middle = y + offset + 8
-        canvas.rect(x, middle - 7, timing.median_ms * scale, 14, fill=colour)
-        canvas.line(timing.p10_ms * scale + x, middle, timing.p90_ms * scale + x, middle, colour="ink", weight=1.4)
+        drawing.rect(x, middle - 7, timing.median_ms * scale, 14, fill=colour)
+        drawing.line(timing.p10_ms * scale + x, middle, timing.p90_ms * scale + x, middle, colour="ink", weight=1.4)
         for end in (timing.p10_ms, timing.p90_ms):
-            canvas.line(x + end * scale, middle - 3.5, x + end * scale, middle + 3.5, colour="ink", weight=1.4)
+            drawing.line(x + end * scale, middle - 3.5, x + end * scale, middle + 3.5, colour="ink", weight=1.4)
         right = x + max(timing.p90_ms, timing.median_ms) * scale
-        canvas.text(right + 7, middle, fmt.milliseconds(timing.median_ms), bold=name == "slim")
+        drawing.text(right + 7, middle, fmt.milliseconds(timing.median_ms), bold=name == "slim")
 
 
-def _speedup(canvas: Canvas, row: Latency, axis: Axis, y: float) -> None:
+def _speedup(drawing: Drawing, row: Latency, axis: Axis, y: float) -> None:
     if row.control:
-        _whisker(canvas, row.control, axis, y + 15, "dense", 1.5)
-        canvas.dot(axis(row.control.estimate), y + 15, 3, fill="paper", stroke="dense")
+        _whisker(drawing, row.control, axis, y + 15, "dense", 1.5)
+        drawing.dot(axis(row.control.estimate), y + 15, 3, fill="paper", stroke="dense")
     if row.flop_speedup is not None:
-        canvas.diamond(axis(row.flop_speedup), y, 5.5)
+        drawing.diamond(axis(row.flop_speedup), y, 5.5)
     if row.speedup:
-        _whisker(canvas, row.speedup, axis, y, "slim", 3.0)
-        canvas.dot(axis(row.speedup.estimate), y, 4.5, fill="slim")
+        _whisker(drawing, row.speedup, axis, y, "slim", 3.0)
+        drawing.dot(axis(row.speedup.estimate), y, 4.5, fill="slim")
         text = f"{fmt.ratio(row.speedup.estimate)}" if row.verdict in ("faster", "slower") else row.verdict
-        half = 4.0 * len(text)  # keeps a verdict in words inside the panel
+        half = text_width(text, bold=True) / 2  # keeps a verdict in words inside the panel
         middle = min(max(axis(row.speedup.estimate), axis.start + half), axis.end - half)
-        canvas.text(middle, y - 15, text, align="center", bold=True, paper=True)
+        drawing.text(middle, y - 15, text, align="center", bold=True, paper=True)
 
 
-def _whisker(canvas: Canvas, interval: Interval, axis: Axis, y: float, colour: str, weight: float) -> None:
-    canvas.line(axis(interval.low), y, axis(interval.high), y, colour=colour, weight=weight)
+def _whisker(drawing: Drawing, interval: Interval, axis: Axis, y: float, colour: str, weight: float) -> None:
+    drawing.line(axis(interval.low), y, axis(interval.high), y, colour=colour, weight=weight)
 
 
 def drift(found: Drift | None, *, width: int, name: str) -> str | None:
-    """The slim model's headline figure on one line with each random control; None where there is none."""
+    """The slim model's headline figure on one line with each random control; None without a control."""
     if found is None or found.slim is None or found.headline is None or found.random_control is None:
         return None
     pick = found.headline
@@ -214,30 +213,30 @@ def drift(found: Drift | None, *, width: int, name: str) -> str | None:
         return None
     unchanged = 1.0
     axis = Axis(min([*seeds, slim, unchanged]), max([*seeds, slim, unchanged]), 14, width - 22.0)
-    canvas = Canvas(width, 112, name)
+    drawing = Drawing(width, 112, name)
     middle = 44.0
-    canvas.line(0, middle, width, middle, colour="rule")
-    for tick in axis.ticks(6 if width > 600 else 4):
-        canvas.line(axis(tick), middle - 4, axis(tick), middle + 4, colour="muted")
-        canvas.text(axis(tick), middle + 20, f"{tick:.{axis.decimals}f}", align="center", colour="muted")
-    canvas.line(axis(unchanged), middle - 12, axis(unchanged), middle + 12, colour="ink", weight=1.4)
+    drawing.line(0, middle, width, middle, colour="rule")
+    for place, label in axis.ticks(6 if width > 600 else 4):
+        drawing.line(place, middle - 4, place, middle + 4, colour="muted")
+        drawing.text(place, middle + 20, label, align="center", colour="muted")
+    drawing.line(axis(unchanged), middle - 12, axis(unchanged), middle + 12, colour="ink", weight=1.4)
     for value in seeds:
-        canvas.dot(axis(value), middle, 5, fill="paper", stroke="limit")
-    canvas.dot(axis(slim), middle, 6.5, fill="slim")
+        drawing.dot(axis(value), middle, 5, fill="paper", stroke="limit")
+    drawing.dot(axis(slim), middle, 6.5, fill="slim")
     side = "left" if axis(slim) < 60 else "right" if axis(slim) > width - 60 else "center"
-    canvas.text(
+    drawing.text(
         axis(slim) + {"left": -6, "right": 6, "center": 0}[side], middle - 22, f"slim {slim:.3f}", align=side, bold=True
     )
     x = 6.0
-    random = "random removal, one circle a seed" if width > 600 else "random, one a seed"
+    random = "random removal, one circle per seed" if width > 600 else "random, one per seed"
     for label, colour, filled in (("slim", "slim", True), (random, "limit", False)):
-        canvas.dot(x, 94, 4.5, fill=colour if filled else "paper", stroke=None if filled else colour)
-        canvas.text(x + 11, 94, label, colour="muted")
-        x += 30 + 6.4 * len(label)
-    canvas.line(x, 88, x, 100, colour="ink", weight=1.4)
-    canvas.text(x + 8, 94, "unchanged", colour="muted")
+        drawing.dot(x, 94, 4.5, fill=colour if filled else "paper", stroke=None if filled else colour)
+        drawing.text(x + 11, 94, label, colour="muted")
+        x += 24 + text_width(label)
+    drawing.line(x, 88, x, 100, colour="ink", weight=1.4)
+    drawing.text(x + 8, 94, "unchanged", colour="muted")
     values = ", ".join(f"{value:.3f}" for value in seeds)
-    return canvas.svg(f"{wording.FIGURE_NAMES[pick]}: slim {slim:.3f}; random removal of as many units: {values}.")
+    return drawing.svg(f"{wording.FIGURE_NAMES[pick]}: slim {slim:.3f}; random removal of as many units: {values}.")
 
 
 def _figure(figures: Figures, name: str) -> float | None:

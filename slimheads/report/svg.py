@@ -1,25 +1,13 @@
-"""What the report's plots are drawn with: the palette, a linear axis, and matplotlib's SVG backend measured in pixels.
+"""What the report's plots are drawn with: the palette, a linear axis, and plain SVG measured in pixels.
 
-Colours are written as `var(--name, #light)`, so one drawing serves light and dark pages and still works on its own.
+Plain SVG, because matplotlib cannot write colours as CSS variables: one drawing serves light and dark pages, and takes
+the page's font.
 """
 
 from __future__ import annotations
 
 import html
-import io
 import math
-import re
-from collections.abc import Sequence
-from pathlib import Path
-
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Circle, Polygon, Rectangle
-
-from slimheads.errors import UsageError
 
 # Name -> (light, dark). Blue and orange are told apart by all common kinds of colour blindness; the ramp rises in
 # lightness alone, towards the page's ink, so that it reads the same in print and in grey.
@@ -37,6 +25,7 @@ PALETTE = {
 }
 RAMP_ENDS = (((226, 234, 241), (9, 58, 98)), ((38, 50, 62), (164, 216, 247)))
 RAMP_STEPS = 16
+_ANCHORS = {"left": "start", "center": "middle", "right": "end"}
 
 
 def _mix(ends: tuple[tuple[int, int, int], tuple[int, int, int]], share: float) -> str:
@@ -48,11 +37,11 @@ PALETTE |= {
     f"heat{step}": (_mix(RAMP_ENDS[0], step / (RAMP_STEPS - 1)), _mix(RAMP_ENDS[1], step / (RAMP_STEPS - 1)))
     for step in range(RAMP_STEPS)
 }
-# matplotlib wants real colours: each name is drawn in a stand-in that no palette uses, and put back in the SVG's text.
-_STAND_IN = {name: f"#0102{index:02x}" for index, name in enumerate(PALETTE)}
-_LIGHT = {name: light for name, (light, _) in PALETTE.items()}
-SMALL, TEXT = 11.0, 12.5  # px
-PICTURES = (".svg", ".png")
+
+
+def text_width(text: str, *, bold: bool = False) -> float:
+    """About how wide a text is, px; rather too much than too little."""
+    return len(text) * (7.3 if bold else 6.5)
 
 
 def palette_css(dark: bool) -> str:
@@ -66,90 +55,43 @@ class Axis:
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
         margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
         self.low, self.high, self.start, self.end = low - margin, high + margin, start, end
-        self.decimals = 2  # of the tick labels, set with the ticks
 
     def __call__(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
-    def ticks(self, most: int) -> list[float]:
-        """At most that many round values inside the scale."""
+    def ticks(self, most: int) -> list[tuple[float, str]]:
+        """At most that many round values inside the scale: place, px, and label."""
         rough = (self.high - self.low) / most
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(power * nice for nice in (1, 2, 5, 10) if power * nice >= rough)
-        self.decimals = max(0, -math.floor(math.log10(step)))
-        first = math.ceil(self.low / step)
-        return [round(index * step, 10) for index in range(first, math.floor(self.high / step) + 1)]
+        decimals = max(0, -math.floor(math.log10(step)))
+        counted = range(math.ceil(self.low / step), math.floor(self.high / step) + 1)
+        return [(self(index * step), f"{index * step:.{decimals}f}") for index in counted]
 
 
-def require_picture(path: Path) -> None:
-    """Refuse a file that a picture cannot be written to, before there is one.
+class Drawing:
+    """An SVG drawing for the report's page, in CSS pixels, y downwards. Colours are names of the palette."""
 
-    Raises:
-        UsageError: its ending is none of PICTURES, or its folder is missing.
-    """
-    if path.suffix.lower() not in PICTURES:
-        raise UsageError(
-            f"pictures are written as {' or '.join(PICTURES)}", where=str(path), hint="name the file with one of these"
-        )
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UsageError("there is no such folder to write to", where=str(path), hint="make it, or name another")
-
-
-class Canvas:
-    """matplotlib's SVG backend as a sheet measured in CSS pixels, y downwards.
-
-    A drawing for a page takes the page's colours and font; a drawing for a file of its own (`file`) has its own.
-    """
-
-    def __init__(self, width: float, height: float, name: str, *, file: bool = False) -> None:
+    def __init__(self, width: float, height: float, name: str) -> None:
         self.width, self.height, self.name = width, height, name
-        self._colours = _LIGHT if file else _STAND_IN
-        self.figure = Figure(figsize=(width / 72, height / 72), dpi=72)  # one SVG unit is one pixel
-        self.figure.patch.set_visible(False)
-        self.drawn = 0
-        self.axes = self.figure.add_axes((0, 0, 1, 1))
-        self.axes.set_xlim(0, width)
-        self.axes.set_ylim(height, 0)
-        self.axes.set_axis_off()
+        self._parts: list[str] = []
 
-    def _add(self, artist: Line2D | Polygon | Rectangle | Circle) -> None:
-        artist.set_clip_on(False)
-        self.drawn += 1
-        artist.set_zorder(self.drawn)  # what is drawn later lies on top, whatever its kind
-        self.axes.add_artist(artist)
-        artist.set_clip_path(None)
-
-    def rect(
-        self,
-        x: float,
-        y: float,
-        w: float,
-        h: float,
-        *,
-        fill: str | None = None,
-        stroke: str | None = None,
-        gid: str | None = None,
-    ) -> None:
-        face, edge = self._colours[fill] if fill else "none", self._colours[stroke] if stroke else "none"
-        self._add(Rectangle((x, y), w, h, facecolor=face, edgecolor=edge, linewidth=1.0, gid=gid))
+    def rect(self, x: float, y: float, w: float, h: float, *, fill: str, gid: str | None = None) -> None:
+        self._add("rect", x=x, y=y, width=w, height=h, fill=_colour(fill), id=self._id(gid))
 
     def line(self, x0: float, y0: float, x1: float, y1: float, *, colour: str, weight: float = 1.0) -> None:
-        self._add(Line2D([x0, x1], [y0, y1], color=self._colours[colour], linewidth=weight, solid_capstyle="butt"))
-
-    def path(self, points: Sequence[tuple[float, float]], *, colour: str, weight: float = 1.0) -> None:
-        """A line through the points."""
-        xs, ys = zip(*points, strict=True)
-        self._add(Line2D(xs, ys, color=self._colours[colour], linewidth=weight, solid_joinstyle="round"))
+        self._add("line", x1=x0, y1=y0, x2=x1, y2=y1, stroke=_colour(colour), stroke_width=weight)
 
     def dot(
         self, x: float, y: float, radius: float, *, fill: str, stroke: str | None = None, gid: str | None = None
     ) -> None:
-        edge = self._colours[stroke] if stroke else "none"
-        self._add(Circle((x, y), radius, facecolor=self._colours[fill], edgecolor=edge, linewidth=1.6, gid=gid))
+        edge = _colour(stroke) if stroke else None
+        width = 1.6 if stroke else None
+        self._add("circle", cx=x, cy=y, r=radius, fill=_colour(fill), stroke=edge, stroke_width=width, id=self._id(gid))
 
     def diamond(self, x: float, y: float, size: float) -> None:
-        corners = [(x, y - size), (x + size, y), (x, y + size), (x - size, y)]
-        self._add(Polygon(corners, facecolor=self._colours["paper"], edgecolor=self._colours["limit"], linewidth=1.6))
+        corners = f"{x:.2f},{y - size:.2f} {x + size:.2f},{y:.2f} {x:.2f},{y + size:.2f} {x - size:.2f},{y:.2f}"
+        self._add("polygon", points=corners, fill=_colour("paper"), stroke=_colour("limit"), stroke_width=1.6)
 
     def text(
         self,
@@ -162,74 +104,29 @@ class Canvas:
         bold: bool = False,
         paper: bool = False,
     ) -> None:
-        """One line, centred on y; `paper` lays it on a patch of the page's colour."""
-        box = {"facecolor": self._colours["paper"], "edgecolor": "none", "pad": 0.5} if paper else None
-        self.drawn += 1
-        self.axes.text(
-            x,
-            y,
-            text,
-            ha=align,
-            va="center_baseline",
-            color=self._colours[colour],
-            fontsize=TEXT if bold else SMALL,
-            fontweight="bold" if bold else "normal",
-            parse_math=False,
-            bbox=box,
-            zorder=self.drawn,
-        )
+        """One line, centred on y; `paper` gives the letters a border of the page's colour."""
+        weight = {"font_size": 12.5, "font_weight": 650} if bold else {"font_size": 11}
+        halo = {"stroke": _colour("paper"), "stroke_width": 4, "paint_order": "stroke"} if paper else {}
+        place = {"x": x, "y": y, "text_anchor": _ANCHORS[align], "dominant_baseline": "central"}
+        self._add("text", text, **place, fill=_colour(colour), **weight, **halo)
 
     def svg(self, description: str) -> str:
-        """The drawing as an `<svg>` element for a page: no prologue, fonts or dates; its ids start with its name."""
-        out = io.StringIO()
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "slimheads", "path.simplify": False}):
-            FigureCanvasSVG(self.figure).print_svg(out, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-        text = out.getvalue()
-        text = text[text.index("<svg") :]
-        text = re.sub(r"<defs>\s*<style.*?</defs>", "", text, flags=re.S)  # its rule for all lines of all pages
-        text = re.sub(r'<g id="(?:patch|line2d|text)_\d+">\s*(<(path)[^>]*/>)\s*</g>', r"\1", text)
-        text = re.sub(r"<!--.*?-->\s*", "", text)
-        text = re.sub(r"<[^>]*>", _round, text)
-        text = re.sub(r"\n\s*", "\n", text)
-        text = re.sub(r"font: ((?:bold |700 )?)([\d.]+px)[^;\"]*", _font, text)  # matplotlib up to 3.9
-        text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # later ones
-        text = (
-            text.replace(' id="', f' id="{self.name}-')
-            .replace('"#', f'"#{self.name}-')
-            .replace("(#", f"(#{self.name}-")
+        """The drawing as an `<svg>` element; its ids start with its name."""
+        label, box = html.escape(description), f"0 0 {self.width:g} {self.height:g}"
+        opening = f'<svg role="img" aria-label="{label}" viewBox="{box}" class="plot">'
+        return "\n".join([opening, *self._parts, "</svg>"])
+
+    def _add(self, tag: str, text: str = "", **attributes: object) -> None:
+        written = "".join(
+            f' {name.replace("_", "-")}="{f"{value:.6g}" if isinstance(value, float) else value}"'
+            for name, value in attributes.items()
+            if value is not None
         )
-        for name, stand_in in _STAND_IN.items():
-            text = text.replace(stand_in, f"var(--{name}, {PALETTE[name][0]})")
-        label = html.escape(description, quote=True)
-        opening = f'<svg role="img" aria-label="{label}" viewBox="0 0 {self.width:g} {self.height:g}" class="plot">'
-        return re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1).strip()
+        self._parts.append(f"<{tag}{written}>{html.escape(text)}</{tag}>" if text else f"<{tag}{written}/>")
 
-    def write(self, path: Path, description: str) -> None:
-        """The drawing as a file of its own, .svg or .png by the path's ending (twice as many dots as pixels).
-
-        Raises:
-            UsageError: the file cannot be written.
-        """
-        self.figure.patch.set(visible=True, facecolor=_LIGHT["paper"])
-        try:
-            if path.suffix.lower() == ".png":
-                self.figure.set_dpi(144)
-                FigureCanvasAgg(self.figure).print_png(path, metadata={"Description": description, "Software": None})
-                return
-            size = f'xmlns="http://www.w3.org/2000/svg" width="{self.width:g}" height="{self.height:g}"'
-            text = self.svg(description).replace("<svg ", f'<svg {size} font-family="sans-serif" ', 1)
-            path.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            hint = "name another file"
-            raise UsageError(f"the picture cannot be written ({error.strerror})", where=str(path), hint=hint) from error
+    def _id(self, gid: str | None) -> str | None:
+        return gid and f"{self.name}-{gid}"
 
 
-def _round(tag: re.Match[str]) -> str:
-    """Coordinates to a hundredth of a pixel, which halves the page; text between tags keeps its digits."""
-    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag[0])
-
-
-def _font(found: re.Match[str]) -> str:
-    """Keep size and weight; the page's own font is inherited."""
-    weight = "; font-weight: 650" if found[1] else ""
-    return f"font-size: {found[2]}{weight}"
+def _colour(name: str) -> str:
+    return f"var(--{name})"

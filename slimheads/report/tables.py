@@ -11,7 +11,8 @@ from slimheads.report import wording
 from slimheads.report.markdown import Table, Verbatim, fenced, markdown_table
 
 if TYPE_CHECKING:
-    from slimheads.latency.graph_choice import GraphChoice, Treatment
+    from slimheads.latency.attribution import Treatment
+    from slimheads.latency.graph_choice import GraphChoice
     from slimheads.latency.records import Interval, Latency, Timing
     from slimheads.report.model import GateResult, Prediction, Report
     from slimheads.verification.certificate import Link

@@ -1,25 +1,58 @@
-"""Every sample of a measurement over time, so that anyone can see what the machine did while it was measured."""
+"""Every sample of a measurement over time, to show what the machine did while it was measured."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from slimheads import formatting as fmt
+from slimheads.errors import UsageError
 from slimheads.latency.records import Interval, Latency
-from slimheads.latency.sampling import Floats
 from slimheads.report import wording
-from slimheads.report.svg import Axis, Canvas
+from slimheads.report.svg import PALETTE
 
-WIDTH = 960.0  # px
-_HEAD, _PANEL, _FOOT = 40.0, 220.0, 26.0
-_COLOURS = ("dense", "slim", "limit")  # of the two files and of the control
+PICTURES = (".svg", ".png")
+_COLOURS = [PALETTE[name][0] for name in ("dense", "slim", "limit")]  # of the two files and of the control
+_STYLE = {
+    "axes.formatter.useoffset": False,
+    "axes.edgecolor": PALETTE["rule"][0],
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9,
+    "font.size": 9,
+    "grid.color": PALETTE["rule"][0],
+    "svg.fonttype": "none",
+    "svg.hashsalt": "slimheads",
+    "text.parse_math": False,
+    "xtick.color": PALETTE["muted"][0],
+    "ytick.color": PALETTE["muted"][0],
+}
+
+
+def require_picture(path: Path) -> None:
+    """Refuse a file that a picture cannot be written to, before there is one.
+
+    Raises:
+        UsageError: its ending is none of PICTURES, or its folder is missing.
+    """
+    if path.suffix.lower() not in PICTURES:
+        raise UsageError(
+            f"pictures are written as {' or '.join(PICTURES)}", where=str(path), hint="name the file with one of these"
+        )
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError("there is no such folder to write to", where=str(path), hint="make it, or name another")
 
 
 def write_timeline(rows: Sequence[Latency], path: Path, names: tuple[str, str] = ("dense", "slim")) -> None:
-    """Draw the samples of every row that was measured, a panel a row, to an .svg or .png file.
+    """Draw the samples of every measured row, one panel per row, to an .svg or .png file.
 
     Args:
         rows: as `bench` gives them; rows that were read back from JSON have no samples.
@@ -30,49 +63,54 @@ def write_timeline(rows: Sequence[Latency], path: Path, names: tuple[str, str] =
         UsageError: the file cannot be written.
     """
     measured = [row for row in rows if row.samples]
-    canvas = Canvas(WIDTH, _HEAD + _PANEL * max(1, len(measured)), "timeline", file=True)
-    _legend(canvas, names)
-    for index, row in enumerate(measured):
-        _panel(canvas, row, _HEAD + index * _PANEL)
-    if not measured:
-        canvas.text(0, _HEAD + 20, "nothing was measured", colour="muted")
     said = "; ".join(wording.latency_line(row) for row in measured) or "nothing was measured"
-    canvas.write(path, f"Samples of {names[0]}, {names[1]} and the control over time. {said}.")
+    title = f"Samples of {names[0]}, {names[1]} and the control over time. {said}."
+    with matplotlib.rc_context(_STYLE):
+        count = max(1, len(measured))
+        figure = Figure(figsize=(10, 0.5 + 2.3 * count), layout="constrained")
+        lines = [_draw(figure.add_subplot(count, 1, panel), row) for panel, row in enumerate(measured, start=1)]
+        if lines:
+            labels = (*names, f"control: {names[0]} once more")
+            figure.legend(lines[0], labels, loc="outside upper left", ncols=3, frameon=False)
+        else:
+            figure.text(0.02, 0.5, "nothing was measured")
+        metadata = {"Title": title} | ({"Date": None} if path.suffix.lower() == ".svg" else {"Software": None})
+        try:
+            figure.savefig(path, dpi=144, metadata=metadata)
+        except OSError as error:
+            hint = "name another file"
+            raise UsageError(f"the picture cannot be written ({error.strerror})", where=str(path), hint=hint) from error
 
 
-def _legend(canvas: Canvas, names: tuple[str, str]) -> None:
-    x = 8.0
-    for label, colour in zip((*names, f"control: {names[0]} once more"), _COLOURS, strict=True):
-        canvas.line(x, 14, x + 18, 14, colour=colour, weight=2.5)
-        canvas.text(x + 24, 14, label)
-        x += 54 + 6.4 * len(label)
-
-
-def _panel(canvas: Canvas, row: Latency, top: float) -> None:
+def _draw(axes: Any, row: Latency) -> list[Any]:
+    """Draw the panel of one row; returns one line of each of the dense, slim and control sessions, for the legend."""
     assert row.samples is not None
     roles = [np.array(times) for times in (row.samples.dense, row.samples.slim, row.samples.control)]
-    left, right, bottom = 64.0, WIDTH - 8, top + _PANEL - _FOOT
-    axis = _scale(np.concatenate([times.ravel() for times in roles]), bottom, top + 30)
-    canvas.text(8, top + 8, wording.latency_place(row), bold=True)
-    canvas.text(right, top + 8, f"{_found(row)} · {wording.latency_setup(row)}", align="right", colour="muted")
-    for tick in axis.ticks(5):
-        canvas.line(left, axis(tick), right, axis(tick), colour="rule")
-        canvas.text(left - 8, axis(tick), f"{tick:.{axis.decimals}f} ms", align="right", colour="muted")
-    sets = len(roles[0])
-    room = (right - left) / sets
-    for number in range(sets):
-        start = left + number * room
-        if number:
-            canvas.line(start, top + 30, start, bottom, colour="rule")
-        for times, colour in ((roles[2], _COLOURS[2]), (roles[0], _COLOURS[0]), (roles[1], _COLOURS[1])):
-            points = _points(times[number], start + 3, start + room - 3)
-            canvas.path([(x, max(axis(value), top + 30)) for x, value in points], colour=colour, weight=1.1)
-        if number % max(1, round(24 / room)) == 0:
-            canvas.text(start + room / 2, bottom + 12, str(number + 1), align="center", colour="muted")
-    canvas.text(8, bottom + 12, "set", colour="muted")
-    above = sum(int((times > axis.high).sum()) for times in roles)
-    if above:
-        canvas.text(right, top + 24, f"{fmt.plural(above, 'sample')} above the scale", align="right", colour="limit")
+    sets, first = len(roles[0]), []
+    for times, colour, order in zip(roles, _COLOURS, (2, 3, 1), strict=True):
+        for number, samples in enumerate(times, start=1):
+            place = np.linspace(number - 0.48, number + 0.48, len(samples)) if len(samples) > 1 else [number]
+            (line,) = axes.plot(place, samples, color=colour, linewidth=0.8, zorder=2 + order)
+        first.append(line)
+    for number in range(1, sets):
+        axes.axvline(number + 0.5, color=PALETTE["rule"][0], linewidth=0.8)
+    values = np.concatenate([times.ravel() for times in roles])
+    low, most, high = float(values.min()), float(np.percentile(values, 99)), float(values.max())
+    if high - low > 2 * (most - low):  # a few slow samples would flatten the rest
+        high = most
+    margin = 0.08 * (high - low) or 0.05 * high
+    axes.set_ylim(low - margin, high + margin)
+    axes.set_xlim(0.5, sets + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(min(sets, 30), integer=True))
+    axes.set_ylabel("ms", color=PALETTE["muted"][0])
+    axes.set_xlabel("set", loc="left", color=PALETTE["muted"][0])
+    axes.set_title(wording.latency_place(row), loc="left", fontweight="bold")
+    axes.set_title(f"{_found(row)} · {wording.latency_setup(row)}", loc="right", color=PALETTE["muted"][0])
+    if above := int((values > high + margin).sum()):
+        text = f"{fmt.plural(above, 'sample')} above the scale"
+        below = {"xycoords": "axes fraction", "xytext": (0, -24), "textcoords": "offset points"}
+        axes.annotate(text, (1, 0), **below, ha="right", va="center", color=_COLOURS[2])
+    return first
 
 
 def _found(row: Latency) -> str:
@@ -84,22 +122,3 @@ def _found(row: Latency) -> str:
 def _span(interval: Interval) -> str:
     estimate, low, high = wording.span(interval)
     return f"{estimate}x ({low} to {high})"
-
-
-def _scale(times: Floats, bottom: float, top: float) -> Axis:
-    """From the quickest sample to the slowest, or to where all but a hundredth lie: a hiccup would flatten the rest."""
-    low, most, slowest = float(times.min()), float(np.percentile(times, 99)), float(times.max())
-    return Axis(low, slowest if slowest - low < 2 * (most - low) else most, bottom, top)
-
-
-def _points(times: Floats, start: float, end: float) -> list[tuple[float, float]]:
-    """Samples in order from start to end, px; the least and the greatest of each two pixels where they are many."""
-    columns = max(1, int((end - start) / 2))
-    if len(times) <= 2 * columns:
-        place = np.linspace(start, end, len(times)) if len(times) > 1 else [(start + end) / 2]
-        return [(float(x), float(value)) for x, value in zip(place, times, strict=True)]
-    points = []
-    for x, part in zip(np.linspace(start, end, columns), np.array_split(times, columns), strict=True):
-        ends = (part.min(), part.max()) if part.argmin() < part.argmax() else (part.max(), part.min())
-        points += [(float(x), float(value)) for value in ends]
-    return points

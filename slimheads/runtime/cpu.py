@@ -1,4 +1,4 @@
-"""What the processor at hand can do, as far as int8 graphs depend on it."""
+"""The CPU's instruction sets, on which int8 graphs depend."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from slimheads.errors import EnvironmentLackError
 from slimheads.names import Int8For
 
 _ARM = frozenset({"aarch64", "arm64"})
-# Instructions that add products of bytes in 32 bits; ONNX Runtime's kernels use either.
+# Instructions that add products of bytes in 32 bits; ONNX Runtime has kernels for both.
 _ADD_IN_32_BITS = frozenset({"avx512_vnni", "avx_vnni"})
-# CPUs whose weights have all 8 bits: their sums are right only where products are added in 32 bits.
+# Targets with full 8-bit weights: sums are right only if products are added in 32 bits.
 _FULL_RANGE: Mapping[str, str] = MappingProxyType({"avx512_vnni": "a CPU with VNNI", "arm64": "an ARM CPU"})
 
 
 def cpu_features() -> tuple[str, ...] | None:
-    """The instruction sets of this CPU by Linux's names (avx2, avx512_vnni, i8mm); None where torch is too old to tell.
+    """The CPU's instruction sets by Linux's names (avx2, avx512_vnni, i8mm); None if torch is too old to list them.
 
-    From the cpuinfo library inside torch, which ONNX Runtime chooses its kernels by as well.
+    From the cpuinfo library inside torch. ONNX Runtime chooses its kernels by the same library.
     """
-    import torch  # not before it is needed: small commands do without it
+    import torch  # here, because small commands do not need it
 
     capabilities = getattr(torch.cpu, "get_capabilities", None)
     if capabilities is None:
@@ -30,10 +30,10 @@ def cpu_features() -> tuple[str, ...] | None:
 
 
 def require_int8_target(int8_for: Int8For) -> None:
-    """Refuses full-range int8 weights where this CPU cannot add up their products as their target does.
+    """Refuses full-range int8 weights on a CPU that cannot add their products in 32 bits.
 
     Raises:
-        EnvironmentLackError: what is exported could be neither proven nor measured here.
+        EnvironmentLackError: the graph could be neither verified nor measured on this machine.
     """
     target = _FULL_RANGE.get(int8_for)
     if target is None or platform.machine().lower() in _ARM:
@@ -41,9 +41,9 @@ def require_int8_target(int8_for: Int8For) -> None:
     features = cpu_features()
     if features is not None and _ADD_IN_32_BITS & set(features):
         return
-    said = "has no VNNI" if features is not None else "may have no VNNI (this torch does not tell)"
+    lack = "has no VNNI" if features is not None else "may have no VNNI (this torch does not list CPU features)"
     raise EnvironmentLackError(
-        f"int8 for {int8_for} is right on {target}, and this CPU {said}: it would add products in 16 bits and overflow",
+        f"int8 for {int8_for} needs {target}, and this CPU {lack}: it would add products in 16 bits and overflow",
         keys=("export.int8_for",),
-        hint="use export.int8_for: any, which is right on every CPU, or run on a machine that has it",
+        hint="use export.int8_for: any, which works on every CPU, or run on such a machine",
     )

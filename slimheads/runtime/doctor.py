@@ -1,4 +1,4 @@
-"""What `slimheads doctor` checks: whether this machine has what a run needs."""
+"""`slimheads doctor`: checks whether this machine has what a run needs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from pydantic import BaseModel, ConfigDict
 
-from slimheads.runtime.environment import GIB, PACKAGES, available_memory, installed, runtime_providers, usable_cores
+from slimheads.errors import one_line
+from slimheads.names import GIB
+from slimheads.runtime.environment import PACKAGES, available_memory, installed, runtime_providers, usable_cores
 
 MIN_PYTHON = ">=3.11"
-
-
 MIN_CORES = 2  # bench.threads unless the recipe says otherwise
-
-
 MIN_MEMORY = 2.5 * GIB  # what the MiniLM recipe may take at most
-
-
 MIN_DISK = 2 * GIB  # both exports and the stage records of a BERT-base-sized model
 
 
@@ -37,14 +33,14 @@ class Check(BaseModel):
     ok: bool
     found: str
     expected: str
-    hint: str | None  # what to do; null where nothing is to be done
+    hint: str | None  # what to do; null if the check passed
 
 
 def doctor(folder: Path | None = None) -> list[Check]:
-    """Whether this machine can run slimheads, one check a requirement.
+    """Whether this machine can run slimheads, one check per requirement.
 
     Args:
-        folder: where the output would go (its disk is measured); the working directory by default.
+        folder: where the output would go (the free space of its disk is checked); the working directory by default.
     """
     memory, free = available_memory(), shutil.disk_usage(folder or Path.cwd()).free
     cores = usable_cores()
@@ -61,27 +57,27 @@ def doctor(folder: Path | None = None) -> list[Check]:
             hint=None if cores >= MIN_CORES else "set bench.threads to 1 in the recipe, or give the process more cores",
         ),
         _check_room("memory", memory, MIN_MEMORY, "close other programs, or raise the container's memory limit"),
-        _check_room("disk", free, MIN_DISK, "free some space, or choose another folder with --out"),
+        _check_room("disk", free, MIN_DISK, "free some space, or choose another output folder"),
         _check_temp(),
         _check_plots(),
     ]
 
 
 def requirements() -> list[Requirement]:
-    """What slimheads itself requires, from its own package metadata; names without ranges in a bare checkout."""
+    """The requirements in slimheads' package metadata; names without versions if it is not installed."""
     try:
         lines = metadata.requires("slimheads") or []
     except metadata.PackageNotFoundError:
         return [Requirement(name) for name in PACKAGES]
     wanted = [Requirement(line) for line in lines]
-    return [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return [item for item in wanted if item.marker is None or item.marker.evaluate({"extra": ""})]
 
 
 def _check_python() -> Check:
     found = platform.python_version()
     try:
         wanted = str(metadata.metadata("slimheads").json.get("requires_python", MIN_PYTHON))
-    except metadata.PackageNotFoundError:  # a bare checkout
+    except metadata.PackageNotFoundError:  # not installed
         wanted = MIN_PYTHON
     ok = SpecifierSet(wanted).contains(found, prereleases=True)
     hint = None if ok else f"make a virtual environment with Python {wanted}"
@@ -106,7 +102,7 @@ def _check_packages() -> list[Check]:
 
 
 def _check_absent(package: str) -> Check:
-    """transformers runs code from the hub that a config.json names when `kernels` is installed (CVE-2026-4372)."""
+    """With `kernels` installed, transformers runs code from the hub that a config.json names (CVE-2026-4372)."""
     found = installed(package)
     hint = None if found is None else f"pip uninstall {package}: with it a config.json can make transformers run code"
     return Check(
@@ -148,7 +144,7 @@ def _check_plots(draw: Callable[[], None] | None = None) -> Check:
     try:
         (draw or _draw_once)()
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        found = " ".join(f"{type(error).__name__}: {error}".split())
+        found = f"{type(error).__name__}: {one_line(error)}"
         hint = "reinstall matplotlib, and set MPLCONFIGDIR to a writable folder"
         return Check(name="plots", ok=False, found=found, expected="matplotlib draws without a display", hint=hint)
     return Check(name="plots", ok=True, found="drawn to SVG", expected="matplotlib draws without a display", hint=None)

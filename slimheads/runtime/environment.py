@@ -1,4 +1,4 @@
-"""Where a run happened (the environment record), and whether this machine can do one (`slimheads doctor`)."""
+"""The environment record of a run: software, hardware, and the conditions during a measurement."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from slimheads import __version__
 from slimheads.runtime.memory import available_bytes, physical_cores, total_bytes
 
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime")
-STAND_INS = {"onnxruntime": ("onnxruntime-gpu",)}  # other builds of the same package, under names of their own
-GIB = 1024**3
+OTHER_BUILDS = {"onnxruntime": ("onnxruntime-gpu",)}  # the same package under another name
 CGROUPS = Path("/sys/fs/cgroup")
 CPUS = Path("/sys/devices/system/cpu")
 
@@ -36,7 +35,7 @@ class Gpu(BaseModel):
 
 
 class Environment(BaseModel):
-    """Software and hardware of one run. Holds no host name, user name or path, so that it can be shown to anyone."""
+    """Software and hardware of one run, without host name, user name or path, so that it can be published."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     slimheads: str
@@ -45,10 +44,10 @@ class Environment(BaseModel):
     platform: str  # "Linux 6.1 x86_64"
     cpu: str
     cpu_features: tuple[str, ...] | None = None  # instruction sets by Linux's names; null: not read
-    cores_physical: int | None  # null: the system does not tell
+    cores_physical: int | None  # null: unknown
     cores_logical: int | None
-    cores_usable: float  # what affinity and the control group leave to this process; may be a fraction
-    memory_bytes: int  # the smaller of the machine's and the control group's
+    cores_usable: float  # by affinity and control group; may be a fraction
+    memory_bytes: int  # of the machine or the control group, the smaller
     memory_available_bytes: int
     load_average: tuple[float, float, float] | None  # at the start, over 1, 5 and 15 minutes; null on Windows
     cpu_governor: str | None  # null: not readable
@@ -57,16 +56,16 @@ class Environment(BaseModel):
     cpu_boost: bool | None = None  # whether clocks above the nominal one are allowed; null: not readable
     providers: tuple[str, ...]  # what this onnxruntime was built with
     onnxruntime_telemetry: Literal["off"] | None = None  # null: onnxruntime is not installed
-    gpus: tuple[Gpu, ...] | None = None  # null, with the reason, where CUDA is not used or they cannot be listed
+    gpus: tuple[Gpu, ...] | None = None  # null, with a reason, if CUDA is not used or they cannot be listed
     gpu_reason: str | None = None
     session_options: dict[str, dict[str, JsonValue]]  # by provider of the run
 
 
 class Conditions(BaseModel):
-    """What changes while a measurement goes on: at its start and at its end; null where the system does not tell."""
+    """Load and clock at the start and the end of a measurement; null if unknown."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    load_start: float | None  # processes that ran or waited for a core, mean over the last minute
+    load_start: float | None  # processes running or waiting for a core, mean over the last minute
     load_end: float | None
     cpu_mhz_start: float | None  # mean over the cores
     cpu_mhz_end: float | None
@@ -78,9 +77,9 @@ def environment(
     """The environment as it is now; call it when a run starts.
 
     Args:
-        session_options: JSON data: the ONNX Runtime options of the run by provider, as recorded by whoever opens the
-            sessions. GPUs are looked for where `cuda` is among these.
-        cpu_features: as `slimheads.cpu` reads them, which takes torch.
+        session_options: the ONNX Runtime options of the run by provider, as JSON data (see
+            `sessions.session_options_record`). GPUs are listed if `cuda` is among the providers.
+        cpu_features: from `cpu.cpu_features`, which imports torch.
     """
     providers, telemetry = runtime_providers()
     gpus, gpu_reason = _gpus() if "cuda" in (session_options or {}) else (None, "the run does not use CUDA")
@@ -110,7 +109,7 @@ def environment(
 
 
 class Watch:
-    """Made at a measurement's start; says at its end under which conditions it went on."""
+    """Reads the conditions of a measurement: create it at the start, call `conditions` at the end."""
 
     def __init__(self) -> None:
         self._load, self._mhz = _load(), _frequency_mhz()
@@ -123,7 +122,7 @@ class Watch:
 
 
 def usable_cores() -> float:
-    """The cores that affinity and the control group leave to this process; a quota of half a core gives 0.5."""
+    """The cores that affinity and control group allow this process; a quota of half a core gives 0.5."""
     affinity = getattr(os, "sched_getaffinity", None)  # macOS and Windows have none
     cores = float(len(affinity(0)) if affinity else os.cpu_count() or 1)
     quota = _cgroup_cores(CGROUPS)
@@ -134,7 +133,7 @@ def usable_cores() -> float:
 
 
 def _platform() -> str:
-    """System, kernel version without the builder's own suffix, and architecture."""
+    """System, kernel version without the distribution's suffix, and architecture."""
     release = ".".join(platform.release().split("-")[0].split(".")[:2])
     return " ".join(part for part in (platform.system(), release, platform.machine()) if part)
 
@@ -160,7 +159,7 @@ def _load() -> float | None:
 
 
 def _frequency_mhz() -> float | None:
-    """The cores' mean clock now; virtual machines often tell it in /proc/cpuinfo only."""
+    """The mean clock of the cores now; in virtual machines often only /proc/cpuinfo has it."""
     scaled = (_megahertz(path) for path in CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
     found = [clock for clock in scaled if clock is not None] or _cpuinfo_clocks(_read(Path("/proc/cpuinfo")) or "")
     return sum(found) / len(found) if found else None
@@ -175,7 +174,7 @@ def _megahertz(path: Path) -> float | None:
 
 
 def _boost(cpus: Path) -> bool | None:
-    """Whether the processor may go above its nominal clock: two drivers say so in two ways, others in none."""
+    """Whether the CPU may exceed its nominal clock. Two drivers report it in different files, others not at all."""
     if (allowed := _read(cpus / "cpufreq/boost")) in ("0", "1"):
         return allowed == "1"
     if (forbidden := _read(cpus / "intel_pstate/no_turbo")) in ("0", "1"):
@@ -184,7 +183,7 @@ def _boost(cpus: Path) -> bool | None:
 
 
 def _gpus() -> tuple[tuple[Gpu, ...] | None, str | None]:
-    """The GPUs that the driver lists, or why there is no list."""
+    """The GPUs that the driver lists, or the reason why there is no list."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return None, "nvidia-smi is not on the path"
     query = [tool, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -199,7 +198,7 @@ def _gpus() -> tuple[tuple[Gpu, ...] | None, str | None]:
 
 
 def _read(path: Path) -> str | None:
-    """The file's text, or None where the system does not offer it."""
+    """The file's text, or None if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -207,14 +206,14 @@ def _read(path: Path) -> str | None:
 
 
 def _cgroup_folders(root: Path, own: str | None) -> list[Path]:
-    """The control groups this process is in, innermost first: every one of them can set a limit."""
+    """The control groups of this process, innermost first. Each of them can set a limit."""
     inside = next((line[3:].strip("/") for line in (own or "").splitlines() if line.startswith("0::")), "")
     parts = [*filter(None, inside.split("/"))]
     return [root.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
 
 
 def _cgroup_cores(root: Path) -> float | None:
-    """The tightest CPU quota in cores, from cgroup v2 (`cpu.max`: "150000 100000") or v1; None without one."""
+    """The smallest CPU quota in cores, from cgroup v2 (`cpu.max`: "150000 100000") or v1; None if there is none."""
     found: list[float] = []
     for folder in _cgroup_folders(root, _read(Path("/proc/self/cgroup"))):
         quota, _, period = (_read(folder / "cpu.max") or "max").partition(" ")
@@ -227,7 +226,7 @@ def _cgroup_cores(root: Path) -> float | None:
 
 
 def _cgroup_memory(root: Path) -> int | None:
-    """The tightest memory limit in bytes, from cgroup v2 or v1; None without one."""
+    """The smallest memory limit in bytes, from cgroup v2 or v1; None if there is none."""
     folders = _cgroup_folders(root, _read(Path("/proc/self/cgroup")))
     texts = [_read(folder / "memory.max") for folder in folders] + [_read(root / "memory/memory.limit_in_bytes")]
     # cgroup v1 writes "no limit" as a number near 2**63.
@@ -236,6 +235,7 @@ def _cgroup_memory(root: Path) -> int | None:
 
 
 def available_memory() -> int:
+    """Bytes that this process can still use, by the machine and its control groups."""
     return min(available_bytes(), _cgroup_memory(CGROUPS) or maxsize)
 
 
@@ -243,15 +243,15 @@ def available_memory() -> int:
 
 
 def installed(package: str) -> str | None:
-    """The installed version of a package, or of the build that stands in for it; None where there is neither."""
-    for name in (package, *STAND_INS.get(package, ())):
+    """The installed version of a package or of another build of it; None if neither is installed."""
+    for name in (package, *OTHER_BUILDS.get(package, ())):
         with suppress(metadata.PackageNotFoundError):
             return metadata.version(name)
     return None
 
 
 def runtime_providers() -> tuple[tuple[str, ...], Literal["off"] | None]:
-    """The providers of the installed onnxruntime, and what became of its telemetry."""
+    """The providers of the installed onnxruntime, and that its telemetry is off; empty if it is not installed."""
     try:
         from slimheads.runtime.onnx_runtime import TELEMETRY, onnxruntime
     except ImportError:

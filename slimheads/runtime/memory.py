@@ -1,6 +1,6 @@
-"""Memory: the machine's, what of this process is resident now, its peak over some work, and what of it is mapped files.
+"""Memory of the machine and of this process: its peak during some work, and mapped files.
 
-Windows has no `resource`. Where a Python on Linux has none either, psutil cannot be imported, and /proc says the same.
+Windows has no `resource`. If a Python on Linux lacks it, psutil cannot be imported either, and /proc has the same data.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ except ImportError:
 
 
 class PeakMemory:
-    """Starts a new peak where the system can (Linux); elsewhere the peak is the process's since it began."""
+    """Starts a new peak measurement on Linux; elsewhere the peak is that of the whole process so far."""
 
     def __init__(self) -> None:
-        with suppress(OSError):  # not Linux, or not allowed here: the peak so far is then what is reported
+        with suppress(OSError):  # not Linux, or not allowed: the peak then includes what was before
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def megabytes(self) -> float:
@@ -47,30 +47,24 @@ def total_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """What of it could be taken now without swapping."""
+    """Memory that could be allocated now without swapping."""
     return int(psutil.virtual_memory().available) if psutil else _proc("meminfo", "MemAvailable") or 0
 
 
-def resident_megabytes() -> float:
-    """What is resident now, in MiB."""
-    resident = psutil.Process().memory_info().rss if psutil else _proc("self/status", "VmRSS") or 0
-    return round(resident / 2**20, 1)
-
-
 def physical_cores() -> int | None:
-    """The machine's cores, each counted once; None where the system does not tell."""
+    """The machine's cores without hyper-threads; None if unknown."""
     return psutil.cpu_count(logical=False) if psutil else None
 
 
 def _proc(file: str, name: str) -> int | None:
-    """A line `name: 123 kB` of a file below /proc, in bytes; None where there is none."""
+    """The value of a line `name: 123 kB` in a file of /proc, in bytes; None if there is none."""
     path = Path("/proc", file)
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
 class MappedFiles:
-    """Where files are mapped into this process's memory; nowhere, as far as can be told, where there is no /proc."""
+    """The address ranges at which files are mapped into this process; none if there is no /proc."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         names, maps = {str(file.resolve()) for file in files}, Path("/proc/self/maps")
@@ -81,17 +75,17 @@ class MappedFiles:
         self._spans = [(int(begin, 16), int(end, 16)) for begin, end in spans]
 
     def hold(self, address: int) -> bool:
-        """Whether this address lies in one of the files."""
+        """Whether this address is inside one of the files."""
         return any(begin <= address < end for begin, end in self._spans)
 
-    def give_back(self, address: int, size: int) -> None:
-        """Gives the pages that lie wholly in these bytes of a file back to the system; read again, they are the file's.
+    def release(self, address: int, size: int) -> None:
+        """Frees the pages that are wholly inside these bytes of a file. The system reads them again when needed.
 
         Raises:
-            ValueError: the bytes are not a file's.
+            ValueError: the bytes are not inside one of the files.
         """
         if not self.hold(address) or not self.hold(address + size - 1):
-            raise ValueError("these bytes lie in none of the files")
+            raise ValueError("these bytes are not inside one of the files")
         begin, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > begin:
             libc = ctypes.CDLL(None)

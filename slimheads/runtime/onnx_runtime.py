@@ -1,9 +1,9 @@
 """The one place where ONNX Runtime is imported: with its telemetry off, before any session is opened.
 
-ONNX Runtime 1.32 sends usage events to its vendor unless it is told not to. The package sets ORT_DISABLE_TELEMETRY, for
-what ONNX Runtime does while it is imported and for child processes; the call below is for a process that imported
-onnxruntime, or changed the variable, before slimheads. A module that imports a submodule of onnxruntime, or optimum's
-use of it, imports this one too.
+ONNX Runtime 1.32 sends usage events to its vendor by default. The package sets ORT_DISABLE_TELEMETRY, which covers the
+import of ONNX Runtime and child processes. The call below covers processes that imported onnxruntime, or changed the
+variable, before slimheads. A module that imports a submodule of onnxruntime, or optimum code that uses it, imports this
+module too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Silence while other libraries load, save, export, optimize and quantize."""
+"""Suppresses the messages of other libraries while they load, save, export, optimize and quantize."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import transformers
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Their warnings are about graphs in general; the certificate tells whether this one is right.
+    """No warnings, log lines or prints. The warnings are about graphs in general; the certificate checks this one.
 
-    Nor do they print: on stdout only data may appear.
+    Prints are suppressed because stdout is only for data.
     """
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -29,7 +29,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silences what transformers logs, warns of and draws: what matters of it is checked by the caller and raised."""
+    """No logs, warnings or progress bars of transformers; the caller checks what matters and raises it."""
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

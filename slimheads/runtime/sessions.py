@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions that are what they claim to be: opened on a named provider, and really running there."""
+"""ONNX Runtime sessions on a named provider, with a check that they really run there."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any
 import onnx
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from slimheads.errors import EnvironmentLackError, UsageError, require_known
+from slimheads.errors import EnvironmentLackError, UsageError, one_line, require_known
 from slimheads.runtime.onnx_runtime import onnxruntime
 
 PROVIDERS = MappingProxyType({"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"})
-_DEVICES = MappingProxyType({"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"})  # where tensors lie
+_DEVICES = MappingProxyType({"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"})  # for IO binding
 
 # ONNX Runtime's exceptions share no base class but Exception.
 ORT_ERRORS: tuple[type[Exception], ...] = (
@@ -32,12 +32,12 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
 )
 
-# Every measurement and every check keeps several sessions in one process. By default the worker threads of a session go
-# on spinning after its run and take the cores from the session that runs next: measured on 4 cores with three sessions
-# of 2 threads, a 3.5 ms model read 5.5 ms with twice the spread. Workers still spin within a run.
+# Measurements and checks keep several sessions in one process. By default the worker threads of a session spin after
+# its run and take the cores from the session that runs next: on 4 cores with three sessions of 2 threads, a 3.5 ms
+# model measured 5.5 ms with twice the spread. With this option workers spin only within a run.
 _CONFIG_ENTRIES = MappingProxyType({"session.force_spinning_stop": "1"})
 _PLACEMENT = "session.record_ep_graph_assignment_info"
-_QUIET = 4  # only fatal messages: what goes wrong is raised, once
+_FATAL_ONLY = 4  # other problems are raised as errors
 
 
 def open_session(
@@ -46,11 +46,11 @@ def open_session(
     """Open an ONNX file for sequential execution.
 
     Args:
-        path: the ONNX file; its external data, if any, lies beside it.
+        path: the ONNX file; its external data, if any, is beside it.
         provider: `cpu` or `cuda`.
-        threads: threads within an operator (at least 1); between operators there is always one.
+        threads: threads within an operator (at least 1). Operators run one after the other.
         optimize: all of ONNX Runtime's graph optimizations, or none.
-        placement: note which operator runs where, for `placement_of`.
+        placement: record which operator runs on which provider, for `placement_of`.
 
     Raises:
         UsageError: the provider's name is unknown, or the file is missing, damaged or not a model ONNX Runtime can run.
@@ -58,10 +58,10 @@ def open_session(
     """
     path, wanted = Path(path), _provider_name(provider)
     if threads < 1:
-        raise UsageError(f"{threads} threads were asked for", keys=("bench.threads",), hint="give 1 or more")
+        raise UsageError(f"threads is {threads}", keys=("bench.threads",), hint="use 1 or more")
     require_provider(provider)
     if not path.is_file():
-        raise UsageError("there is no such ONNX file", where=str(path), hint="check the path")
+        raise UsageError("the ONNX file does not exist", where=str(path), hint="check the path")
     _load_libraries(wanted)
     options = _options(threads, optimize)
     if placement:
@@ -70,7 +70,7 @@ def open_session(
         session = onnxruntime.InferenceSession(str(path), options, providers=_with_cpu(wanted))
     except ORT_ERRORS as error:
         raise UsageError(
-            f"ONNX Runtime cannot open the file ({_one_line(error)})", where=str(path), hint="export it again"
+            f"ONNX Runtime cannot open the file ({one_line(error)})", where=str(path), hint="export it again"
         ) from error
     session.disable_fallback()
     if (real := session.get_providers()[0]) != wanted:
@@ -84,7 +84,7 @@ def open_session(
 
 
 def require_provider(provider: str) -> None:
-    """Refuse a provider that the installed onnxruntime lacks; onnxruntime itself would fall back to the CPU.
+    """Refuse a provider that the installed onnxruntime lacks. onnxruntime itself would fall back to the CPU.
 
     Raises:
         UsageError: the provider's name is unknown.
@@ -100,14 +100,14 @@ def require_provider(provider: str) -> None:
 
 
 def device_of(session: onnxruntime.InferenceSession) -> str:
-    """Where a session's tensors lie: `cpu` or `cuda`, as ONNX Runtime's IO binding calls them."""
+    """The device of a session's tensors, by the name that ONNX Runtime's IO binding uses: `cpu` or `cuda`."""
     return _DEVICES[session.get_providers()[0]]
 
 
 def placement_of(session: onnxruntime.InferenceSession) -> dict[str, int]:
-    """How many operators of a session run on each provider; it must have been opened with `placement`.
+    """How many operators of a session run on each provider; open the session with `placement`.
 
-    A session whose first provider is CUDA runs on the CPU what CUDA lacks, and that may be all of it.
+    Operators that CUDA lacks run on the CPU, which can be all of them.
     """
     found: Counter[str] = Counter()
     for part in session.get_provider_graph_assignment_info():
@@ -118,7 +118,7 @@ def placement_of(session: onnxruntime.InferenceSession) -> dict[str, int]:
 def session_options_record(provider: str = "cpu", threads: int = 2) -> dict[str, Any]:
     """The options `open_session` sets and those that the provider has, as JSON data for the environment record.
 
-    `provider_options` are read off a session of one operator; null, with `provider_reason`, where there can be none.
+    `provider_options` come from a session with one operator; null, with `provider_reason`, if it cannot be opened.
     """
     options = _options(threads, optimize=True)
     found, reason = _provider_options(provider, options)
@@ -159,7 +159,7 @@ def _options(threads: int, optimize: bool) -> onnxruntime.SessionOptions:
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-    options.log_severity_level = _QUIET
+    options.log_severity_level = _FATAL_ONLY
     for key, value in _CONFIG_ENTRIES.items():
         options.add_session_config_entry(key, value)
     return options
@@ -167,21 +167,17 @@ def _options(threads: int, optimize: bool) -> onnxruntime.SessionOptions:
 
 @cache
 def _load_libraries(provider: str) -> None:
-    """CUDA's and cuDNN's libraries from their own Python packages, where no search path leads to them."""
+    """Loads CUDA's and cuDNN's libraries from their Python packages, which are on no library search path."""
     if provider == PROVIDERS["cuda"]:
-        with redirect_stdout(sys.stderr):  # it prints what it does not find; stdout is for data
+        with redirect_stdout(sys.stderr):  # it prints what it does not find, and stdout is only for data
             onnxruntime.preload_dlls()
 
 
 def _with_cpu(provider: str) -> list[str]:
-    """Operators that a GPU provider lacks run on the CPU."""
+    """The provider, then the CPU for operators that it lacks."""
     return list(dict.fromkeys([provider, PROVIDERS["cpu"]]))
 
 
 def _provider_name(provider: str) -> str:
     require_known("bench.providers", provider, PROVIDERS)
     return PROVIDERS[provider]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,4 +1,4 @@
-"""How a text becomes one embedding: what sentence-transformers' modules make of its token states, or their mean."""
+"""From token states to one embedding per text: by the folder's sentence-transformers modules, or as the mean."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from slimheads.errors import ModelRefusedError, in_short
+from slimheads.errors import ModelRefusedError, first_line, one_line
 from slimheads.intake.json_files import read_json_as
 from slimheads.side_files.sentence_modules import (
     MODULES,
@@ -25,7 +25,7 @@ from slimheads.side_files.sentence_modules import (
     transformer_settings,
 )
 
-# Modes in the order in which those of one config are joined, with the older keys that turn each on.
+# Pooling modes in the order in which they are concatenated, and the older config keys for them.
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 _OLD_KEYS = {
     "cls": "pooling_mode_cls_token",
@@ -40,10 +40,10 @@ Step = Callable[[torch.Tensor], torch.Tensor]  # [.., width] -> [.., width]
 
 @dataclass(frozen=True)
 class Embedding:
-    """From token states to one embedding a text, and what is done to a text before.
+    """How texts are prepared and token states become one embedding per text.
 
-    `modes` of pooling are joined along the width; `after` follows, in order. `prompt` stands before each text; where
-    it is not `pooled`, its tokens are left out of the pooling.
+    The pooling `modes` are concatenated along the width, then the steps in `after` follow in order. `prompt` is put
+    before each text; unless `prompt_pooled`, its tokens are left out of the pooling.
     """
 
     modes: tuple[str, ...] = ("mean",)
@@ -53,13 +53,13 @@ class Embedding:
     max_tokens: int | None = None
     before: tuple[Step, ...] = ()  # on token states
     after: tuple[Step, ...] = ()
-    names: tuple[str, ...] = ()  # of the steps, as the folder names them
+    names: tuple[str, ...] = ()  # of the steps, by their folders
 
     def __str__(self) -> str:
         return ", then ".join([" and ".join(self.modes), *self.names])
 
     def texts(self, texts: Sequence[str]) -> list[str]:
-        """What is given to the tokenizer."""
+        """The texts as the tokenizer gets them."""
         return [self.prompt + (text.lower() if self.lower else text) for text in texts]
 
     def pool(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -67,7 +67,7 @@ class Embedding:
 
         Args:
             states: [texts, positions, width], of any float dtype.
-            mask: int64 [texts, positions], right-padded: 1 where a token counts.
+            mask: int64 [texts, positions], right-padded: 1 for tokens to pool.
         """
         for step in self.before:
             states = step(states)
@@ -81,7 +81,7 @@ MEAN = Embedding()
 
 
 def embedding_of(folder: Path) -> Embedding:
-    """How a sentence-transformers folder embeds; the mean of the token states where it does not say.
+    """The embedding of a sentence-transformers folder; the mean of the token states if it defines none.
 
     Raises:
         ModelRefusedError: as `sentence_modules`, or a module's settings or weights are damaged.
@@ -112,16 +112,16 @@ def embedding_of(folder: Path) -> Embedding:
 
 
 def require_embedding(folder: Path, width: int) -> None:
-    """Fails where a folder's modules do not take token states of this width.
+    """Checks that a folder's modules accept token states of this width.
 
     Raises:
-        ModelRefusedError: as `embedding_of`, or naming modules.json.
+        ModelRefusedError: as `embedding_of`, or the width does not fit.
     """
     try:
         embedding_of(folder).pool(torch.zeros((1, 1, width)), torch.ones((1, 1), dtype=torch.long))
     except RuntimeError as error:
         raise ModelRefusedError(
-            f"the modules do not fit a model of width {width} ({in_short(error)})",
+            f"the modules do not fit a model of width {width} ({first_line(error)})",
             where=str(folder / MODULES),
             hint="fetch the model folder again",
         ) from error
@@ -134,7 +134,7 @@ def _modes(folder: Path, pooling: SentenceModule, settings: dict[str, Any]) -> t
     modes = (named,) if isinstance(named, str) else tuple(named) if isinstance(named, list) else ()
     if not modes or not set(modes) <= set(MODES):
         raise ModelRefusedError(
-            f"there is no pooling {json.dumps(named)}",
+            f"unknown pooling_mode {json.dumps(named)}",
             where=str(folder / pooling.path / "config.json"),
             hint=f"use one of {', '.join(MODES)}",
         )
@@ -142,7 +142,7 @@ def _modes(folder: Path, pooling: SentenceModule, settings: dict[str, Any]) -> t
 
 
 def _prompt(folder: Path) -> str:
-    """What a client puts before a text that comes without a name of a prompt."""
+    """The prompt that a client puts before each text by default."""
     path = folder / "config_sentence_transformers.json"
     settings = read_json_as(path, dict) or {}
     prompts, name = settings.get("prompts") or {}, settings.get("default_prompt_name")
@@ -157,7 +157,7 @@ def _prompt(folder: Path) -> str:
 
 def _step(folder: Path, module: SentenceModule) -> Step | None:
     if module.kind not in ("Dense", "LayerNorm"):
-        return None  # what normalises or drops out changes no cosine
+        return None  # normalisation and dropout do not change a cosine
     path = folder / module.path / "model.safetensors"
     try:
         weights = {name: tensor.float() for name, tensor in load_file(path).items()}
@@ -168,7 +168,7 @@ def _step(folder: Path, module: SentenceModule) -> Step | None:
         return partial(_dense, weight=weights["linear.weight"], bias=weights.get("linear.bias"), activation=activation)
     except (SafetensorError, OSError, KeyError, AttributeError, TypeError) as error:
         raise ModelRefusedError(
-            f"damaged module ({' '.join(str(error).split())[:200]})",
+            f"damaged module ({one_line(error)})",
             where=str(path),
             hint="fetch the model folder again",
         ) from error

@@ -1,7 +1,7 @@
-"""The layout of a sentence-transformers folder: its modules, which of them slim/ can carry, and what it is made for.
+"""The modules of a sentence-transformers folder: which of them slim/ can contain, and for which task.
 
-modules.json names a Python class for each step from text to embedding, and a client imports what it names: only classes
-of sentence-transformers itself, of kinds that work behind an ONNX graph, are let through.
+modules.json names a Python class for each step from text to embedding, and a client imports it. So only classes of
+sentence-transformers itself are accepted, and only kinds that work behind an ONNX graph.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from slimheads.errors import ModelRefusedError
 from slimheads.intake.json_files import read_json_as
 
 MODULES = "modules.json"
-# sentence-transformers reads the first of them that is there.
+# sentence-transformers reads the first of these that exists.
 TRANSFORMER_SETTINGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -27,7 +27,7 @@ WEIGHTED = ("Dense", "LayerNorm")
 _KINDS = (*_TRANSFORMERS, *WEIGHTED, "Pooling", "Normalize", "Dropout", "SpladePooling", "LogitScore")
 _CLASS = re.compile(r"sentence_transformers(?:\.[A-Za-z_]\w*)*\.(?P<kind>[A-Za-z_]\w*)")
 _ACTIVATION = re.compile(r"torch\.nn\.modules\.(?:activation|linear)\.(?P<name>[A-Z]\w*)")
-# What a Transformer module is built for, in its own words and in optimum's.
+# The tasks of a Transformer module, by its own names and by optimum's.
 _TASKS: Mapping[str, str] = MappingProxyType(
     {
         "feature-extraction": "feature-extraction",
@@ -36,39 +36,39 @@ _TASKS: Mapping[str, str] = MappingProxyType(
         "text-generation": "text-generation",
     }
 )
-_ALONE = f"remove {MODULES} to slim the transformer alone"
+_ALONE = f"remove {MODULES} to prune the transformer alone"
 
 
 @dataclass(frozen=True)
 class SentenceModule:
-    """One step: its class's name, and its folder inside the model's ("" for the model's own)."""
+    """One step: the name of its class, and its folder inside the model's folder ("" for that folder itself)."""
 
     kind: str
     path: str
 
 
 def sentence_modules(folder: Path) -> tuple[SentenceModule, ...]:
-    """The modules of a sentence-transformers folder in order; none where there is no modules.json.
+    """The modules of a sentence-transformers folder in order; none if there is no modules.json.
 
     Raises:
-        ModelRefusedError: modules.json is damaged, leaves the folder, names a class that is not carried over or a
-            transformer that is not in the folder itself; or a module's weights are pickled, missing or damaged.
+        ModelRefusedError: modules.json is damaged, leads out of the folder, names an unsupported class or a transformer
+            in a subfolder; or a module's weights are pickled or missing.
     """
     entries = read_json_as(folder / MODULES, list)
     if entries is None:
         return ()
     modules = tuple(_module(folder, entry) for entry in entries)
     if not modules or modules[0].kind not in _TRANSFORMERS:
-        raise _refuse(folder, "the first module is no transformer", _ALONE)
+        raise _refuse(folder, "the first module is not a transformer", _ALONE)
     for module in modules[1:]:
         if not module.path or module.kind in _TRANSFORMERS:
-            raise _refuse(folder, f"'{module.kind}' stands where a module with a folder of its own belongs", _ALONE)
+            raise _refuse(folder, f"'{module.kind}' is not a module with its own folder", _ALONE)
         _check_weights(folder, module)
     return modules
 
 
 def module_files(folder: Path) -> Iterator[Path]:
-    """Relative paths of what belongs to the modules behind the transformer: their settings and safetensors."""
+    """Relative paths of the files of the modules after the transformer: settings and safetensors."""
     for module in sentence_modules(folder)[1:]:
         for name in ("config.json", "model.safetensors"):
             if (folder / module.path / name).is_file():
@@ -76,7 +76,7 @@ def module_files(folder: Path) -> Iterator[Path]:
 
 
 def task_of_modules(folder: Path) -> str | None:
-    """The task that a sentence-transformers folder's transformer is made for; None where it is no such folder.
+    """The task of a sentence-transformers folder's transformer; None for other folders.
 
     Raises:
         ModelRefusedError: as `sentence_modules`, or the task is unknown.
@@ -85,42 +85,42 @@ def task_of_modules(folder: Path) -> str | None:
     if not modules:
         return None
     default = "fill-mask" if modules[0].kind == "MLMTransformer" else "feature-extraction"
-    asked = transformer_settings(folder).get("transformer_task", default)
-    if asked not in _TASKS:
-        raise _refuse(folder, f"the transformer is made for '{asked}', which is not covered", _ALONE)
-    return _TASKS[asked]
+    stated = transformer_settings(folder).get("transformer_task", default)
+    if stated not in _TASKS:
+        raise _refuse(folder, f"the transformer's task is '{stated}', which is not covered", _ALONE)
+    return _TASKS[stated]
 
 
 def transformer_settings(folder: Path) -> dict[str, Any]:
-    """What sentence_bert_config.json says, under whichever of its names.
+    """The content of sentence_bert_config.json, under any of its names.
 
     Raises:
-        ModelRefusedError: it is damaged.
+        ModelRefusedError: the file is damaged.
     """
     found = (read_json_as(folder / name, dict) for name in TRANSFORMER_SETTINGS)
     return next((settings for settings in found if settings), {})
 
 
 def module_settings(folder: Path, module: SentenceModule) -> dict[str, Any]:
-    """A module's own config.json.
+    """The content of a module's own config.json.
 
     Raises:
-        ModelRefusedError: it is damaged.
+        ModelRefusedError: the file is damaged.
     """
     return dict(read_json_as(folder / module.path / "config.json", dict) or {})
 
 
 def activation_name(folder: Path, module: SentenceModule) -> str:
-    """The class in torch.nn that follows a Dense module's product.
+    """The name of a Dense module's activation class in torch.nn.
 
     Raises:
-        ModelRefusedError: it is another class: a client would build whatever is named.
+        ModelRefusedError: it is another class, which a client would import.
     """
     named = module_settings(folder, module).get("activation_function", "torch.nn.modules.activation.Tanh")
     match = _ACTIVATION.fullmatch(str(named))
     if match is None:
         raise ModelRefusedError(
-            f"the activation function '{named}' is no class of torch.nn",
+            f"the activation function '{named}' is not a class of torch.nn",
             where=str(folder / module.path / "config.json"),
             hint=_ALONE,
         )
@@ -138,7 +138,9 @@ def _module(folder: Path, entry: Any) -> SentenceModule:
         or not entry["path"].isprintable()
     ):
         raise _refuse(
-            folder, f"the path {entry['path']!r} leaves the folder", "use a folder as sentence-transformers wrote it"
+            folder,
+            f"the path {entry['path']!r} leads out of the folder",
+            "use a folder that sentence-transformers wrote",
         )
     path = "" if inside == PurePosixPath() else inside.as_posix()
     match = _CLASS.fullmatch(entry["type"])
@@ -148,12 +150,12 @@ def _module(folder: Path, entry: Any) -> SentenceModule:
             raise _refuse(
                 folder,
                 f"the transformer is in {path}/, not in the folder itself",
-                f"save the model again with sentence-transformers, which puts it there, or give {folder / path}, "
+                f"save the model again with sentence-transformers, which puts it there, or use {folder / path} "
                 "for the transformer alone",
             )
     if match is None:
         raise _refuse(
-            folder, f"'{entry['type']}' is no class of sentence-transformers, and a client would run it", _ALONE
+            folder, f"'{entry['type']}' is not a class of sentence-transformers, and a client would run it", _ALONE
         )
     if match["kind"] not in _KINDS:
         raise _refuse(folder, f"a module of the class {match['kind']} is not covered", _ALONE)
@@ -170,7 +172,7 @@ def _check_weights(folder: Path, module: SentenceModule) -> None:
         return
     pickled = next((p.name for p in sorted(inside.glob("*.bin"))), None)
     raise ModelRefusedError(
-        "pickled weights are refused, for loading them can run code" if pickled else "there is no model.safetensors",
+        "pickled weights are refused because loading them can run code" if pickled else "there is no model.safetensors",
         where=str(inside / pickled) if pickled else str(inside),
         hint="save the model again with sentence-transformers, which writes safetensors",
     )

@@ -1,4 +1,4 @@
-"""tokenizer_config.json as any client can read it: what transformers 5 writes is said in words of both versions."""
+"""Translates tokenizer_config.json from transformers 5 so that versions 4 and 5 can both read it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from slimheads.errors import ModelRefusedError
 from slimheads.intake.json_files import read_json_as
 
 TOKENIZER_SETTINGS = "tokenizer_config.json"
-# transformers 5's name for what 4 calls PreTrainedTokenizerFast: a tokenizer that is all in tokenizer.json.
+# transformers 5's name for PreTrainedTokenizerFast, a tokenizer that is entirely in tokenizer.json.
 _BACKEND = "TokenizersBackend"
-# Keys that would have a client read further files, or run code.
+# Keys that make a client read further files or run code.
 _LEADING_ELSEWHERE = {"auto_map", "init_inputs", "fast_tokenizer_files"}
 _OF_FIVE = {"backend", "is_local", "model_specific_special_tokens"}
 
 
-def settings_of(folder: Path) -> dict[str, Any] | None:
-    """What clients of both major versions of transformers are to read, None where the folder has no such file.
+def tokenizer_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings in a form that both major versions of transformers read; None if there is no such file.
 
-    A list `extra_special_tokens` is what version 4 calls `additional_special_tokens`, which version 5 reads too.
+    A list under `extra_special_tokens` moves to `additional_special_tokens`, which both versions read.
 
     Raises:
-        ModelRefusedError: the file is damaged, or says what neither version can read.
+        ModelRefusedError: the file is damaged, or has values that neither version can read.
     """
     settings = read_json_as(folder / TOKENIZER_SETTINGS, dict)
     if settings is None:
@@ -38,14 +38,14 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
         made["extra_special_tokens"] = named
     if settings.get("tokenizer_class") == _BACKEND:
         if not (folder / "tokenizer.json").is_file():
-            raise _refuse(folder, f"{_BACKEND} takes a tokenizer.json, and there is none")
+            raise _refuse(folder, f"{_BACKEND} needs a tokenizer.json, but there is none")
         made["tokenizer_class"] = "PreTrainedTokenizerFast"
     return made if made == settings else {key: value for key, value in made.items() if key not in _OF_FIVE}
 
 
 def translated(folder: Path) -> dict[str, Any] | None:
-    """The settings where they have to differ from the file; None where it may be copied as it is."""
-    made = settings_of(folder)
+    """The settings if they must differ from the file; None if the file can be copied unchanged."""
+    made = tokenizer_settings(folder)
     return None if made == read_json_as(folder / TOKENIZER_SETTINGS, dict) else made
 
 
@@ -62,14 +62,14 @@ def _check_types(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _leads_elsewhere(key: str) -> bool:
-    # special_tokens_map_file is written by many versions and read by none.
+    # Many versions write special_tokens_map_file, and none reads it.
     return key in _LEADING_ELSEWHERE or (key.endswith("_file") and key != "special_tokens_map_file")
 
 
 def _content(folder: Path, token: Any) -> str:
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str):
-        raise _refuse(folder, "extra_special_tokens holds something that is no token")
+        raise _refuse(folder, "extra_special_tokens has something that is not a token")
     return text
 
 

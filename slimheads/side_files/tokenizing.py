@@ -1,6 +1,6 @@
-"""The one place where tokenizers are loaded, and where what is wrong with one is said: a file, or a package that lacks.
+"""Loads tokenizers, and names the damaged file or the missing package if that fails.
 
-transformers is shown a copy of the tokenizer's own files, so that nothing else of a model's folder is read for it.
+transformers gets a copy of only the tokenizer's files, so that it reads nothing else from a model's folder.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any
 import transformers
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from slimheads.errors import EnvironmentLackError, ModelRefusedError, SlimheadsError
+from slimheads.errors import EnvironmentLackError, ModelRefusedError, SlimheadsError, one_line
 from slimheads.intake.json_files import read_json_as
 from slimheads.notices import tell
 from slimheads.runtime.quiet import quiet
-from slimheads.side_files.files import TOKENIZER_FILES, copy_side_files
+from slimheads.side_files.shipped_files import TOKENIZER_FILES, copy_side_files
 from slimheads.side_files.tokenizer_settings import TOKENIZER_SETTINGS
 
-# Any of these makes a tokenizer of a folder. Others (added_tokens.json, say) only complete one.
+# A folder with any of these has a tokenizer. Others (e.g. added_tokens.json) only complete one.
 _SIGNS = (
     *("tokenizer.json", TOKENIZER_SETTINGS, "vocab.txt", "vocab.json"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "source.spm"),
 )
-_WITHOUT_WORDS = (TOKENIZER_SETTINGS, "special_tokens_map.json", "added_tokens.json")
-# What transformers' tokenizers import only when they are built: the names in its messages, and what pip calls them.
+_NO_VOCABULARY = (TOKENIZER_SETTINGS, "special_tokens_map.json", "added_tokens.json")
+# Packages that transformers' tokenizers import when they are built: name in its messages -> name for pip.
 _PACKAGES = {
     "sentencepiece": "sentencepiece",
     "tiktoken": "tiktoken",
@@ -52,10 +52,10 @@ _PACKAGES = {
 
 
 def load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model's folder, once tried on a word; None where the folder has none.
+    """The tokenizer of a model's folder, after a trial on one word; None if the folder has none.
 
     Args:
-        config: the model's configuration as `read_config` gives it: config.json is not read again.
+        config: the model's configuration from `read_config`, since config.json is not read again.
 
     Raises:
         ModelRefusedError: a file of the tokenizer is damaged or not one that transformers reads (named).
@@ -78,10 +78,10 @@ def load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenize
 def require_vocabulary(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], rows: int, folder: Path, max_length: int = 128
 ) -> None:
-    """Fails where a text has a token that the model's table of embeddings has no row for; tells where it could have.
+    """Refuses texts with a token id beyond the model's embedding table; a notice if other texts could have one.
 
     Args:
-        rows: of the table of embeddings.
+        rows: of the embedding table.
 
     Raises:
         ModelRefusedError: naming the token's id and the rows.
@@ -89,17 +89,17 @@ def require_vocabulary(
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest < rows:
         return
-    what = f"the tokenizer has ids up to {largest}, and the model only {rows} rows of embeddings"
-    met = {
+    what = f"the tokenizer has ids up to {largest}, but the model has only {rows} embeddings"
+    used = {
         token for row in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"] for token in row
     }
-    if max(met, default=-1) >= rows:
+    if max(used, default=-1) >= rows:
         raise ModelRefusedError(
-            f"{what}: the sample's texts use id {max(met)}",
+            f"{what}: the sample's texts use id {max(used)}",
             where=str(folder / _named_file(folder)),
-            hint="take the tokenizer that the model was trained with",
+            hint="use the tokenizer that the model was trained with",
         )
-    tell(f"{what}: a text with one of the others cannot be used")
+    tell(f"{what}: texts with a larger id do not work")
 
 
 def _load(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
@@ -107,27 +107,27 @@ def _load(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
         folder, config=config, local_files_only=True, trust_remote_code=False
     )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError("the vocabulary is of no kind that transformers reads")
+        raise ValueError("transformers does not know this kind of vocabulary")
     tokenizer(["a"])
     return tokenizer
 
 
 def _attempt(act: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-    """What an action returns, or the error it ended with: of any kind but those that ask the process to end."""
+    """An action's result, or its error, except for errors that end the process."""
     try:
         with quiet(), _silent_panics():
             return act(), None
-    except Exception as error:  # tokenizers raise whatever their files make them stumble over
+    except Exception as error:  # damaged tokenizer files raise errors of any class
         return None, error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # a Rust panic is no Exception, and cannot be imported
+        if type(error).__name__ != "PanicException":  # a Rust panic, whose class cannot be imported
             raise
         return None, error
 
 
 @contextmanager
 def _silent_panics() -> Iterator[None]:
-    """A Rust panic is written straight to the process's stderr, with a stack, before Python hears of it."""
+    """Suppresses the stack that a Rust panic writes to stderr before it raises in Python."""
     sys.stderr.flush()
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a device
         kept = os.dup(2)
@@ -140,31 +140,31 @@ def _silent_panics() -> Iterator[None]:
 
 
 def _failure(folder: Path, files: Sequence[Path], error: BaseException) -> SlimheadsError:
-    where, said = folder / _named_file(folder), " ".join(str(error).split())
-    if lacking := _lacking(files, error):
+    where, reason = folder / _named_file(folder), one_line(error, 300)
+    if missing := _missing_package(files, error):
         return EnvironmentLackError(
-            f"the tokenizer needs the package {lacking}, which is not installed",
+            f"the tokenizer needs the package {missing}, which is not installed",
             where=str(where),
-            hint=f"pip install {lacking}",
+            hint=f"pip install {missing}",
         )
     if isinstance(error, ImportError):
-        hint = "install what it names"
-        return EnvironmentLackError(f"the tokenizer needs more packages ({said[:300]})", where=str(where), hint=hint)
+        hint = "install the packages that it names"
+        return EnvironmentLackError(f"the tokenizer needs more packages ({reason})", where=str(where), hint=hint)
     hint = "fetch the model folder again"
-    if all(name.name in _WITHOUT_WORDS for name in files):
-        said = "there is no vocabulary beside it"
-    if "does not exist or is not currently imported" in said:
+    if all(name.name in _NO_VOCABULARY for name in files):
+        reason = "there is no vocabulary beside it"
+    if "does not exist or is not currently imported" in reason:
         hint = f"save the tokenizer again with transformers {transformers.__version__}"
     fast = folder / "tokenizer.json"
     if fast.is_file():
         _, damage = _attempt(lambda: PreTrainedTokenizerFast(tokenizer_file=str(fast)))
         if damage is not None:
-            where, said = fast, " ".join(str(damage).split())
-    return ModelRefusedError(f"the tokenizer cannot be loaded ({said[:300]})", where=str(where), hint=hint)
+            where, reason = fast, one_line(damage, 300)
+    return ModelRefusedError(f"the tokenizer cannot be loaded ({reason})", where=str(where), hint=hint)
 
 
-def _lacking(files: Sequence[Path], error: BaseException) -> str | None:
-    """The package that an error asks for and that is not installed."""
+def _missing_package(files: Sequence[Path], error: BaseException) -> str | None:
+    """The missing package that an error is about, if any."""
     said = f"{getattr(error, 'name', None) or ''} {error}".lower().replace("-", "_")
     missing = [name for name in _PACKAGES if name in said and find_spec(name) is None]
     if {"sentencepiece", "tiktoken"} <= set(missing):  # transformers tries both on any vocabulary
@@ -177,6 +177,6 @@ def _is_tokenizers(path: Path) -> bool:
 
 
 def _named_file(folder: Path) -> str:
-    """The file of a tokenizer that an error names where no other is known to be the cause."""
+    """The tokenizer file that an error names if the cause is in no other."""
     order = (TOKENIZER_SETTINGS, *(name for name in _SIGNS if name != TOKENIZER_SETTINGS))
     return next(name for name in order if (folder / name).is_file())

@@ -1,10 +1,10 @@
-"""Products of unsigned and signed bytes, as x86 and ARM add them up: the arithmetic that int8 graphs are made of.
+"""Products of unsigned and signed bytes as x86 and ARM compute them: the arithmetic of int8 graphs.
 
 With VNNI, and on ARM, products are added in 32 bits. AVX2 and AVX-512 without VNNI multiply two neighbours at a time
-and add the two products in 16 bits (`vpmaddubsw`), where the sum stops at -32,768 and 32,767: of full-range weights it
-can be off by half. Weights within +-64 cannot get there, whatever the activations: 255 x 64 x 2 = 32,640.
+and add the two products in 16 bits (`vpmaddubsw`), where the sum saturates at -32,768 and 32,767: with full-range
+weights it can be off by half. Weights within +-64 never saturate it: 255 x 64 x 2 = 32,640.
 
-In numpy alone, so that what is proven with it is true of CPUs other than the one at hand.
+All in numpy, so that a proof holds on other CPUs than the present one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from slimheads.runtime.onnx_signature import nodes_of
 
 SAFE_WEIGHT = 64
 _SIXTEEN_BITS = np.iinfo(np.int16)
-# Operators that multiply bytes, and where each takes its weights.
+# Operators that multiply bytes, and the index of the input with the weights.
 _WEIGHTS = {
     "ConvInteger": 1,
     "DynamicQuantizeMatMul": 1,
@@ -34,7 +34,7 @@ _WEIGHTS = {
 
 
 def integer_product(steps: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The product as it is defined.
+    """The exact product.
 
     Args:
         steps: uint8 [..., inputs].
@@ -48,7 +48,7 @@ def integer_product(steps: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def saturating_product(steps: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The product as `vpmaddubsw` adds it up: two neighbouring inputs at a time, in 16 bits that stop at their ends.
+    """The product as `vpmaddubsw` computes it: two neighbouring inputs at a time, in 16 bits that saturate.
 
     Args and returns: as `integer_product`.
     """
@@ -60,10 +60,9 @@ def saturating_product(steps: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def overflow_faults(path: Path) -> Iterator[str]:
-    """Weights of a file's integer products of which two products may not fit into 16 bits; nothing if all do.
+    """Weights of a file's integer products with which a sum of two may not fit into 16 bits; nothing if all do.
 
-    Unsigned weights are multiplied in 16 and added in 32 bits everywhere, and tables that are only looked up are not
-    multiplied.
+    Unsigned weights are multiplied in 16 and added in 32 bits on every CPU, and lookup tables are not multiplied.
     """
     for name, weights in product_weights(path):
         if weights is None:
@@ -75,7 +74,7 @@ def overflow_faults(path: Path) -> Iterator[str]:
 
 
 def product_weights(path: Path) -> list[tuple[str, np.ndarray | None]]:
-    """What a file's integer products multiply by: name and whole numbers, None where the graph computes them."""
+    """The weights of a file's integer products: name and whole numbers, or None where the graph computes them."""
     graph = onnx.load(str(path)).graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     read = dict.fromkeys(node.input[_WEIGHTS[node.op_type]] for node in nodes_of(graph) if node.op_type in _WEIGHTS)

@@ -1,9 +1,9 @@
-"""Lengths at which a model changes what it computes: where they are, which of them are tried, what is said of the rest.
+"""Lengths at which a model changes its computation: which of them the certificate tries, and which it only states.
 
-An attention window, clipped distances and the end of a position table only show in inputs that reach past them, so the
+An attention window, clipped distances and the end of a position table only matter in inputs that are longer, so the
 certificate tries such inputs too. Two kinds of rotary embedding choose their frequencies by the length of the input,
-outside of what an export can record: their graphs compute what short inputs need, and are right up to there and no
-further. Such a limit, and every change that is too costly to try, is stated in the report and on the model card.
+which an export cannot record: their graphs are right for short inputs only. Such a limit, and every change that is too
+costly to try, is stated in the report and on the model card.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from slimheads.families.family import family_of
 from slimheads.families.limits import UNLIMITED, position_limit
 from slimheads.formatting import listing, whole
 
-USUAL = 128  # the longest input that every model is tried with
+USUAL = 128  # the longest input that is tried with every model
 PAST_IT = 3  # tokens by which an input reaches past a change
-# What one more input of a batch of one may cost: no more tokens than the usual batch of four by 128 has, or else few
-# enough of them, and few enough operations, that it takes seconds.
+# Limits of one more input in a batch of one: as many tokens as the usual batch of four by 128, or so few tokens and
+# operations that it takes seconds.
 _FREE_TOKENS, _MOST_TOKENS, _MOST_FLOPS = 4 * USUAL + PAST_IT, 4096 + PAST_IT, 1e12
 
 WrongPast = Literal["model", "graph"]
 
 
 class Change(BaseModel):
-    """Inputs of more than `length` tokens are computed otherwise than shorter ones.
+    """A length: inputs of more tokens are computed in another way than shorter ones.
 
     `wrong_past`: the model itself takes no longer input, or it does but its exported graph is not right there.
-    `tried`: the longest input that was tried for its sake: past it, or up to it where nothing is right past it; null
-    where that was too costly.
+    `tried`: the longest input tried because of it: past it, or up to it where nothing is right past it; null where that
+    was too costly.
     """
 
     model_config = ConfigDict(frozen=True)
     length: int
     key: str  # of config.json
-    what: str  # what happens past it
+    what: str  # the computation past it
     wrong_past: WrongPast | None = None
     tried: int | None
 
 
 class Lengths(BaseModel):
-    """How long the inputs are that the certificate tried, and the lengths of change among and past them."""
+    """The longest input that the certificate tried, and the lengths at which the computation changes."""
 
     model_config = ConfigDict(frozen=True)
     tried: int  # tokens, or frames of a waveform
     changes: tuple[Change, ...]
 
     def limits(self) -> list[str]:
-        """What must not be overlooked: lengths past which the graph is wrong, or past which nothing was tried."""
+        """Warnings: lengths past which the graph is wrong, or past which nothing was tried."""
         said = []
         for change in self.changes:
             place = f"{whole(change.length)} tokens ({change.key})"
@@ -77,7 +77,7 @@ class Lengths(BaseModel):
 
 
 def lengths(config: PretrainedConfig) -> Lengths | None:
-    """What is tried of a model and what is not; None where inputs have no length."""
+    """The lengths of a model that are tried, and those that are not; None where inputs have no length."""
     if not (has_length(config) or _has_tokens(config)):
         return None
     changes = tuple(_changes(config))
@@ -87,7 +87,7 @@ def lengths(config: PretrainedConfig) -> Lengths | None:
 
 
 def right_up_to(config: PretrainedConfig) -> int:
-    """The longest input that the model takes and that its exported graph is right for."""
+    """The longest input that the model accepts and for which its exported graph is right."""
     return min([position_limit(config), *(length for length, _, _ in _frozen(text_config(config)))])
 
 
@@ -107,7 +107,7 @@ def _changes(config: PretrainedConfig) -> Iterator[Change]:
 
 
 def affordable(config: PretrainedConfig, length: int) -> bool:
-    """Whether a batch of one input of this length can be tried, over and over, within seconds each."""
+    """Whether one input of this length runs within seconds."""
     text = text_config(config)
     layers = getattr(text, "num_hidden_layers", None) or 1
     weights = 12 * layers * (getattr(text, "hidden_size", None) or 1) ** 2

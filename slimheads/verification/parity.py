@@ -1,10 +1,10 @@
-"""Parity: the same inputs through two forms of a model, compared at every position that is not padding.
+"""Parity: the same inputs through two versions of a model, compared at every position that is not padding.
 
 Cases are batch {1, 4} x length {1, 8, 128}, and one input past every length at which the model changes its computation
 (lengths.py says which); batches of four have rows of different lengths, padded left and right;
-decoders also continue a cache of seven positions. Each form builds its own cache by running the first seven positions
+decoders also continue a cache of seven positions. Each runner builds its own cache by running the first seven positions
 itself, so the cache inputs and outputs of an ONNX file are part of what is compared. Images and spectrograms have one
-size, and waveforms no padding: the exported graphs take no mask for them.
+size, and waveforms no padding, because the exported graphs take no mask for them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from slimheads.data.inputs import make_inputs, to_torch
-from slimheads.errors import in_short
+from slimheads.data.metrics import Agreement
+from slimheads.errors import first_line
 from slimheads.families.config_facts import has_length, takes_padding, takes_text, text_config
 from slimheads.runtime.onnx_runtime import onnxruntime
 from slimheads.runtime.sessions import ORT_ERRORS
@@ -31,11 +32,11 @@ BATCHES, LENGTHS, PAST = (1, 4), (1, 8, USUAL), 7
 REFUSALS: tuple[type[Exception], ...] = (*ORT_ERRORS, ValueError, IndexError)
 Outputs = dict[str, np.ndarray]
 _NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
-Form = Callable[[Any], Outputs]  # of the case that the form is for
+Runner = Callable[[Any], Outputs]  # from a case to a model's outputs
 
 
 class AnyCase(Protocol):
-    """What a comparison has to know of an input."""
+    """The part of an input that a comparison uses."""
 
     def unpadded(self, name: str, output: np.ndarray) -> np.ndarray: ...
 
@@ -68,7 +69,7 @@ class Case:
 
     @property
     def others(self) -> dict[str, np.ndarray]:
-        """What is fed besides token ids and their mask."""
+        """The inputs besides token ids and their mask."""
         return {name: array for name, array in self.inputs.items() if name not in ("input_ids", "attention_mask")}
 
     @property
@@ -91,37 +92,7 @@ class Comparison:
     max_rel: float  # max_abs over the reference's largest magnitude
     passed: bool
     reason: str | None
-    numeric: bool = False  # what failed is a matter of numbers alone: they are too far off, or not finite
-
-
-class Agreement:
-    """How far two forms say the same, over the positions of many cases that are not padding."""
-
-    def __init__(self) -> None:
-        self._cosines: list[np.ndarray] = []
-        self._same_tokens: list[np.ndarray] = []
-
-    def add(self, reference: Outputs, other: Outputs, case: AnyCase) -> None:
-        """Takes both outputs of a case; a cache is no answer and is left out."""
-        for name in reference.keys() & other.keys():
-            if name.startswith("present."):
-                continue
-            a, b = (np.atleast_2d(case.unpadded(name, outputs[name])) for outputs in (reference, other))
-            a, b = (array.reshape(-1, array.shape[-1]).astype(np.float64) for array in (a, b))
-            lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-            self._cosines.append((a * b).sum(axis=1) / np.maximum(lengths, np.finfo(np.float32).tiny))
-            if name == "logits":
-                self._same_tokens.append(a.argmax(axis=1) == b.argmax(axis=1))
-
-    @property
-    def cosine(self) -> float | None:
-        """Mean cosine of the two output vectors of a position."""
-        return float(np.concatenate(self._cosines).mean()) if self._cosines else None
-
-    @property
-    def top1(self) -> float | None:
-        """Share of positions at which both have the same largest logit."""
-        return float(np.concatenate(self._same_tokens).mean()) if self._same_tokens else None
+    numeric: bool = False  # whether it failed by numbers alone: too far off, or not finite
 
 
 def cases(config: PretrainedConfig, task: str, seed: int = 0) -> tuple[Case, ...]:
@@ -138,14 +109,14 @@ def cases(config: PretrainedConfig, task: str, seed: int = 0) -> tuple[Case, ...
         for length in sorted({min(length, limit - past) for length in LENGTHS})
         for padding in (_paddings(batch, length, past) if takes_padding(config) else ("no",))
     ]
-    long = dict.fromkeys(pair for change in tried_changes(config) for pair in _around(change, decoder=decoder))
+    long = dict.fromkeys(pair for change in tried_changes(config) for pair in _inputs_around(change, decoder=decoder))
     return (*usual, *(_case(rng, config, 1, length, "no", past) for length, past in long))
 
 
-def _around(change: Change, *, decoder: bool) -> Iterator[tuple[int, int]]:
-    """(length, past) of the inputs that try a change: whole, across it with a cache, and with all but one token cached.
+def _inputs_around(change: Change, *, decoder: bool) -> Iterator[tuple[int, int]]:
+    """(length, past) of the inputs for a change: whole, across it with a cache, and with all but one token cached.
 
-    Where nothing is right past it, they end there.
+    They end at the change where nothing is right past it.
     """
     longest = change.tried or 0
     if longest <= max(LENGTHS) and change.wrong_past == "model":
@@ -158,13 +129,13 @@ def _around(change: Change, *, decoder: bool) -> Iterator[tuple[int, int]]:
 
 
 def tried_changes(config: PretrainedConfig) -> tuple[Change, ...]:
-    """The lengths of change that are reached, of an input long enough to be continued up to there."""
+    """The changes that are tried, at lengths that an input can be continued to."""
     found = lengths(config)
     changes = found.changes if found else ()
     return tuple(change for change in changes if change.tried and change.length > 2 * PAST_IT)
 
 
-def torch_form(model: PreTrainedModel) -> Form:
+def torch_runner(model: PreTrainedModel) -> Runner:
     """A torch model as a function from a case to its float outputs by name."""
     takes_positions = model.can_generate() and "position_ids" in inspect.signature(model.forward).parameters
 
@@ -191,8 +162,8 @@ def _floats(made: Mapping[str, Any]) -> Outputs:
     return {k: v.numpy() for k, v in made.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
 
 
-def onnx_form(session: onnxruntime.InferenceSession, kv_shapes: tuple[tuple[int, int, int], ...]) -> Form:
-    """An ONNX Runtime session as the same function; `kv_shapes` are (heads, key head_dim, value head_dim) a layer."""
+def onnx_runner(session: onnxruntime.InferenceSession, kv_shapes: tuple[tuple[int, int, int], ...]) -> Runner:
+    """An ONNX Runtime session as a runner; `kv_shapes` are (heads, key head_dim, value head_dim) per layer."""
     step = _cached_step(session, kv_shapes)
 
     def run(case: Case) -> Outputs:
@@ -214,7 +185,7 @@ def onnx_greedy(
     mask: np.ndarray,
     new_tokens: int,
 ) -> np.ndarray:
-    """Greedy search straight through a session and its cache: for files whose cache axes no client can size.
+    """Greedy search through the session itself: for fixed cache axes, whose caches clients create in the wrong size.
 
     Args:
         ids, mask: int64 [batch, length]; padding is on the left.
@@ -261,10 +232,10 @@ def _cached_step(
 
 
 def compare(reference: Outputs, other: Outputs, case: AnyCase, atol: float | None, rtol: float) -> Comparison:
-    """Holds two outputs together at every unpadded position of every output that both have; finite values only.
+    """Compares two outputs at every unpadded position of every output that both have; all values must be finite.
 
     The reference a and the other b agree where |a - b| <= atol + rtol |a| everywhere; with `atol` None, where the
-    largest difference is at most rtol times the largest |a| (for precisions whose error goes with the tensor's size).
+    largest difference is at most rtol times the largest |a| (for errors that grow with the tensor's values).
     """
     shared = [name for name in reference if name in other]
     if not shared:
@@ -280,33 +251,36 @@ def compare(reference: Outputs, other: Outputs, case: AnyCase, atol: float | Non
 
 
 def compare_all(
-    reference: Form,
-    other: Form,
+    reference: Runner,
+    other: Runner,
     over: Iterable[AnyCase],
     atol: float | None,
     rtol: float,
     agreement: Agreement | None = None,
 ) -> tuple[Comparison, ...]:
-    """`compare` over every case; a form that cannot run a case at all fails it, with the runtime's own words.
+    """`compare` over every case; a case that a runner cannot run fails with the runtime's own words.
 
     Args:
-        agreement: is told of the outputs of each case that holds.
+        agreement: gathers the outputs of each case that holds.
     """
     return tuple(_run_and_compare(reference, other, case, atol, rtol, agreement) for case in over)
 
 
 def _run_and_compare(
-    reference: Form, other: Form, case: AnyCase, atol: float | None, rtol: float, agreement: Agreement | None
+    reference: Runner, other: Runner, case: AnyCase, atol: float | None, rtol: float, agreement: Agreement | None
 ) -> Comparison:
     outputs: list[Outputs] = []
-    for form, called in ((reference, "the reference"), (other, "it")):
+    for run, called in ((reference, "the reference"), (other, "it")):
         try:
-            outputs.append(form(case))
+            outputs.append(run(case))
         except REFUSALS as error:
-            return Comparison(str(case), np.inf, np.inf, False, f"{called} does not run: {in_short(error)}")
+            return Comparison(str(case), np.inf, np.inf, False, f"{called} does not run: {first_line(error)}")
     found = compare(outputs[0], outputs[1], case, atol, rtol)
     if agreement and found.passed:
-        agreement.add(outputs[0], outputs[1], case)
+        for name in outputs[0].keys() & outputs[1].keys():
+            if not name.startswith("present."):  # a cache is no answer
+                a, b = (np.atleast_2d(case.unpadded(name, each[name])) for each in outputs)
+                agreement.add(a, b, logits=name == "logits")
     return found
 
 
@@ -346,7 +320,7 @@ def _positions(mask: np.ndarray) -> np.ndarray:
 def _paddings(batch: int, length: int, past: int) -> tuple[Padding, ...]:
     if batch == 1:
         return ("no",)
-    if past:  # right padding before new tokens is no use anybody has
+    if past:  # nobody pads on the right before new tokens
         return ("left",)
     return ("no",) if length == 1 else ("left", "right")
 

@@ -1,8 +1,8 @@
 """Parity for encoder-decoders: the same inputs through torch and through the files that clients load.
 
-Cases are those of an encoder (batch {1, 4} x length {1, 8, 128}, padded left and right) with a decoder behind it: it
-reads as many tokens as the encoder in its first pass; or, after seven tokens in its cache, one more. Sound has one
-length and no padding: there the decoder's length varies. Clients give the decoder no mask: its tokens are not padded.
+Cases are those of an encoder (batch {1, 4} x length {1, 8, 128}, padded left and right). The decoder reads as many
+tokens as the encoder in its first pass, or one token after seven in its cache. Sound has one length and no padding, so
+the decoder's length varies instead. Clients give the decoder no mask: its tokens are not padded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from slimheads.runtime.onnx_signature import read_interface
 from slimheads.runtime.sessions import open_session
 from slimheads.verification import parity
 from slimheads.verification.lengths import Change
-from slimheads.verification.parity import BATCHES, LENGTHS, PAST, Form, Outputs, Padding, tried_changes
+from slimheads.verification.parity import BATCHES, LENGTHS, PAST, Outputs, Padding, Runner, tried_changes
 
 _NO_IDS = np.zeros((1, 0), np.int64)
 ENCODED = "encoder_last_hidden_state"
@@ -35,7 +35,7 @@ ENCODED = "encoder_last_hidden_state"
 
 @dataclass(frozen=True)
 class Seq2SeqCase:
-    """One input: what the encoder takes, and the decoder's ids, the first `past` of them through the cache."""
+    """One input: the encoder's inputs, and the decoder's ids, the first `past` of them through the cache."""
 
     batch: int
     length: int
@@ -62,7 +62,7 @@ class Seq2SeqCase:
 
 
 def cases(config: PretrainedConfig, seed: int = 0) -> tuple[Seq2SeqCase, ...]:
-    """The contract's cases for an encoder-decoder, shortened where a position table is."""
+    """The contract's cases for an encoder-decoder, shortened to its position table."""
     make = _text_cases if takes_text(config) else _sound_cases
     return tuple(make(config, np.random.default_rng(seed)))
 
@@ -111,11 +111,11 @@ def encoder_sites(model: PreTrainedModel) -> tuple[Site, ...]:
 
 
 def outputs_of(part: str) -> Callable[[str], bool]:
-    """Which outputs of a form say something about one file: the encoder's states, or all the others."""
+    """The outputs of a runner that come from one file: the encoder's states, or all the others."""
     return (lambda name: name == ENCODED) if part == ENCODER else (lambda name: name != ENCODED)
 
 
-def torch_form(model: PreTrainedModel) -> Form:
+def torch_runner(model: PreTrainedModel) -> Runner:
     """A torch model as a function from a case to its encoder's states and its logits."""
 
     def run(case: Seq2SeqCase) -> Outputs:
@@ -136,7 +136,7 @@ def torch_form(model: PreTrainedModel) -> Form:
 
 @dataclass(frozen=True)
 class Files:
-    """Which file plays which part; the merged decoder plays both of the decoder's."""
+    """The files by their role. The merged decoder has both roles of the decoder."""
 
     encoder: Path
     first: Path
@@ -160,7 +160,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Open sessions of an encoder-decoder's files and how they are fed."""
+    """Open sessions of an encoder-decoder's files."""
 
     encoder: onnxruntime.InferenceSession
     first: onnxruntime.InferenceSession
@@ -189,12 +189,12 @@ class Decoding:
         names = [o.name for o in session.get_outputs()]
         found = dict(zip(names, session.run(None, {k: v for k, v in feed.items() if k in wanted}), strict=True))
         if cache is not None:
-            # Cross-attention's cache does not change: the file gives nothing for it, or something empty.
+            # The cache of cross-attention does not change: the file returns none, or an empty one.
             found |= {name: array for name, array in cache.items() if ".encoder." in name}
         return found
 
     def _empty(self, batch: int) -> Outputs:
-        """What the merged decoder takes for a cache where there is none."""
+        """The empty cache that the merged decoder takes in its first pass."""
         interface = read_interface(self.first)
         return {
             f"past_key_values.{layer}.{side}.{kind}": np.zeros((batch, heads, 0, dim), np.float32)
@@ -204,8 +204,8 @@ class Decoding:
         }
 
     @property
-    def form(self) -> Form:
-        """The files as a function from a case to all they put out."""
+    def runner(self) -> Runner:
+        """The files as a function from a case to all their outputs."""
 
         def run(case: Seq2SeqCase) -> Outputs:
             states = self.encode(case)
@@ -220,7 +220,7 @@ class Decoding:
 
 
 def onnx_greedy(files: Files, case: Seq2SeqCase, start: int, new_tokens: int) -> torch.Tensor:
-    """Greedy search straight through the files: for those whose cache axes no client can size.
+    """Greedy search through the files themselves: for fixed cache axes, whose caches clients create in the wrong size.
 
     Returns:
         int64 [batch, 1 + new_tokens].

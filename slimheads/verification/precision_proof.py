@@ -1,30 +1,27 @@
-"""Link 3 of one file of a further precision: its arithmetic, and what its rounding costs.
+"""Link 3 of one file in a further precision: its arithmetic, and the cost of its rounding.
 
-float16 is held against float32 itself. The whole numbers of int8 and q4 change outputs by as much as a wrong head does,
-so these files are held against the float32 graph with the same rounded numbers (`slimheads.rounded`), where what is
-left is next to nothing; what rounding costs is drift, and has a floor below which a file is of no use.
+float16 is compared with float32 itself. The whole numbers of int8 and q4 change outputs by as much as a wrong head
+does, so these files are compared with the float32 graph that has the same rounded weights
+(`slimheads.verification.rounded`), and almost no difference is left. The cost of rounding is drift from float32, and a
+file with too much of it does not ship.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
-from types import MappingProxyType
 
+from slimheads.data.metrics import Agreement
+from slimheads.exporting.precisions import PRECISIONS
 from slimheads.names import Precision
-from slimheads.verification.parity import Agreement, AnyCase, Comparison, Form, Outputs, compare_all
+from slimheads.verification.parity import AnyCase, Comparison, Outputs, Runner, compare_all
+from slimheads.verification.quantized_weights import quantized_faults
 from slimheads.verification.rounded import LOSS
-from slimheads.verification.structure import quantized_faults
 from slimheads.verification.subjects import Subject, Yardstick
 
-# The largest difference allowed, as a share of the largest output. fp16, against float32: 0.001 to 0.002 measured. int8
-# as written, against exact sums of the same whole numbers: equal to the last bit in every family's test model and
-# MiniLM. q4 as written: at most 0.033 (Qwen 3's test model; MiniLM 0.012), for the last bit of an activation can move
-# its rounding by a step. Heads swapped in one layer of MiniLM cost 0.15 to 0.25.
-TOLERANCES: Mapping[Precision, float] = MappingProxyType({"fp16": 0.01, "int8": 1e-5, "q4": 0.05})
-# How far ONNX Runtime's own fusions may move an int8 or q4 file: they change last bits, and these roundings. At most
-# 0.07 measured (MiniLM). No fault of the file can hide in it: the file was held as written.
+# The difference that ONNX Runtime's own fusions may make in an int8 or q4 file: they change last bits, and these change
+# roundings. Measured: at most 0.07 (MiniLM). It hides no fault, because the file is also compared without fusions.
 FUSED_TOLERANCE = 0.3
 # Mean cosine to float32's outputs. Measured at least 0.9976 (int8) and 0.91 (q4) in every family's test model, whose
 # weights are random, and 0.981 and 0.949 on MiniLM fed random tokens.
@@ -33,29 +30,30 @@ LEAST_COSINE = 0.8
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one file.
+    """The result of one file.
 
-    `weak` is why its numbers do not do, where it is a matter of numbers alone; `faults` are weights that are not the
-    float32 ones, rounded.
+    `weak` is the reason where it fails by its numbers alone; `faults` are weights that are not the float32 ones,
+    rounded.
     """
 
     comparisons: tuple[Comparison, ...]
     tolerance: float
     cosine: float | None
     top1: float | None
-    fused: float | None  # largest relative difference that ONNX Runtime's fusions make
+    fused: float | None  # largest relative difference by ONNX Runtime's fusions
     weak: str | None
     faults: tuple[str, ...]
 
 
 def examine(precision: Precision, plain: Subject, made: Subject, yardstick: Yardstick | None) -> Finding:
-    """Runs a file over all cases, against what it should give and against float32.
+    """Runs a file over all cases, and compares it with its reference and with float32.
 
     Raises:
         SlimheadsError, OSError, or what ONNX Runtime raises: a file cannot be opened.
     """
-    tolerance, agreement, run, exact = TOLERANCES[precision], Agreement(), _once(made.open()), _once(plain.open())
-    written, reference = (_once(yardstick.as_written()), yardstick.reference()) if yardstick else (run, exact)
+    tolerance, agreement = PRECISIONS[precision].tolerance, Agreement()
+    run, exact = _cached(made.open()), _cached(plain.open())
+    written, reference = (_cached(yardstick.as_written()), yardstick.reference()) if yardstick else (run, exact)
     comparisons: list[Comparison] = []
     fused: list[Comparison] = []
     for case in made.cases:
@@ -66,7 +64,7 @@ def examine(precision: Precision, plain: Subject, made: Subject, yardstick: Yard
     moved = [one.max_rel for one in fused if isfinite(one.max_rel)]
     rounded = yardstick is not None and made.converted
     return Finding(
-        comparisons=tuple(comparisons + [_as_fused(one) for one in fused if not one.passed]),
+        comparisons=tuple(comparisons + [_with_fusions(one) for one in fused if not one.passed]),
         tolerance=tolerance,
         cosine=agreement.cosine,
         top1=agreement.top1,
@@ -76,20 +74,20 @@ def examine(precision: Precision, plain: Subject, made: Subject, yardstick: Yard
     )
 
 
-def _once(form: Form) -> Form:
-    """The same form, which runs a case that it is given several times in a row only once."""
+def _cached(runner: Runner) -> Runner:
+    """The same runner, which keeps the outputs of its last case."""
     last: list[tuple[AnyCase, Outputs]] = []
 
     def run(case: AnyCase) -> Outputs:
         if not last or last[0][0] is not case:
-            last[:] = [(case, form(case))]
+            last[:] = [(case, runner(case))]
         return last[0][1]
 
     return run
 
 
-def _as_fused(comparison: Comparison) -> Comparison:
-    return replace(comparison, reason=f"as ONNX Runtime fuses it, {comparison.reason}")
+def _with_fusions(comparison: Comparison) -> Comparison:
+    return replace(comparison, reason=f"with ONNX Runtime's fusions, {comparison.reason}")
 
 
 def _weak(
@@ -101,13 +99,13 @@ def _weak(
     low = cosine is not None and cosine < LEAST_COSINE
     if not failed and not low:
         return None
-    said = failed[0].reason if failed else f"its outputs have a mean cosine of {cosine:.3f} to float32's"
+    said = failed[0].reason if failed else f"the mean cosine of its outputs to float32 is {cosine:.3f}"
     worst = _worst_product(yardstick, cases[-1]) if yardstick else None
-    return f"{said}; of all products {worst[0]} loses most by itself, {worst[1]:.1%} of its output" if worst else said
+    return f"{said}; the largest rounding error is in {worst[0]}, {worst[1]:.1%} of its output" if worst else said
 
 
 def _worst_product(yardstick: Yardstick, case: AnyCase) -> tuple[str, float] | None:
-    """The node whose output suffers most from its own rounding, where the graphs show it."""
+    """The product with the largest error by its own rounding, and that error as a share of its output."""
     outputs = yardstick.losses()(case)
     losses = {name.removeprefix(LOSS): float(value) for name, value in outputs.items() if name.startswith(LOSS)}
     return max(losses.items(), key=lambda item: item[1]) if losses else None

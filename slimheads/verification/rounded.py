@@ -1,14 +1,15 @@
-"""What an int8 or q4 file stands for: the float32 graph with its rounded weights, and its products by exact arithmetic.
+"""The reference of an int8 or q4 file: the float32 graph with its rounded weights, and products in exact arithmetic.
 
-The yardstick of link 3. Its structure is the float32 graph's and only the rounded numbers are the file's, so a wrong
-head, a product that reads another's weights and a sum that overflows differ from it, and honest rounding does not.
+Link 3 compares the file with it. Its structure is the float32 graph's and only the rounded numbers are the file's. So a
+wrong head, a product by another product's weights and a sum that overflows all differ from it, and correct rounding
+does not.
 
 - int8: x is rounded to unsigned bytes as a whole (`DynamicQuantizeLinear`), the product is one of whole numbers.
 - q4: each 32 neighbours of x are rounded to signed bytes by their largest (accuracy level 4), the weights are scaled.
 
-Whole numbers are multiplied and added as float64, which holds them exactly: no instruction of this CPU that adds in 16
-bits has a part in it. Run without ONNX Runtime's own fusions, an int8 file and its yardstick then agree to the last
-bit, where the sums are right; with fusions, the last bit of an activation can move a rounding by a whole step.
+Whole numbers are multiplied and added as float64, which is exact and uses no 16-bit instruction of the CPU. Without
+ONNX Runtime's own fusions, an int8 file then agrees with its reference to the last bit, where its sums are right; with
+fusions, the last bit of an activation can change a rounding by a whole step.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from slimheads.exporting.graph_files import save_graph
 
 BLOCK = 32  # neighbours of x that q4 rounds together
 LOSS = "slimheads.loss/"
-_LEAST = 1e-30  # in place of a block of nothing but zeros: 127 divided by it is still a float32
+_LEAST = 1e-30  # in place of the largest value of an all-zero block: 127 divided by it is still a float32
 
 
 def write_rounded(source: Path, quantized: Path, target: Path) -> None:
     """Writes the float32 graph as an int8 or q4 file computes it.
 
     Args:
-        source, quantized: as `slimheads.graph_check.quantized_faults` takes them.
+        source, quantized: as `slimheads.verification.quantized_weights.quantized_faults` takes them.
         target: an ONNX file in an existing folder.
     """
     proto = onnx.load(str(source))
@@ -46,7 +47,7 @@ def write_rounded(source: Path, quantized: Path, target: Path) -> None:
 def write_losses(source: Path, quantized: Path, target: Path) -> None:
     """Writes the float32 graph with an output `slimheads.loss/<node>` for each product that the file rounds.
 
-    It is what rounding this product alone costs: the L2 norm of its output's error as a share of the output's.
+    It is the error by rounding this product alone: the L2 norm of the error as a share of the output's.
 
     Args:
         source, quantized, target: as `write_rounded` takes them.
@@ -58,7 +59,7 @@ def write_losses(source: Path, quantized: Path, target: Path) -> None:
         made = list(writer.converted(node))
         nodes.append(node)
         if made != [node]:
-            nodes += [*_beside(made, node.output[0]), *_loss(node)]
+            nodes += [*_under_another_name(made, node.output[0]), *_loss(node)]
             loss = helper.make_tensor_value_info(f"{LOSS}{node.name}", onnx.TensorProto.FLOAT, None)
             proto.graph.output.append(loss)
     proto.graph.ClearField("node")
@@ -72,8 +73,8 @@ def _writer(proto: onnx.ModelProto, quantized: Path) -> _Writer:
     return _Writer(proto.graph, stored, opset)
 
 
-def _beside(made: list[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
-    """A converted product under another name, so that all that follows goes on reading the float32 one."""
+def _under_another_name(made: list[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
+    """A converted product under another name, so that all later nodes read the float32 one."""
     made[-1].output[0] = f"{output}_rounded_product"
     return made
 
@@ -184,7 +185,7 @@ class _Writer:
             yield helper.make_node(operator, read, [f"{x}_{written}"], f"{x}_{written}_{operator}", **options)
 
     def store_rounded(self) -> None:
-        """Where others than products read a rounded tensor that the file has not kept beside: as what it stands for."""
+        """Stores a rounded tensor's values where other nodes than products read it and the file has no float32 copy."""
         for tensor in self._graph.initializer:
             if tensor.name not in self._stored and any(
                 f"{tensor.name}_{suffix}" in self._stored for suffix in ("quantized", "Q4")

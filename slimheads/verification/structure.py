@@ -1,49 +1,37 @@
-"""What the files say without being run.
+"""Link 4: whether every targeted tensor shrank by what the plan says, and nothing else changed. No graph is run.
 
-Link 4: did every targeted tensor shrink by what the plan says, and nothing else? The exporter names each node by the
-module it came from (`/encoder/layer.0/attention/self/query/MatMul`), and that ties tensors to sites even where it
-renamed the weights (`onnx::MatMul_185`).
-
-Link 3 of an int8 or q4 graph: is every weight its float32 one, rounded?
+The exporter names each node after the module it came from (`/encoder/layer.0/attention/self/query/MatMul`), and that
+ties tensors to sites even where it renamed the weights (`onnx::MatMul_185`).
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from slimheads.errors import UsageError
 from slimheads.families.sites import Projection, Site
 from slimheads.pruning.plan import Plan, match_plan
 from slimheads.runtime.onnx_signature import nodes_of
-from slimheads.verification.rounded import four_bit_steps
+from slimheads.verification.onnx_files import TensorShape, read_graph, sizes_text
 
-TensorShape = tuple[int, ...]
-_BLOCK = 2**20  # elements
-_NOT_ROUNDED = "is not the float32 graph's, rounded"
-_TINY = float(np.finfo(np.float32).tiny)
-_HALF_A_STEP = 0.501  # rounding to the nearest step; scales are float32
 _HEAD_COUNTS = ("num_heads", "kv_num_heads")
-# What may stand between a fused node and the projection that reads it.
+# Operators between a fused node and the projection that reads it.
 _MOVES = {"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 _FUSED = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "QAttention", "PackedMultiHeadAttention"}
 
 
 def graph_faults(dense: Path, slim: Path, sites: Sequence[Site], plan: Plan, *, cached: bool = False) -> Iterator[str]:
-    """Everything in which the slim graph is not the dense one less the plan, in words; nothing if it is.
+    """All differences between the slim graph and the dense one less the plan, in words; nothing if there is none.
 
     Args:
         dense, slim: ONNX files exported the same way, unfused.
-        sites: the dense model's, or those of them that are in the graph.
+        sites: the dense model's, or those that are in the graph.
         cached: whether keys and values may come from the cache alone, without projections in either graph.
     """
     before, after = _Graph(dense), _Graph(slim)
@@ -57,20 +45,20 @@ def graph_faults(dense: Path, slim: Path, sites: Sequence[Site], plan: Plan, *, 
             if not old or not any(len(shape) == 2 for shape in old):
                 yield f"{projection.module}: the dense graph has no weight under this name"
             elif Counter(new) != expected:
-                yield f"{projection.module}: tensors {_words(new)} where the plan says {_words(expected)}"
+                yield f"{projection.module}: tensors {sizes_text(new)} where the plan says {sizes_text(expected)}"
         if site.tables:
             yield from _table_faults(before, after, site, kept)
     targeted = [projection.module for site in sites for projection in site.projections]
-    targeted += [site.name for site in sites if site.tables]  # what is left of these was compared site by site
+    targeted += [site.name for site in sites if site.tables]  # these were compared site by site
     others = before.shapes_outside(targeted), after.shapes_outside(targeted)
     if others[0] != others[1]:
         gone, new_ones = others[0] - others[1], others[1] - others[0]
-        yield f"tensors outside the plan changed: {_words(gone)} became {_words(new_ones)}"
+        yield f"tensors outside the plan changed: {sizes_text(gone)} became {sizes_text(new_ones)}"
     yield from fused_faults(slim, sites, plan)
 
 
 def _table_faults(before: _Graph, after: _Graph, site: Site, kept: tuple[int, ...]) -> Iterator[str]:
-    """Beside its projections, a site reads its tables, perhaps folded into other shapes; each loses the same heads."""
+    """A site's tables, which may be folded into other shapes: each must lose the same heads as the projections."""
     dense, slim = (len(site.kept_heads(units)) for units in (tuple(range(site.total)), kept))
     modules = [projection.module for projection in site.projections]
     old, new = (graph.shapes_outside(modules, within=site.name) for graph in (before, after))
@@ -83,19 +71,19 @@ def _table_faults(before: _Graph, after: _Graph, site: Site, kept: tuple[int, ..
         )
         found = next((other for other in divided if other in unmatched), None)
         if found is None:
-            yield f"{site.name}: no {_words([shape])} with {slim} of {dense} heads, but {_words(unmatched)}"
+            yield f"{site.name}: no {sizes_text([shape])} with {slim} of {dense} heads, but {sizes_text(unmatched)}"
             return
         unmatched.remove(found)
     fewest = len(site.tables) if slim < dense else 0
     if unmatched or len(changed) < fewest:
-        yield f"{site.name}: {len(changed)} of at least {fewest} tables shrank, and {_words(unmatched)} is new"
+        yield f"{site.name}: {len(changed)} of at least {fewest} tables shrank, and {sizes_text(unmatched)} is new"
 
 
 def fused_faults(path: Path, sites: Sequence[Site], plan: Plan) -> Iterator[str]:
     """Fused attention nodes that do not carry their own layer's head count; nothing if there are none or all do.
 
-    A node's layer is the one whose output projection reads it: fusing renames all before that. Where the tool fused
-    some layers and left others, or one layer is called again and again, every node is held against its own.
+    A node's layer is the one whose output projection reads it, because fusing renames everything before that. This
+    also holds where only some layers were fused, or one layer is called several times.
     """
     graph = _Graph(path)
     nodes = [node for node in graph.nodes if node.op_type in _FUSED]
@@ -120,12 +108,12 @@ def merged_faults(first: Path, following: Path, merged: Path) -> Iterator[str]:
     parts, whole = _contents(first) | _contents(following), _contents(merged)
     for fault, tensors in (("lacks", parts - whole), ("has from neither decoder", whole - parts)):
         if tensors:
-            yield f"{merged.name} {fault} {len(tensors)} tensors: {_words([shape for _, shape, _ in tensors])}"
+            yield f"{merged.name} {fault} {len(tensors)} tensors: {sizes_text([shape for _, shape, _ in tensors])}"
 
 
 def _contents(path: Path) -> set[tuple[int, TensorShape, bytes]]:
-    """Every tensor of a file by its type, shape and bytes, whatever its name; scalars say nothing."""
-    graph = _read(path, weights=True)
+    """Every tensor of a file by its type, shape and bytes, without its name. Scalars are left out."""
+    graph = read_graph(path, weights=True)
     branches = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
     return {
         (t.data_type, tuple(t.dims), sha256(onnx.numpy_helper.to_array(t).tobytes()).digest())
@@ -134,91 +122,9 @@ def _contents(path: Path) -> set[tuple[int, TensorShape, bytes]]:
     }
 
 
-def quantized_faults(source: Path, quantized: Path) -> Iterator[str]:
-    """Tensors of an int8 or q4 file that are not those of the float32 file it came from, rounded; nothing if all are.
-
-    Args:
-        source: the float32 file.
-        quantized: as ONNX Runtime's `quantize_dynamic` writes it: a tensor that it rounded is `<name>_quantized` with
-            `<name>_scale` and `<name>_zero_point`, one for all or one for each index of the last axis. Or as its
-            `MatMulNBitsQuantizer` does: `<name>_Q4` and `<name>_scales` in symmetric blocks. A Gemm's transposed weight
-            is `<name>_Transposed` first.
-    """
-    made = {t.name: onnx.numpy_helper.to_array(t) for t in _read(quantized, weights=True).initializer}
-    for tensor in _read(source, weights=True).initializer:
-        fault = _rounding_fault(tensor.name, onnx.numpy_helper.to_array(tensor), made)
-        if fault:
-            yield f"{quantized.name}: {tensor.name} {fault}"
-
-
-def _rounding_fault(name: str, array: np.ndarray, made: Mapping[str, np.ndarray]) -> str | None:
-    """A tensor that several nodes read may be there twice: as it was, and rounded; each must be right."""
-    faults: list[str | None] = []
-    for stored, expected in ((name, array), (f"{name}_Transposed", array.T)):
-        if stored in made:
-            same = np.array_equal(made[stored], expected, equal_nan=expected.dtype.kind == "f")
-            faults.append(None if same else "is not what the float32 graph has")
-        if f"{stored}_quantized" in made:
-            faults.append(_step_fault(expected, *(made[f"{stored}_{p}"] for p in ("quantized", "scale", "zero_point"))))
-        if f"{stored}_Q4" in made:
-            faults.append(_block_fault(expected, made[f"{stored}_Q4"], made[f"{stored}_scales"]))
-    return next((fault for fault in faults if fault), None) if faults else "is missing"
-
-
-def _step_fault(expected: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> str | None:
-    if steps.shape != expected.shape:
-        return f"is {_words([steps.shape])} where the float32 graph has {_words([expected.shape])}"
-    return None if _is_rounded(expected, steps, scale, zero) else _NOT_ROUNDED
-
-
-def _block_fault(expected: np.ndarray, packed: np.ndarray, scales: np.ndarray) -> str | None:
-    inputs, outputs = expected.shape
-    held, blocks, half = packed.shape
-    if (held, blocks) != (outputs, math.ceil(inputs / (2 * half))) or scales.size != held * blocks:
-        return f"is {_words([packed.shape])} in 4 bits where the float32 graph has {_words([expected.shape])}"
-    return None if _is_rounded_in_blocks(expected, packed, scales.reshape(held, blocks)) else _NOT_ROUNDED
-
-
-def _is_rounded(exact: np.ndarray, steps: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> bool:
-    """Whether `steps`, scaled, is `exact` to half a step. `scale` and `zero` are single or one a last index."""
-    scale, zero = scale.astype(np.float64), zero.astype(np.float64)
-    rows = max(1, len(exact) if exact.ndim < 2 else _BLOCK // math.prod(exact.shape[1:]))
-    for start in range(0, len(exact), rows):  # in float64, a large table would not fit into memory at once
-        part = slice(start, start + rows)
-        if not (np.abs((steps[part] - zero) * scale - exact[part]) <= _HALF_A_STEP * scale).all():  # False for NaN
-            return False
-    return True
-
-
-def _is_rounded_in_blocks(exact: np.ndarray, packed: np.ndarray, scales: np.ndarray) -> bool:
-    """Whether 4-bit blocks, scaled, are `exact` to half a step as far as their range goes.
-
-    Args:
-        exact: [inputs, outputs].
-        packed: uint8 [outputs, blocks, half a block], the lower four bits first; 8 stands for zero.
-        scales: [outputs, blocks]: an eighth of the block's largest value, turned so that this becomes -8.
-    """
-    size = 2 * packed.shape[2]
-    columns = max(1, _BLOCK // (packed.shape[1] * size))
-    for start in range(0, len(packed), columns):
-        part = slice(start, start + columns)
-        steps, scale = four_bit_steps(packed[part]), scales[part, :, None].astype(np.float64)
-        whole = np.zeros((len(steps), steps.shape[1] * size))
-        whole[:, : len(exact)] = exact[:, part].T
-        blocks = whole.reshape(steps.shape)
-        largest = np.abs(blocks).max(axis=-1, keepdims=True)
-        ends = -8 * scale, 7 * scale
-        off = np.abs(steps * scale - blocks.clip(np.minimum(*ends), np.maximum(*ends))) / np.abs(scale).clip(_TINY)
-        # What fills up the last block stands for nothing.
-        rounded = off.reshape(whole.shape)[:, : len(exact)] <= _HALF_A_STEP
-        if not (rounded.all() and (np.abs(8 * np.abs(scale) - largest) <= 1e-6 * largest).all()):
-            return False
-    return True
-
-
 class _Graph:
     def __init__(self, path: Path) -> None:
-        graph = _read(path)
+        graph = read_graph(path)
         self.nodes = list(nodes_of(graph))
         self.shapes: dict[str, TensorShape] = {i.name: tuple(i.dims) for i in graph.initializer}
         self.users: dict[str, set[str]] = {name: set() for name in self.shapes}
@@ -254,7 +160,7 @@ class _Graph:
         )
 
     def feeds(self, node: onnx.NodeProto, module: str) -> bool:
-        """Whether a node of the module reads what this node puts out first, be it moved around on the way."""
+        """Whether a node of the module reads this node's first output, perhaps through reshapes and the like."""
         scope = self._scope(module)
         readers = [reader for reader in self.nodes if node.output[0] in reader.input]
         return any(
@@ -263,9 +169,9 @@ class _Graph:
         )
 
     def _scope(self, module: str) -> re.Pattern[str]:
-        """How the names of a module's nodes begin. A module that is called again has a number after its name."""
-        # The exporter names only what was called: OPT's head class calls `model.decoder` past `model`, and an encoder's
-        # own file begins below `model.encoder`.
+        """The prefix of a module's node names. A module that is called again has a number after its name."""
+        # The exporter names only modules that were called: OPT's head class calls `model.decoder` without `model`, and
+        # an encoder's own file begins below `model.encoder`.
         path = module.split(".")
         called = (".".join(path[start:]) for start in range(min(len(path), 3)))
         name = next((name for name in called if self._has(f"{name}.")), module)
@@ -276,20 +182,9 @@ class _Graph:
 
 
 def _scope_of(node: onnx.NodeProto) -> str:
-    """The module that a node came from, and what it is there."""
+    """The module that a node came from, and the node's own name."""
     path: str = node.name
     return path.removeprefix("/").replace("/", ".")
-
-
-def _read(path: Path, *, weights: bool = False) -> onnx.GraphProto:
-    return _load(path, weights=weights).graph
-
-
-def _load(path: Path, *, weights: bool) -> onnx.ModelProto:
-    try:
-        return onnx.load(str(path), load_external_data=weights)
-    except (OSError, DecodeError, onnx.checker.ValidationError) as error:
-        raise UsageError(f"the ONNX file cannot be read ({error})", where=str(path), hint="export it again") from error
 
 
 def _shrunk(shape: TensorShape, projection: Projection, features: int) -> TensorShape:
@@ -303,7 +198,3 @@ def _shrunk(shape: TensorShape, projection: Projection, features: int) -> Tensor
 def _shrink_axis(shape: TensorShape, axis: int, before: int, after: int) -> TensorShape:
     axis = axis if shape[axis] == before else 1 - axis
     return tuple(after if i == axis else size for i, size in enumerate(shape))
-
-
-def _words(shapes: Counter[TensorShape] | Sequence[TensorShape]) -> str:
-    return ", ".join("x".join(map(str, shape)) or "scalar" for shape in sorted(Counter(shapes).elements())) or "none"

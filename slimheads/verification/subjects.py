@@ -1,4 +1,4 @@
-"""What the certificate's links hold against each other: a model in one file, or an encoder-decoder in four."""
+"""The two sides that each link compares: of a model in one file, or of an encoder-decoder in four."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from slimheads.exporting.artifacts import ENCODER, FILES, FIRST_DECODER, MERGED_DECODER, NEXT_DECODER, PARTS, file_name
+from slimheads.exporting.artifacts import ENCODER, FIRST_DECODER, MERGED_DECODER, NEXT_DECODER, PARTS, file_name
 from slimheads.exporting.clients import greedy_tokens, seq2seq_greedy_tokens
-from slimheads.exporting.kv_cache import kv_shapes
+from slimheads.exporting.precisions import PRECISIONS
 from slimheads.exporting.quantize import SIXTEEN_BITS
 from slimheads.families.limits import decoder_start, position_limit
 from slimheads.families.sites import Site, find_sites
 from slimheads.models.generation import greedy_options, seq2seq_generate
+from slimheads.models.kv_shapes import kv_shapes
 from slimheads.names import Int8For, Precision
 from slimheads.pruning.plan import Plan
 from slimheads.runtime.onnx_signature import read_interface
@@ -30,48 +31,47 @@ from slimheads.verification.integer_products import overflow_faults, product_wei
 from slimheads.verification.lengths import right_up_to
 from slimheads.verification.parity import (
     AnyCase,
-    Form,
+    Runner,
     cases,
-    onnx_form,
     onnx_greedy,
-    torch_form,
+    onnx_runner,
+    torch_runner,
     tried_changes,
 )
 from slimheads.verification.rounded import write_losses, write_rounded
 from slimheads.verification.structure import fused_faults, graph_faults, merged_faults
 
 PROMPT_TOKENS, NEW_TOKENS = 8, 16
-ROUNDED: tuple[Precision, ...] = ("int8", "q4")  # precisions whose weights are whole numbers with a scale
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One file, the cases that run it, and how to open it as a function of them.
+    """One file, the cases that run it, and how to open it.
 
-    `converted` is false for a graph that no converter made from its float32 one.
+    `converted` is false for a graph that no converter wrote: the merged decoder is merged from converted ones.
     """
 
     path: Path
     cases: Sequence[AnyCase]
-    open: Callable[[], Form]
+    open: Callable[[], Runner]
     converted: bool = True
 
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What an int8 or q4 file is held against, and the file itself, both run as written: without any fusion.
+    """The reference of an int8 or q4 file, and the file itself, both without ONNX Runtime's fusions.
 
-    `losses` is the float32 graph with what each rounded product costs by itself, as `write_losses` names them.
+    `losses` is the float32 graph with the rounding error of each product, as `write_losses` writes it.
     """
 
-    reference: Callable[[], Form]
-    as_written: Callable[[], Form]
-    losses: Callable[[], Form]
+    reference: Callable[[], Runner]
+    as_written: Callable[[], Runner]
+    losses: Callable[[], Runner]
 
 
 @dataclass(frozen=True)
 class Structure:
-    """One file's structure: how much there is to hold against the plan, and how to find what is wrong."""
+    """One file's structure: how many tensors are compared with the plan, and how to find the faults."""
 
     path: Path
     tensors: int
@@ -81,7 +81,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class Generation:
-    """Greedy search from one prompt: `expected` is torch's, `found` comes from a file. int64 [batch, positions]."""
+    """Greedy search from one prompt: `expected` by torch, `found` by a file. int64 [batch, positions]."""
 
     path: Path
     prompt: str
@@ -91,25 +91,27 @@ class Generation:
 
 
 class Chain(Protocol):
-    """All that the links compare."""
+    """Everything that the links compare."""
 
     @property
     def cases(self) -> Sequence[AnyCase]: ...
 
-    def torch_form(self, model: PreTrainedModel) -> Form: ...
+    def torch_runner(self, model: PreTrainedModel) -> Runner: ...
 
     def subjects(self, precision: Precision) -> list[Subject]:
         """The slim files of a precision."""
         ...
 
     def yardsticks(self, precision: Precision) -> list[Yardstick | None]:
-        """For each of these, what its arithmetic is held against where its weights are whole numbers.
-
-        Rounding changes outputs by as much as a wrong head does, so the float32 graph is no yardstick for them.
-        """
+        """The references of these files where their weights are whole numbers, else None."""
         ...
 
     def structures(self, further: Sequence[Precision]) -> list[Structure]: ...
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the model generates tokens with a cache; only then are there generations."""
+        ...
 
     def generations(self) -> list[Generation]: ...
 
@@ -131,17 +133,25 @@ class Shipped:
         """The slim graphs."""
         return self.folder / "onnx"
 
-    def as_candidate(self, folder: Path) -> Shipped:
+    def graph(self, precision: Precision = "fp32", part: str = "model") -> Path:
+        """A slim graph."""
+        return self.onnx / file_name(part, precision)
+
+    def dense_graph(self, part: str = "model") -> Path:
+        """A dense graph, in float32."""
+        return self.dense_onnx / file_name(part, "fp32")
+
+    def as_form(self, folder: Path) -> Shipped:
         """The same models with another form of their graphs, which `folder` holds below dense/ and slim/."""
         return replace(self, dense_onnx=folder / "dense" / "onnx", folder=folder / "slim")
 
     def sums(self, part: str, further: Sequence[Precision]) -> list[Structure]:
-        """Whether the int8 file's sums fit into 16 bits, where it is for CPUs that may add them up so."""
-        if "int8" not in further or self.int8_for not in SIXTEEN_BITS:
+        """Whether sums of int8 products fit into 16 bits, in files for CPUs that may add in 16 bits."""
+        if self.int8_for not in SIXTEEN_BITS:
             return []
-        path = self.onnx / file_name(part, "int8")
         claim = "no sum of two int8 products overflows 16 bits"
-        return [Structure(path, len(product_weights(path)), partial(overflow_faults, path), claim)]
+        paths = [self.graph(precision, part) for precision in further if PRECISIONS[precision].for_cpus]
+        return [Structure(path, len(product_weights(path)), partial(overflow_faults, path), claim) for path in paths]
 
 
 def chain_of(shipped: Shipped) -> Chain:
@@ -150,7 +160,7 @@ def chain_of(shipped: Shipped) -> Chain:
 
 
 def fixed_cache_axes(path: Path) -> bool:
-    """Whether a file fixes its cache's axes: then optimum cannot feed it, for it sizes empty caches by config.json."""
+    """Whether a file fixes its cache's axes. optimum cannot run it, because it sizes empty caches by config.json."""
     caches = [i for i in read_interface(path).inputs if i.name.startswith("past_key_values.")]
     return any(isinstance(i.dims[1], int) for i in caches)
 
@@ -159,7 +169,7 @@ _Writer = Callable[[Path, Path, Path], None]
 
 
 @contextmanager
-def _written(write: _Writer, plain: Path, made: Path) -> Iterator[Path]:
+def _temporary_graph(write: _Writer, plain: Path, made: Path) -> Iterator[Path]:
     """A graph made of a float32 file and an int8 or q4 file."""
     with tempfile.TemporaryDirectory(prefix="slimheads-") as scratch:
         path = Path(scratch) / plain.name
@@ -167,8 +177,8 @@ def _written(write: _Writer, plain: Path, made: Path) -> Iterator[Path]:
         yield path
 
 
-def _own(part: str, run: Form) -> Form:
-    """A form that gives only what one of an encoder-decoder's files puts out."""
+def _outputs_of_part(part: str, run: Runner) -> Runner:
+    """A runner that returns only the outputs of one file of an encoder-decoder."""
     own = seq2seq.outputs_of(part)
     return lambda case: {name: array for name, array in run(case).items() if own(name)}
 
@@ -178,62 +188,62 @@ class OneFile:
 
     def __init__(self, shipped: Shipped) -> None:
         self._shipped = shipped
-        self._with_cache = shipped.task == "text-generation"
+        self.writes_text = shipped.task == "text-generation"
         self.cases = cases(shipped.dense.config, shipped.task)
 
-    def torch_form(self, model: PreTrainedModel) -> Form:
-        return torch_form(model)
+    def torch_runner(self, model: PreTrainedModel) -> Runner:
+        return torch_runner(model)
 
     def subjects(self, precision: Precision) -> list[Subject]:
-        return [self._subject(self._shipped.onnx / FILES[precision], self._shipped.slim)]
+        return [self._subject(self._shipped.graph(precision), self._shipped.slim)]
 
     def dense_subject(self) -> Subject:
         """The dense model's file."""
-        return self._subject(self._shipped.dense_onnx / FILES["fp32"], self._shipped.dense)
+        return self._subject(self._shipped.dense_graph(), self._shipped.dense)
 
     def _subject(self, path: Path, model: PreTrainedModel) -> Subject:
-        return Subject(path, self.cases, partial(self._form, path, model))
+        return Subject(path, self.cases, partial(self._runner, path, model))
 
-    def _form(self, path: Path, model: PreTrainedModel, *, optimize: bool = True) -> Form:
-        return onnx_form(open_session(path, optimize=optimize), kv_shapes(model) if self._with_cache else ())
+    def _runner(self, path: Path, model: PreTrainedModel, *, optimize: bool = True) -> Runner:
+        return onnx_runner(open_session(path, optimize=optimize), kv_shapes(model) if self.writes_text else ())
 
     def yardsticks(self, precision: Precision) -> list[Yardstick | None]:
-        if precision not in ROUNDED:
+        if not PRECISIONS[precision].rounded:
             return [None]
-        slim, plain, made = (self._shipped.slim, *(self._shipped.onnx / FILES[p] for p in ("fp32", precision)))
+        slim, plain, made = self._shipped.slim, self._shipped.graph(), self._shipped.graph(precision)
 
-        def of_both(write: _Writer) -> Form:
-            with _written(write, plain, made) as path:
-                return self._form(path, slim, optimize=False)
+        def of_both(write: _Writer) -> Runner:
+            with _temporary_graph(write, plain, made) as path:
+                return self._runner(path, slim, optimize=False)
 
-        as_written = partial(self._form, made, slim, optimize=False)
+        as_written = partial(self._runner, made, slim, optimize=False)
         return [Yardstick(partial(of_both, write_rounded), as_written, partial(of_both, write_losses))]
 
     def fused(self) -> list[Structure]:
-        """Of both files: whether each fused attention node counts the heads of its own layer."""
+        """In both files: whether each fused attention node has the head count of its own layer."""
         sites, plan = find_sites(self._shipped.dense), self._shipped.plan
         whole = Plan(tuple(replace(site, kept=tuple(range(site.total))) for site in plan.sites))
-        sides = ((self._shipped.dense_onnx, whole), (self._shipped.onnx, plan))
-        paths = [(folder / FILES["fp32"], kept) for folder, kept in sides]
-        return [Structure(path, len(sites), partial(fused_faults, path, sites, kept)) for path, kept in paths]
+        graphs = ((self._shipped.dense_graph(), whole), (self._shipped.graph(), plan))
+        return [Structure(path, len(sites), partial(fused_faults, path, sites, kept)) for path, kept in graphs]
 
     def structures(self, further: Sequence[Precision]) -> list[Structure]:
-        sites, plan, path = find_sites(self._shipped.dense), self._shipped.plan, self._shipped.onnx / FILES["fp32"]
+        shipped = self._shipped
+        sites, plan, path = find_sites(shipped.dense), shipped.plan, shipped.graph()
 
         def faults() -> Iterator[str]:
-            yield from graph_faults(self._shipped.dense_onnx / FILES["fp32"], path, sites, plan)
+            yield from graph_faults(shipped.dense_graph(), path, sites, plan)
             for precision in further:
-                yield from fused_faults(self._shipped.onnx / FILES[precision], sites, plan)
+                yield from fused_faults(shipped.graph(precision), sites, plan)
 
         return [
             Structure(path, sum(len(site.projections) for site in sites), faults),
-            *self._shipped.sums("model", further),
+            *shipped.sums("model", further),
         ]
 
     def generations(self) -> list[Generation]:
-        if not self._with_cache:
+        if not self.writes_text:
             return []
-        slim, path = self._shipped.slim, self._shipped.onnx / FILES["fp32"]
+        slim, path = self._shipped.slim, self._shipped.graph()
 
         def found(ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
             if fixed_cache_axes(path):
@@ -249,7 +259,7 @@ class OneFile:
         return made
 
     def _prompts(self) -> Iterator[tuple[str, np.ndarray, np.ndarray, int]]:
-        """What is continued, as (its name, ids, mask, new tokens): a short text, and one across each change."""
+        """Prompts as (name, ids, mask, new tokens): a short text, and one that ends before each change."""
         config = self._shipped.dense.config
         limit = right_up_to(config)
         fresh = [case for case in self.cases if case.padding in ("no", "left") and not case.past]
@@ -264,48 +274,52 @@ class OneFile:
 
 
 class _FourFiles:
+    """The chain of an encoder-decoder."""
+
+    writes_text = True
+
     def __init__(self, shipped: Shipped) -> None:
         self._shipped = shipped
         self.cases = seq2seq.cases(shipped.dense.config)
 
-    def torch_form(self, model: PreTrainedModel) -> Form:
-        return seq2seq.torch_form(model)
+    def torch_runner(self, model: PreTrainedModel) -> Runner:
+        return seq2seq.torch_runner(model)
 
     def subjects(self, precision: Precision) -> list[Subject]:
         """Each file in turn, with the others in float32."""
         fresh = [case for case in self.cases if not case.past]
         run_by = {ENCODER: fresh, FIRST_DECODER: fresh, NEXT_DECODER: [case for case in self.cases if case.past]}
 
-        def form(part: str) -> Form:
-            return _own(part, seq2seq.Files.in_folder(self._shipped.onnx, part, precision).open().form)
+        def opened(part: str) -> Runner:
+            return _outputs_of_part(part, seq2seq.Files.in_folder(self._shipped.onnx, part, precision).open().runner)
 
         return [
             Subject(
-                self._shipped.onnx / file_name(part, precision),
+                self._shipped.graph(precision, part),
                 run_by.get(part, self.cases),
-                partial(form, part),
+                partial(opened, part),
                 converted=part != MERGED_DECODER,
             )
             for part in PARTS
         ]
 
     def yardsticks(self, precision: Precision) -> list[Yardstick | None]:
-        """The merged decoder's weights are those of the other two, which it is held against."""
-        if precision not in ROUNDED:
+        """The merged decoder has the weights of the other two decoders, so it is compared with them."""
+        if not PRECISIONS[precision].rounded:
             return [None] * len(PARTS)
         folder = self._shipped.onnx
         parts = seq2seq.Files(*(folder / file_name(part, precision) for part in (ENCODER, FIRST_DECODER, NEXT_DECODER)))
         plain = seq2seq.Files.in_folder(folder)
         names: dict[str, str] = {ENCODER: "encoder", FIRST_DECODER: "first", NEXT_DECODER: "following"}
 
-        def of_both(write: _Writer, part: str) -> Form:
+        def of_both(write: _Writer, part: str) -> Runner:
             if part == MERGED_DECODER:
-                return _own(part, replace(parts, encoder=plain.encoder).open(optimize=False).form)
-            with _written(write, folder / file_name(part, "fp32"), getattr(parts, names[part])) as path:
-                return _own(part, replace(plain, **{names[part]: path}).open(optimize=False).form)
+                return _outputs_of_part(part, replace(parts, encoder=plain.encoder).open(optimize=False).runner)
+            with _temporary_graph(write, folder / file_name(part, "fp32"), getattr(parts, names[part])) as path:
+                return _outputs_of_part(part, replace(plain, **{names[part]: path}).open(optimize=False).runner)
 
-        def as_written(part: str) -> Form:
-            return _own(part, seq2seq.Files.in_folder(folder, part, precision).open(optimize=False).form)
+        def as_written(part: str) -> Runner:
+            return _outputs_of_part(part, seq2seq.Files.in_folder(folder, part, precision).open(optimize=False).runner)
 
         return [
             Yardstick(
@@ -324,12 +338,12 @@ class _FourFiles:
     def _structure(self, part: str, sites: tuple[Site, ...], further: Sequence[Precision]) -> Structure:
         names = {site.name for site in sites}
         plan = Plan(tuple(site for site in self._shipped.plan.sites if site.site in names))
-        before, after = (folder / file_name(part, "fp32") for folder in (self._shipped.dense_onnx, self._shipped.onnx))
+        before, after = self._shipped.dense_graph(part), self._shipped.graph("fp32", part)
 
         def faults() -> Iterator[str]:
             yield from graph_faults(before, after, sites, plan, cached=part == NEXT_DECODER)
             for precision in further:
-                yield from fused_faults(self._shipped.onnx / file_name(part, precision), sites, plan)
+                yield from fused_faults(self._shipped.graph(precision, part), sites, plan)
 
         return Structure(after, sum(len(site.projections) for site in sites), faults)
 
@@ -337,9 +351,9 @@ class _FourFiles:
         def faults() -> Iterator[str]:
             for precision in ("fp32", *further):
                 parts = (FIRST_DECODER, NEXT_DECODER, MERGED_DECODER)
-                yield from merged_faults(*(self._shipped.onnx / file_name(part, precision) for part in parts))
+                yield from merged_faults(*(self._shipped.graph(precision, part) for part in parts))
 
-        return Structure(self._shipped.onnx / file_name(MERGED_DECODER, "fp32"), 1 + len(further), faults)
+        return Structure(self._shipped.graph("fp32", MERGED_DECODER), 1 + len(further), faults)
 
     def generations(self) -> list[Generation]:
         slim, folder = self._shipped.slim, self._shipped.onnx

@@ -22,7 +22,7 @@ from tiny import AUDIO, VISION, spread
 from transformers import AutoConfig, AutoTokenizer
 
 from slimheads.data.inputs import make_inputs, to_torch
-from slimheads.models.checkpoint import TASKS
+from slimheads.models.tasks import TASKS
 
 TEXTS = ["Close the file.", "A mapping of names to values that keeps the order of insertion.", "Ünïcode — and 数字 42"]
 

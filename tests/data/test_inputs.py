@@ -101,12 +101,15 @@ def test_recordings_may_be_of_any_length(tmp_path: Path) -> None:
 
 
 BAD = {
-    "another name": ({"images": GOOD}, "holds images, the model takes pixel_values"),
-    "one too many": ({"pixel_values": GOOD, "mask": GOOD}, "holds mask, pixel_values, the model takes pixel_values"),
-    "another number of channels": ({"pixel_values": GOOD[:, :1]}, r"\[5, 1, 8, 8\], the model takes \['n', 3, 8, 8\]"),
+    "another name": ({"images": GOOD}, "has images, but the model takes pixel_values"),
+    "one too many": ({"pixel_values": GOOD, "mask": GOOD}, "has mask, pixel_values, but the model takes pixel_values"),
+    "another number of channels": (
+        {"pixel_values": GOOD[:, :1]},
+        r"\[5, 1, 8, 8\], but the model takes \['n', 3, 8, 8\]",
+    ),
     "no batch": ({"pixel_values": GOOD[0]}, r"\[3, 8, 8\]"),
     "nothing": ({"pixel_values": GOOD[:0]}, r"\[0, 3, 8, 8\]"),
-    "bytes": ({"pixel_values": GOOD.astype(np.uint8)}, "holds uint8, the model takes float32"),
+    "bytes": ({"pixel_values": GOOD.astype(np.uint8)}, "is uint8, but the model takes float32"),
     "NaN": ({"pixel_values": GOOD * np.nan}, "NaN or infinite"),
 }
 

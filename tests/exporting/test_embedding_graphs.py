@@ -9,7 +9,7 @@ import pytest
 from tiny import spread, tiny_model
 
 from slimheads.exporting.export import export
-from slimheads.verification.parity import cases, compare_all, onnx_form, torch_form
+from slimheads.verification.parity import cases, compare_all, onnx_runner, torch_runner
 
 
 @pytest.mark.parametrize("kind", spread("gpt2", "llama", "opt", "gpt_bigcode", "bloom", "phi"))
@@ -20,5 +20,5 @@ def test_a_decoder_embeds_in_onnx_as_in_torch_under_any_padding(kind: str, tmp_p
     assert [given.name for given in session.get_inputs()] == ["input_ids", "attention_mask"]
     over = cases(model.config, "feature-extraction")
     assert {case.padding for case in over} == {"no", "left", "right"}
-    found = compare_all(torch_form(model), onnx_form(session, ()), over, 1e-4, 1e-4)
+    found = compare_all(torch_runner(model), onnx_runner(session, ()), over, 1e-4, 1e-4)
     assert [case.reason for case in found if not case.passed] == []

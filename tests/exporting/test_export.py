@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from shipped import ALL_PRECISIONS, Shipped
 from tiny import SEQ2SEQ, task_of
 from transformers import GenerationConfig, PreTrainedModel
 
+import slimheads
 from slimheads.data.inputs import make_inputs
 from slimheads.errors import ModelRefusedError
-from slimheads.exporting.artifacts import FILES, file_name
+from slimheads.exporting.artifacts import file_name
 from slimheads.exporting.export import export
 from slimheads.families.config_facts import has_length
 from slimheads.families.sites import find_sites
@@ -27,9 +29,10 @@ from slimheads.models.generation import greedy_options
 from slimheads.names import KvAxes
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
-from slimheads.runtime.onnx_signature import KV_SHAPES_KEY, inputs_for, read_interface
+from slimheads.runtime.graph_inputs import inputs_for
+from slimheads.runtime.onnx_signature import KV_SHAPES_KEY, read_interface
 from slimheads.runtime.sessions import open_session
-from slimheads.verification.parity import cases, compare_all, onnx_form, onnx_greedy, torch_form
+from slimheads.verification.parity import cases, compare_all, onnx_greedy, onnx_runner, torch_runner
 
 # What `shipped` has of a decoder for other tests too.
 PLAIN: dict[str, dict[str, Any]] = {"symbolic": {}, "static": {"precisions": ("fp32",), "kv_axes": "static"}}
@@ -98,7 +101,7 @@ def test_the_file_says_what_size_of_images_or_sound_to_feed_it_in_every_precisio
 ) -> None:
     graphs = shipped(exported_wordless)
     config = graphs.slim.config
-    for path in (graphs.onnx(FILES[precision]) for precision in ALL_PRECISIONS):
+    for path in (graphs.onnx(file_name("model", precision)) for precision in ALL_PRECISIONS):
         session = open_session(path)
         assert read_interface(path).has_length == has_length(config)
         for batch, length in ((1, 1), (2, 9)):
@@ -192,12 +195,12 @@ def test_a_half_precision_model_is_exported_from_a_float32_copy(
     assert initializer_types(path) == {TensorProto.FLOAT} and TensorProto.FLOAT in io_types(path)
     same = copy.deepcopy(model).float()
     over = cases(model.config, "feature-extraction")
-    found = compare_all(torch_form(same), onnx_form(open_session(path), ()), over, 1e-4, 1e-4)
+    found = compare_all(torch_runner(same), onnx_runner(open_session(path), ()), over, 1e-4, 1e-4)
     assert all(outcome.passed for outcome in found)
 
 
 def test_each_precision_is_what_its_name_says_and_takes_the_same_inputs(shipped: Callable[..., Shipped]) -> None:
-    plain, half, eighth = (shipped("bert").onnx(FILES[precision]) for precision in ALL_PRECISIONS)
+    plain, half, eighth = (shipped("bert").onnx(file_name("model", precision)) for precision in ALL_PRECISIONS)
     assert initializer_types(plain) == {TensorProto.FLOAT}
     assert TensorProto.FLOAT16 in initializer_types(half) and TensorProto.INT8 in initializer_types(eighth)
     assert io_types(plain) == io_types(half) == io_types(eighth) == {TensorProto.FLOAT, TensorProto.INT64}
@@ -230,3 +233,11 @@ def test_greedy_search_ignores_what_the_model_says_about_generation(tiny: Callab
         eos_token_id=int(plain[0, 6]), forced_eos_token_id=3,
     )  # fmt: skip
     assert torch.equal(model.generate(input_ids=ids, attention_mask=mask, **greedy_options(8)), plain)
+
+
+def test_optimum_is_imported_in_one_place_for_export_and_one_for_its_client() -> None:
+    """Another exporter, or another version of this one, concerns these modules and no others."""
+    package = Path(slimheads.__file__).parent
+    importing = re.compile(r"^\s*(import|from) optimum\b", re.MULTILINE)
+    found = {path.relative_to(package) for path in package.rglob("*.py") if importing.search(path.read_text("utf-8"))}
+    assert found == {Path("exporting/backends/optimum.py"), Path("exporting/clients.py")}

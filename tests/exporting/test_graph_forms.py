@@ -20,7 +20,7 @@ from whole_runs import checkpoint, report_of, slimheads, steady, write_recipe
 from slimheads.exporting import graph_files
 from slimheads.exporting import graph_forms as candidates
 from slimheads.exporting.export import export
-from slimheads.exporting.graph_forms import build_candidate
+from slimheads.exporting.graph_forms import build_form
 from slimheads.models.checkpoint import find
 from slimheads.names import GraphForm
 from slimheads.pipeline.assemble import Circumstances, assemble
@@ -58,7 +58,7 @@ def build(made: Shipped, name: GraphForm) -> dict[str, str | None]:
         folder = made.root / "candidates" / name / side
         (folder / "onnx").mkdir(parents=True)
         plain = made.root / side / "onnx" / "model.onnx"
-        reasons[side] = build_candidate(name, plain, folder / "onnx" / "model.onnx", made.dense.config)
+        reasons[side] = build_form(name, plain, folder / "onnx" / "model.onnx", made.dense.config)
         (folder / "config.json").write_bytes((made.folder / "config.json").read_bytes())
     return reasons
 
@@ -95,7 +95,7 @@ def test_every_form_of_a_graph_is_built_and_holds(model_type: str, made_of: Call
             assert {opset.domain for opset in after.opset_import} <= used | {""}
     found = prove(made, *NAMES)
     assert found.passed
-    for proof in found.candidates:
+    for proof in found.forms:
         assert proof.passed, proof.reason
         numbers = [3, 3, 4, 4, *[5] * (model_type in DECODERS)]
         assert [link.link for link in proof.links] == numbers and all(link.cases for link in proof.links)
@@ -135,7 +135,7 @@ def test_a_form_that_does_not_run_is_refused_and_nothing_else_with_it(
     build(made, "optimized")
     found = prove(made, name, "optimized")
     assert found.passed and found.error() is None
-    refused, other = found.candidates
+    refused, other = found.forms
     assert (refused.candidate, refused.passed, other.passed) == (name, False, True)
     assert refused.reason and refused.reason.startswith("link 3 (") and "does not run" in refused.reason
 
@@ -161,13 +161,13 @@ def test_the_dense_head_count_stamped_on_a_slim_graph_is_refused_by_links_3_and_
         onnx.save(stamped(tmp_path / side / "onnx" / "model.onnx", 4, 32), str(path))
         assert attention_of(path) == [4, 4, 4]
     found = prove(made, "fused")
-    (proof,) = found.candidates
+    (proof,) = found.forms
     assert found.passed and not proof.passed
     assert [(link.link, link.passed) for link in proof.links] == [(3, True), (3, False), (4, True), (4, False)]
     assert proof.reason and proof.reason.startswith("link 3 (onnx/model.onnx (fused)): ")
     wrong = next(site for site in made.plan.sites if len(site.kept) != 4)
     assert f"of {wrong.site} says num_heads 4, the plan {len(wrong.kept)}" in str(proof.links[3].reason)
-    assert not found.with_candidate("fused").passed
+    assert not found.with_form("fused").passed
 
 
 def test_a_wrong_count_in_the_dense_graph_is_refused_too(made_of: Callable[[str], Shipped]) -> None:
@@ -178,7 +178,7 @@ def test_a_wrong_count_in_the_dense_graph_is_refused_too(made_of: Callable[[str]
     attention = next(node for node in proto.graph.node if node.op_type == "Attention")
     next(a for a in attention.attribute if a.name == "num_heads").i = 2
     onnx.save(proto, str(path))
-    (proof,) = prove(made, "fused").candidates
+    (proof,) = prove(made, "fused").forms
     assert [(link.link, link.passed) for link in proof.links] == [(3, False), (3, True), (4, False), (4, True)]
     assert proof.reason and "dense/onnx/model.onnx (fused)" in proof.reason
 
@@ -193,7 +193,7 @@ def test_other_tokens_are_refused_by_link_5(made_of: Callable[[str], Shipped], m
         for names in (node.input, node.output):
             names[:] = [swap.get(name, name) for name in names]
     onnx.save(proto, str(path))
-    (proof,) = prove(made, "optimized").candidates
+    (proof,) = prove(made, "optimized").forms
     assert [link.link for link in proof.links if not link.passed] == [3, 5]
 
 
@@ -201,8 +201,8 @@ def test_what_ships_with_a_candidate_is_proved_by_both_graphs_links(made_of: Cal
     made = made_of("bert")
     build(made, "fused")
     found = prove(made, "fused")
-    whole = found.with_candidate("fused")
-    assert whole.passed and found.with_candidate("plain") is found
+    whole = found.with_form("fused")
+    assert whole.passed and found.with_form("plain") is found
     assert [(link.link, link.subject) for link in whole.links] == [
         (1, "model.safetensors"),
         (2, "onnx/model.onnx (plain)"),
@@ -214,7 +214,7 @@ def test_what_ships_with_a_candidate_is_proved_by_both_graphs_links(made_of: Cal
     ]
     assert [skipped.link for skipped in found.skipped] == [3, 5] and [s.link for s in whole.skipped] == [5]
     with pytest.raises(KeyError):
-        found.with_candidate("rewritten")
+        found.with_form("rewritten")
 
 
 # ---------------------------------------------------------------------------------------------- what is not built
@@ -239,7 +239,7 @@ def test_a_form_that_changes_nothing_is_none(made_of: Callable[[str], Shipped], 
     made = made_of("distilbert")
     build(made, "optimized")
     once = made.root / "candidates" / "optimized" / "slim" / "onnx" / "model.onnx"
-    assert build_candidate("optimized", once, tmp_path / "model.onnx", made.dense.config) == (
+    assert build_form("optimized", once, tmp_path / "model.onnx", made.dense.config) == (
         "it changes nothing in this graph"
     )
     assert not (tmp_path / "model.onnx").exists()
@@ -257,12 +257,12 @@ def test_a_form_without_one_of_the_outputs_is_none(
         return optimized
 
     monkeypatch.setattr(candidates, "optimize_model", forgetful)
-    assert build(made, "fused")["slim"] == "it takes away inputs or outputs of the graph"
+    assert build(made, "fused")["slim"] == "it removes inputs or outputs of the graph"
 
 
 def test_an_encoder_decoder_has_none(tiny: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
     for name in NAMES:
-        reason = build_candidate(name, tmp_path / "a.onnx", tmp_path / "b.onnx", tiny("t5").config)
+        reason = build_form(name, tmp_path / "a.onnx", tmp_path / "b.onnx", tiny("t5").config)
         assert reason and reason.startswith("an encoder-decoder ships as four graphs")
 
 
@@ -283,7 +283,7 @@ def test_weights_beside_the_graph_stay_beside_it(
         folder = made.root / "candidates" / name / "slim" / "onnx"
         assert {path.name for path in folder.iterdir()} == {"model.onnx", "model.onnx_data"}
         assert read_interface(folder / "model.onnx").kv_shapes == read_interface(made.onnx()).kv_shapes
-    assert all(proof.passed for proof in prove(made, *NAMES).candidates)
+    assert all(proof.passed for proof in prove(made, *NAMES).forms)
 
 
 # --------------------------------------------------------------------------------------------------- in a whole run
@@ -307,7 +307,7 @@ def test_a_run_tries_every_candidate_and_keeps_what_it_found(tmp_path: Path, mon
         path = exported.onnx(side, "fp32", form=form)
         assert path.is_file() and (path.parent.parent / "config.json").is_file()
     again = Verified.model_validate_json(verified.model_dump_json())
-    assert [(proof.candidate, proof.passed, proof.reason) for proof in again.certificate.candidates] == [
+    assert [(proof.candidate, proof.passed, proof.reason) for proof in again.certificate.forms] == [
         (name, True, None) for name in NAMES
     ]
     assert not (tmp_path / "out" / "slim" / "candidates").exists()
@@ -319,7 +319,7 @@ def test_a_candidate_that_one_side_lacks_is_none(tmp_path: Path, monkeypatch: py
         target.write_bytes(plain.read_bytes())
         return "it went wrong" if plain.parent.parent.name == "slim" else None
 
-    monkeypatch.setattr(export_stage, "build_candidate", only_dense)
+    monkeypatch.setattr(export_stage, "build_form", only_dense)
     recipe = Recipe.read(write_recipe(tmp_path / "r.yaml", export={"candidates": ["plain", "fused"]}))
     for side in SIDES:
         (tmp_path / "work" / side / "onnx").mkdir(parents=True)

@@ -301,7 +301,7 @@ def test_a_weak_precision_ends_with_code_4_and_the_remedies(
     (reason,) = report_of(out)["verdict"]["reasons"]
     for said in ("model_int8.onnx", "int8 out of export.precisions", "export.int8_for", "on_weak_precision: drop"):
         assert said in reason
-    assert "classifier" in reason and "report this" not in reason  # the product that loses most
+    assert "classifier" in reason and "report this" not in reason  # the product with the largest error
 
 
 def test_a_weak_precision_is_left_out_by_name_and_the_rest_is_published(
@@ -343,7 +343,7 @@ def test_a_weight_that_is_wrong_is_no_weak_precision(bert: Shipped, tmp_path: Pa
     """Left out is what rounding spoils; what was built wrongly fails, whatever the recipe says."""
     made = bert.copied(tmp_path)
     damaged(made, one_step)
-    from slimheads.verification.certificate import verify
+    from slimheads.verification.prove import verify
 
     found = verify(
         copy.deepcopy(made.dense),

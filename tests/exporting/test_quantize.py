@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 from slimheads.errors import ModelRefusedError
 from slimheads.exporting.artifacts import client_names
 from slimheads.exporting.export import export
+from slimheads.exporting.precisions import PRECISIONS
 from slimheads.exporting.quantize import Q4_BLOCK, to_int8, to_q4
 from slimheads.names import Int8For
 from slimheads.runtime.onnx_signature import nodes_of, read_interface
 from slimheads.runtime.sessions import open_session
-from slimheads.verification import structure as graph_check
-from slimheads.verification.precision_proof import TOLERANCES
+from slimheads.verification import quantized_weights
+from slimheads.verification.quantized_weights import quantized_faults
 from slimheads.verification.rounded import write_rounded
-from slimheads.verification.structure import quantized_faults
 
 TARGETS: tuple[Int8For, ...] = ("any", "avx512_vnni", "avx2", "arm64")
 # Products as MatMul, as Gemm (GPT-2), as Gemm of a transposed weight (CLIP's projections), and in four files.
@@ -170,7 +170,7 @@ def faults(folder: Path, made: dict[str, np.ndarray]) -> list[str]:
 
 @pytest.mark.parametrize("block", [1, 100, 2**20])
 def test_blocks_rounded_by_the_book_are_no_fault(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_check, "_BLOCK", block)
+    monkeypatch.setattr(quantized_weights, "_BLOCK", block)
     assert faults(tmp_path, four_bit(WEIGHT)) == []
 
 
@@ -235,7 +235,7 @@ def test_a_changed_weight_fails_link_3_though_outputs_agree(gpt2: Shipped, tmp_p
     assert [link.link for link in failed] == [3]
     assert failed[0].reason and failed[0].reason.endswith("c_fc.weight is not the float32 graph's, rounded")
     assert (
-        failed[0].max_rel is not None and failed[0].max_rel < TOLERANCES["q4"]
+        failed[0].max_rel is not None and failed[0].max_rel < PRECISIONS["q4"].tolerance
     )  # numbers alone would have let it pass
 
 

@@ -154,7 +154,7 @@ def test_a_variant_whose_heads_do_not_stand_alone_is_refused(
 ) -> None:
     config = tiny(model_type).config
     setattr(config, key, True)
-    with pytest.raises(ModelRefusedError, match=f"{key}: True is refused, for {reason}"):
+    with pytest.raises(ModelRefusedError, match=f"{key}: True is refused because {reason}"):
         family_of(config)
 
 
@@ -190,11 +190,11 @@ def test_cross_attention_is_refused(tiny: Tiny, model_type: str) -> None:
     [
         (with_site(match=r"encoder.layers.*.attention"), "bert", "0 modules match 'encoder.layers"),
         (with_site(match=r"encoder.layer.*.attention.self.query"), "bert|query", "linear layer|nothing"),
-        (with_site(keep=()), "encoder.layer.0.attention.output.LayerNorm.weight", "no line of the family file"),
+        (with_site(keep=()), "encoder.layer.0.attention.output.LayerNorm.weight", "the family file does not describe"),
         (
             with_site(projections=families()["bert"].sites[0].projections[1:]),
             "encoder.layer.0.attention.self.query.weight",
-            "no line of the family file",
+            "the family file does not describe",
         ),
         (
             with_site(projections=(ProjectionRow(module="self.quarry", layout="query(unit dim)"),)),
@@ -316,7 +316,7 @@ def test_an_attention_block_that_no_row_describes_is_an_error(tiny: Tiny, monkey
     """Whole blocks are claimed as single tensors are: nothing keeps its heads without a word."""
     model = tiny("bert")
     model.pooler.attention = torch.nn.MultiheadAttention(32, 4)
-    with pytest.raises(ModelRefusedError, match="no line of the family file describes") as refused:
+    with pytest.raises(ModelRefusedError, match="the family file does not describe") as refused:
         find_sites(model)
     assert refused.value.where == "pooler.attention"
     monkeypatch.setattr(family_files, "families", lambda: {"bert": bert_family(untouched=("pooler.attention",))})

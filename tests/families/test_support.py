@@ -1,4 +1,4 @@
-"""The catalogue says what the tests proved, and "not proven" of everything else."""
+"""The list of families says what the tests proved, and "not proven" of everything else."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import pytest
 from whole_runs import slimheads
 
 from slimheads.errors import UsageError
-from slimheads.families import support as catalogue
+from slimheads.families import evidence as packaged
+from slimheads.families import support
+from slimheads.families.evidence import Evidence, digest, evidence
 from slimheads.families.family import families
-from slimheads.families.support import Evidence, digest, family_rows, render_markdown, shortfall
+from slimheads.families.support import FamilySupport, shortfall, supported_families
+from slimheads.report.families_page import render_families
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[2]
@@ -56,7 +59,7 @@ def believe(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def put(**model_types: dict[str, Any]) -> None:
         made = Evidence.model_validate({"versions": {"torch": "2"}, "model_types": model_types})
-        monkeypatch.setattr(catalogue, "evidence", lambda: made)
+        monkeypatch.setattr(support, "evidence", lambda: made)
 
     return put
 
@@ -65,8 +68,8 @@ def proven(**changes: Any) -> dict[str, Any]:
     return {"family": "bert", "digest": digest(families()["bert"]), "tests": {"tests/a.py::b": 7}} | PROOFS | changes
 
 
-def row_of(name: str) -> dict[str, Any]:
-    return next(row for row in family_rows() if row["family"] == name)
+def row_of(name: str) -> FamilySupport:
+    return next(row for row in supported_families() if row.family == name)
 
 
 # ------------------------------------------------------------------------------------------- what is in the repository
@@ -78,17 +81,17 @@ def test_every_covered_model_type_is_proven_as_its_family_file_stands() -> None:
 
 
 def test_the_evidence_names_no_model_type_that_is_not_covered() -> None:
-    assert catalogue.evidence().model_types.keys() <= COVERED.keys(), "run `make families`"
+    assert evidence().model_types.keys() <= COVERED.keys(), "run `make families`"
 
 
 def test_the_page_is_what_the_evidence_gives() -> None:
     page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
-    assert page == render_markdown(family_rows()), "run `make families`"
+    assert page == render_families(supported_families(), evidence().versions), "run `make families`"
 
 
 def test_the_evidence_is_written_as_it_is_written_anew() -> None:
     """Edited by hand, or in another order, it would be."""
-    text = catalogue.EVIDENCE.read_text(encoding="utf-8")
+    text = packaged.EVIDENCE.read_text(encoding="utf-8")
     assert Evidence.model_validate_json(text).to_json() == text
 
 
@@ -98,13 +101,13 @@ def test_the_evidence_is_written_as_it_is_written_anew() -> None:
 def test_a_row_says_what_was_proven_and_how_far_off_the_worst_was(believe: Callable[..., None]) -> None:
     believe(bert=proven())
     row = row_of("bert")
-    assert row["tasks"] == ["fill-mask"] and row["reload"] == "stock with equal counts, slimheads"
-    assert row["variants"] == {"bert": ["width: 3"]}
-    assert row["evidence"].keys() == {"bert"}
-    found = row["evidence"]["bert"]
-    assert found["links"] == {"1": 2e-7, "3 int8": 0.02, "4": None}
-    assert found["gated"] == {"float64": 5e-16} and found["tests"] == {"tests/a.py::b": 7}
-    page = render_markdown([row])
+    assert row.tasks == ("fill-mask",) and row.reload == "stock with equal counts, slimheads"
+    assert row.variants == {"bert": ("width: 3",)}
+    assert row.evidence.keys() == {"bert"}
+    found = row.evidence["bert"]
+    assert found.links == {"1": 2e-7, "3 int8": 0.02, "4": None}
+    assert found.gated == {"float64": 5e-16} and found.tests == {"tests/a.py::b": 7}
+    page = render_families([row], {"torch": "2"})
     assert "| `bert` | 5e-16 | 2e-07 | 0.02 | held | 7 |" in page
     assert "| `roberta` | not proven: no evidence |" in page
 
@@ -122,7 +125,7 @@ def test_what_is_not_proven_is_said_to_be_so(
 ) -> None:
     believe(bert=proven(**changes), roberta=proven())
     assert shortfall("bert", families()["bert"]) == reason and shortfall("roberta", families()["bert"]) is None
-    assert row_of("bert")["not_proven"]["bert"] == reason
+    assert row_of("bert").not_proven["bert"] == reason
     data, people = slimheads("families", "--json"), slimheads("families")
     (row,) = (row for row in data.json if row["family"] == "bert")
     assert "bert" not in row["evidence"] and "roberta" in row["evidence"]
@@ -142,12 +145,12 @@ def test_a_digest_is_of_what_is_said_of_the_model_type() -> None:
 def test_damaged_evidence_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "evidence.json"
     path.write_text('{"format": 1}')
-    monkeypatch.setattr(catalogue, "EVIDENCE", path)
+    monkeypatch.setattr(packaged, "EVIDENCE", path)
     with pytest.raises(UsageError, match="damaged evidence") as refused:
-        catalogue.evidence.__wrapped__()
+        evidence.__wrapped__()
     assert refused.value.where == str(path)
     path.unlink()
-    assert catalogue.evidence.__wrapped__().model_types == {}
+    assert evidence.__wrapped__().model_types == {}
 
 
 # --------------------------------------------------------------------------------------------------- how it is gathered

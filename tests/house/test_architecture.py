@@ -46,6 +46,14 @@ def test_the_picture_shows_the_stages_in_the_order_in_which_they_run() -> None:
     assert arrows == list(zip(STAGE_NAMES, [*STAGE_NAMES[1:], "out"], strict=True))
 
 
+def test_the_picture_names_the_result_of_each_stage() -> None:
+    results = re.findall(r'^ +(\w+)\[".*?"\] -- "(\w+)', PAGE, re.M)
+    assert len(results) == len(STAGE_NAMES)
+    for stage, result in results:
+        file = "report/model.py" if stage == "report" else f"pipeline/stages/{stage}.py"
+        assert f"class {result}(" in (PACKAGE / file).read_text(encoding="utf-8"), stage
+
+
 def test_the_picture_names_packages_that_exist() -> None:
     for packages in re.findall(r'\w+\["\w+<br/>(.*?)"\]', PAGE):
         assert all((PACKAGE / name / "__init__.py").is_file() for name in packages.split(", ")), packages

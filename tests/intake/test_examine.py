@@ -332,7 +332,7 @@ def test_a_link_out_of_the_folder_is_refused_by_name(folder: Folder, tmp_path: P
 def test_a_link_that_leads_nowhere_and_a_pipe_are_refused(folder: Folder) -> None:
     model = folder()
     (model / "vocab.txt").symlink_to(model / "gone.txt")
-    assert "no file" in refusal(model).what
+    assert "missing file" in refusal(model).what
     (model / "vocab.txt").unlink()
     os.mkfifo(model / "tokenizer.json")
     assert refusal(model).where == str(model / "tokenizer.json")

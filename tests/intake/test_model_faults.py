@@ -190,7 +190,7 @@ def test_a_missing_or_misshapen_tensor_is_refused(checkpoint: Checkpoint, name: 
         ({"num_hidden_layers": 0}, "encoder.layer.0.attention"),
         ({"num_hidden_layers": -1}, "encoder.layer.0.attention"),
         ({"num_hidden_layers": "3"}, "cannot load"),
-        ({"hidden_size": 0}, "config.json asks for"),
+        ({"hidden_size": 0}, "by config.json"),
         ({"hidden_size": "32"}, "damaged configuration"),
         ({"vocab_size": -1}, "cannot load"),
         ({"pad_token_id": 500}, "pad_token_id"),
@@ -262,7 +262,7 @@ KERNEL = "someone/kernel"
 )
 def test_a_config_that_names_code_to_run_is_refused(checkpoint: Checkpoint, changes: dict[str, Any]) -> None:
     folder = checkpoint(**changes)
-    with pytest.raises(ModelRefusedError, match="names code to fetch and run"):
+    with pytest.raises(ModelRefusedError, match="names code to download and run"):
         find(str(folder))
     refusal(folder)
 

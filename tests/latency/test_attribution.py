@@ -12,7 +12,7 @@ from onnx_files import write_encoder
 from slimheads.errors import UsageError
 from slimheads.latency import bench as bench_module
 from slimheads.latency import sampling as measuring
-from slimheads.latency.attribution import bench_treated
+from slimheads.latency.attribution import attribute
 from slimheads.latency.bench import bench
 from slimheads.latency.records import Latency
 from slimheads.latency.sampling import SETS, Series
@@ -42,7 +42,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, control: float = 1.0) -> list[tuple
 
 def test_each_ratio_is_of_the_files_it_names(files: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = pretend(monkeypatch)
-    (found,) = bench_treated(*files, shapes=[(1, 8)], precision="fused", flops={(1, 8): (3.0, 2.0)}, min_seconds=3)
+    (found,) = attribute(*files, shapes=[(1, 8)], precision="fused", flops={(1, 8): (3.0, 2.0)}, min_seconds=3)
     row = found.latency
     assert row.speedup and row.dense and row.slim and found.on_dense and found.on_slim and found.whole
     assert row.speedup.estimate == pytest.approx(4 / 2, rel=0.01)  # pruning, of treated graphs
@@ -60,13 +60,13 @@ def test_each_ratio_is_of_the_files_it_names(files: tuple[Path, ...], monkeypatc
 
 def test_a_control_that_is_off_vetoes_every_ratio(files: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, control=1.2)
-    (found,) = bench_treated(*files, shapes=[(1, 8)])
+    (found,) = attribute(*files, shapes=[(1, 8)])
     for part in (found.latency, found.on_dense, found.on_slim, found.whole):
         assert part is not None and part.verdict == "inconclusive" and part.reason and "misses 1" in part.reason
 
 
 def test_really_measured_the_four_run_in_the_same_rounds(files: tuple[Path, ...]) -> None:
-    (found,) = bench_treated(*files, shapes=[(1, 8)], min_seconds=0.02)
+    (found,) = attribute(*files, shapes=[(1, 8)], min_seconds=0.02)
     row = found.latency
     assert row.samples and row.control and found.whole
     dense, slim, control = (np.array(times) for times in (row.samples.dense, row.samples.slim, row.samples.control))
@@ -79,7 +79,7 @@ def test_without_the_provider_all_of_it_is_not_measured(
     files: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    (found,) = bench_treated(*files, shapes=[(1, 8)], provider="cuda", on_missing="skip")
+    (found,) = attribute(*files, shapes=[(1, 8)], provider="cuda", on_missing="skip")
     assert found.latency.verdict == "not measured"
     assert (found.on_dense, found.on_slim, found.whole) == (None, None, None)
 
@@ -95,4 +95,4 @@ def test_a_file_that_cannot_run_a_shape_is_named(files: tuple[Path, ...], monkey
 
     monkeypatch.setattr(measuring, "bind", bind)
     with pytest.raises(UsageError, match=r"slim-fused\.onnx: ONNX Runtime cannot run the shape \[1, 8\] .*no kernel"):
-        bench_treated(*files, shapes=[(1, 8)], min_seconds=0.02)
+        attribute(*files, shapes=[(1, 8)], min_seconds=0.02)

@@ -11,8 +11,8 @@ import psutil
 import pytest
 from whole_runs import checkpoint, measured, report_of, slimheads, steady, write_recipe
 
-from slimheads.latency.attribution import Ratio
-from slimheads.latency.graph_choice import MIN_GAIN, Treatment, choices, choose, lacking_memory
+from slimheads.latency.attribution import Ratio, Treatment, lacking_memory
+from slimheads.latency.graph_choice import MIN_GAIN, choose_graph, graph_choices
 from slimheads.latency.records import Interval
 from slimheads.pipeline.stages import bench as bench_stage
 from slimheads.runtime.onnx_signature import nodes_of
@@ -53,16 +53,16 @@ def row(treatment: str, on_slim: float | None, verdict: str = "faster", **more: 
 def test_another_graph_than_the_plain_one_ships_only_where_it_is_shown_to_be_faster(
     rows: list[Treatment], ships: str
 ) -> None:
-    chosen, reasons = choose(rows)
-    assert chosen == ships
-    assert set(reasons) == {one.treatment for one in rows if one.kind == "candidate"}
+    choice = choose_graph(rows)
+    assert choice.ships == ships
+    assert set(choice.reasons) == {one.treatment for one in rows if one.kind == "candidate"}
 
 
 def test_every_candidate_has_its_fate_and_exactly_one_ships() -> None:
-    found = choices(
+    found = graph_choices(
         {"optimized": None, "fused": None, "rewritten": "it changes nothing in this graph"},
         {"optimized": None, "fused": "layer 1 says num_heads 12, the plan 6"},
-        [row("optimized", 1.05)],
+        choose_graph([row("optimized", 1.05)]),
     )
     assert [(one.candidate, one.built, one.proven, one.ships) for one in found] == [
         ("plain", True, True, False),
@@ -71,8 +71,8 @@ def test_every_candidate_has_its_fate_and_exactly_one_ships() -> None:
         ("rewritten", False, None, False),
     ]
     assert [one.reason for one in found] == [
-        "optimized ships, 1.050x the plain graph's speed",
-        "1.050x the plain graph's speed",
+        "optimized ships, 1.050x vs. plain export",
+        "1.050x vs. plain export",
         "layer 1 says num_heads 12, the plan 6",
         "it changes nothing in this graph",
     ]
@@ -114,9 +114,7 @@ def test_the_graph_that_gains_most_ships_with_its_own_proof_and_is_compared_with
     subjects = {link["subject"] for link in report["certificate"]}
     assert {"onnx/model.onnx (attention)", "dense/onnx/model.onnx (attention)", "onnx/model.onnx (plain)"} <= subjects
     page = (out / "report.md").read_text()
-    said = (
-        "Graph: the attention one ships: 1.200x the plain graph's speed when it was chosen, 1.200x when measured again."
-    )
+    said = "Graph: the attention one ships: 1.200x vs. plain export when chosen, 1.200x when measured again."
     assert said in page
     assert "fp32 (attention), cpu, 1 thread" in page and "fp32 (plain, does not ship), cpu, 1 thread" in page
 
@@ -126,7 +124,7 @@ def test_the_graph_that_ships_is_reported_and_judged_by_a_measurement_of_its_own
 ) -> None:
     """The fused graph is lucky when it is chosen; what counts is how it does afterwards."""
     steady(monkeypatch, estimate=1.10, gains={"fused": 1.30})
-    lucky, times = bench_stage.bench_treated, list[Path]()
+    lucky, times = bench_stage.attribute, list[Path]()
 
     def sobering(*files: Path, **options: Any) -> Any:
         found = lucky(*files, **options)
@@ -136,7 +134,7 @@ def test_the_graph_that_ships_is_reported_and_judged_by_a_measurement_of_its_own
         less = Ratio(interval=Interval(estimate=1.02, low=1.01, high=1.03), verdict="faster")
         return [one.model_copy(update={"latency": measured("faster", 1.20), "on_slim": less}) for one in found]
 
-    monkeypatch.setattr(bench_stage, "bench_treated", sobering)
+    monkeypatch.setattr(bench_stage, "attribute", sobering)
     export, out = {"candidates": ["plain", "fused"]}, tmp_path / "out"
     recipe = write_recipe(tmp_path / "r.yaml", export=export, gates={"latency_ratio": 1 / 1.15})
     ended = slimheads("run", recipe, "--out", out)
@@ -149,7 +147,7 @@ def test_the_graph_that_ships_is_reported_and_judged_by_a_measurement_of_its_own
     assert given["on_slim"]["estimate"] == 1.02
     (foreseen,) = report["predictions"]
     assert foreseen["measured"] == 1.10, "tables are made of plain graphs, so predictions are held against those"
-    assert "1.300x the plain graph's speed when it was chosen, 1.020x" in (out / "report.md").read_text()
+    assert "1.300x vs. plain export when chosen, 1.020x" in (out / "report.md").read_text()
     recipe = write_recipe(tmp_path / "r.yaml", export=export, gates={"latency_ratio": 1 / 1.25})
     assert slimheads("run", recipe, "--out", out).code == 7  # the lucky 1.90 is not what counts
 

@@ -122,10 +122,10 @@ def test_steps_that_the_floors_forbid_are_left_out() -> None:
 def test_ratio_zero_and_impossible_ratios_are_as_in_select() -> None:
     plan, found = choose_step(SCORES, {"ratio": 0}, [table(linear)])
     assert (plan.removed, found.multiple_of, found.reason) == (0, 1, "nothing is deleted")
-    with pytest.raises(UsageError, match="the floors let only"):
+    with pytest.raises(UsageError, match="the floors allow the removal of only"):
         choose_step(SCORES, {"ratio": 0.95}, [table(linear)])
 
 
 def test_select_itself_takes_numbers_only() -> None:
-    with pytest.raises(UsageError, match="takes a latency table"):
+    with pytest.raises(UsageError, match="needs a latency table"):
         select(SCORES, 0.25, multiple_of="auto")  # type: ignore[arg-type]

@@ -102,7 +102,7 @@ def test_what_is_stored_is_not_measured_again(fake: FakeBench, cache: Path) -> N
 def test_a_point_in_doubt_is_measured_again_and_the_steadier_one_counts(fake: FakeBench) -> None:
     fake.control = lambda call: NOISY if call == 2 else Interval(estimate=1.0, low=0.99, high=1.01)
     (made,) = profile(find(str(checkpoint())), SHAPES[:1], ONE)
-    assert len(fake.calls) == 4 and made.table.doubtful == 0
+    assert len(fake.calls) == 4 and made.table.noisy_points == 0
     assert fake.calls[1]["seed"] != fake.calls[2]["seed"]
 
 
@@ -111,7 +111,7 @@ def test_a_point_that_stays_in_doubt_is_kept_and_marked(fake: FakeBench) -> None
     fake.control = lambda call: NOISY if call in (1, 4, 6) else worse
     told: list[str] = []
     (made,) = profile(find(str(checkpoint())), SHAPES[:1], ONE, tell=told.append)
-    assert made.table.doubtful == 3 and len(fake.calls) == 6
+    assert made.table.noisy_points == 3 and len(fake.calls) == 6
     assert {point.control.estimate for point in made.table.points} == {NOISY.estimate}
     assert sum("again" in line for line in told) == 3
 

@@ -38,7 +38,7 @@ def measure(
     series, rng = Series(), np.random.default_rng(0)
     while not series.done:
         add_set(series, runs, rng, min_seconds=min_seconds, min_pairs=min_pairs, clock=machine.clock)
-        series.consider(
+        series.update_done(
             Effort(min_seconds, min_pairs, EXTENSION),
             lambda dense, control: control_fault(ratio_interval(dense, control)) is None,
         )

@@ -71,7 +71,7 @@ def test_a_point_in_doubt_is_no_surer_than_its_control() -> None:
     surer, doubtful = (
         table_of([kind_of()], lambda _, kept: 0.9, margin=0.001, **more) for more in ({}, {"control": off})
     )
-    assert (surer.doubtful, doubtful.doubtful) == (0, 3)
+    assert (surer.noisy_points, doubtful.noisy_points) == (0, 3)
     widths = [p.high - p.low for p in (predict(t, plan_of(2, 2, 2)).speedup for t in (surer, doubtful))]
     assert widths[1] > 0.2 > 0.01 > widths[0]
 

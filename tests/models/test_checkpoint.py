@@ -23,8 +23,9 @@ from transformers import AutoModel, PreTrainedModel
 from slimheads.data.inputs import make_inputs, to_torch
 from slimheads.errors import EnvironmentLackError, ModelRefusedError, UsageError
 from slimheads.families.family import families
-from slimheads.models.checkpoint import TASKS, find
+from slimheads.models.checkpoint import find
 from slimheads.models.loading import load, save
+from slimheads.models.tasks import TASKS
 from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.surgery import prune
 

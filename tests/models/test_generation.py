@@ -11,7 +11,7 @@ import pytest
 from transformers import GenerationConfig, PreTrainedModel
 
 from slimheads.errors import ModelRefusedError
-from slimheads.models.generation import FILE, kept_settings
+from slimheads.models.generation_settings import FILE, kept_settings
 from slimheads.models.loading import load, save
 from slimheads.notices import collected
 from slimheads.pruning.plan import Plan
@@ -100,8 +100,8 @@ def test_what_transformers_does_not_take_is_left_out_and_told(
     ("text", "word"),
     [
         ("{", "JSON"),
-        ("null", "null"),
-        ("[]", "[]"),
+        ("null", "not a JSON object"),
+        ("[]", "not a JSON object"),
         ('{"temperature": NaN}', "NaN"),
         ('{"max_new_tokens": "5"}', "'max_new_tokens'"),
         ('{"max_length": 9, "watermarking_config": {"bad": 1}}', "'watermarking_config'"),

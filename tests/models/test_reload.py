@@ -18,9 +18,9 @@ from transformers import AutoModel, PreTrainedModel
 from slimheads.data.inputs import make_inputs, to_torch
 from slimheads.families.family import families
 from slimheads.families.sites import find_sites
-from slimheads.models.checkpoint import TASKS
 from slimheads.models.loading import load, save
 from slimheads.models.reload import reload_tier, same_attributes, same_weights
+from slimheads.models.tasks import TASKS
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
 

@@ -94,7 +94,7 @@ def test_an_adapters_file_is_refused_alone_and_beside_weights(llama: Path, name:
             (llama / other).unlink()
     error = refusal(llama)
     assert error.where == str(llama / name) and "adapter" in error.what and "merge" in error.hint
-    assert ("take the adapter's files away" in error.hint) == weights
+    assert ("remove the adapter's files" in error.hint) == weights
 
 
 def test_another_shape_is_named_in_full_with_both_shapes(bert: Path) -> None:

@@ -300,7 +300,8 @@ def test_our_own_folder_may_lead_nowhere_else(tmp_path: Path, name: str) -> None
 
 KILLED = """
 import os, signal, sys
-from slimheads import cli, publishing
+from slimheads import cli
+from slimheads.output import publishing
 exchange = publishing.exchange
 def dying(first, second):
     if second.name != "slim":

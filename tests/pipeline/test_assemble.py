@@ -29,11 +29,13 @@ from whole_runs import (
     write_recipe,
 )
 
+from slimheads.data.metrics import Figures
 from slimheads.data.texts import read_texts
 from slimheads.pipeline.gates import judge
-from slimheads.recipe.recipe import Gates, Recipe
+from slimheads.recipe.recipe import Recipe
+from slimheads.recipe.sections import Gates
 from slimheads.report.model import Report, Size
-from slimheads.verification.drift import Drift, Figures
+from slimheads.verification.drift import Drift
 
 SIZE = Size(parameters=10, bytes=1000, flops=1)
 

@@ -24,8 +24,8 @@ from whole_runs import (
 
 from slimheads.errors import UsageError
 from slimheads.notices import tell
-from slimheads.pipeline.run import dry_run, run
-from slimheads.pipeline.stage import STAGE_NAMES, versions
+from slimheads.pipeline.run import STAGE_NAMES, dry_run, run
+from slimheads.pipeline.stage import versions
 from slimheads.pipeline.stages import export as export_stage
 from slimheads.pipeline.stages import prune as prune_stage
 from slimheads.pipeline.stages import verify as verify_stage

@@ -33,7 +33,7 @@ from whole_runs import (
 from slimheads.pipeline.stages import export as export_stage
 from slimheads.pipeline.stages import prune as prune_stage
 from slimheads.pipeline.stages import score as score_stage
-from slimheads.recipe.recipe import Export
+from slimheads.recipe.sections import Export
 
 AS_SHIPPED = {"candidates": list(Export().candidates)}
 WEIGHT = "encoder.layer.1.attention.self.key.weight"

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from whole_runs import checkpoint, slimheads
 
 import slimheads as library
-from slimheads.errors import SlimheadsError, UsageError
+from slimheads.errors import SlimheadsError, UsageError, about_keys
 from slimheads.exporting.quantize import to_q4
 from slimheads.models import flops
 from slimheads.models.loading import load
@@ -123,7 +123,7 @@ def test_init_writes_shapes_that_the_model_takes_and_a_path_from_the_recipes_fol
 
 def test_an_error_below_the_recipe_says_which_key_it_is_about(tmp_path: Path) -> None:
     model = load(checkpoint())
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError) as caught, about_keys("bench.shapes"):
         flops.flops(model, 1, 161)
     assert caught.value.keys == ("bench.shapes",)
     import onnx

@@ -17,7 +17,9 @@ from ruamel.yaml import YAML
 from slimheads.errors import UsageError
 from slimheads.names import Task
 from slimheads.recipe.dump import dump_yaml
-from slimheads.recipe.recipe import Bench, Export, Gates, Recipe, Select, Verify, commented_recipe, recipe_schema
+from slimheads.recipe.recipe import Recipe, recipe_schema
+from slimheads.recipe.sections import Bench, Export, Gates, Select, Verify
+from slimheads.recipe.template import commented_recipe
 from slimheads.strict_yaml import parse_yaml
 
 FULL = """\
@@ -214,7 +216,7 @@ def test_schema_and_reader_want_a_model(text: str, written: Any) -> None:
         (
             "model: m\nselect:\n  ratio: 1.0\n",
             "r.yaml:3:10: select.ratio should be less than 1, got 1.0 (a number); "
-            "share of heads to delete, 0 to below 1: at least one head stays in every site",
+            "fraction of heads to delete, from 0 to below 1; at least one head stays per site",
         ),
         ("model: m\nselect: {ratio: yes}\n", 'r.yaml:2:17: select.ratio should be a number, got "yes" (text);'),
         ("model: m\nselect: {ratio: true}\n", "r.yaml:2:17: select.ratio should be a number, got true (a boolean);"),
@@ -410,11 +412,15 @@ def test_a_resolved_recipe_reads_back_equal(recipe: Recipe, written: Any) -> Non
 
 @pytest.mark.parametrize("version", [(1, 1), (1, 2)])
 @settings(max_examples=50, deadline=None)
-@given(text=_text | st.sampled_from(["no", "On", "y", "1e-4", "1:30", "0o7", "null", "~", "=", "<<", "2024-01-01"]))
+@given(
+    text=_text | st.sampled_from(["no", "On", "y", "1e-4", "1:30", "0o7", "null", "~", "=", "<<", "2024-01-01", "a?"])
+)
 def test_another_yaml_reader_sees_the_same_text(version: tuple[int, int], text: str) -> None:
     reader = YAML(typ="safe", pure=True)
     reader.version = version
-    assert reader.load(dump_yaml({"key": text})) == {"key": text}
+    data = {"key": text, "list": [text, 0.5, None]}
+    assert reader.load(dump_yaml(data)) == data
+    assert parse_yaml(dump_yaml(data), "r.yaml")[0] == data
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -446,6 +452,6 @@ def test_the_commented_recipe_explains_what_concerns_the_model() -> None:
 
 def test_reading_a_recipe_does_not_wait_for_torch() -> None:
     heavy = "{'torch', 'transformers', 'numpy', 'scipy', 'onnxruntime', 'matplotlib'}"
-    code = f"import sys, slimheads.recipe.recipe, slimheads.output.store; print({heavy} & set(sys.modules))"
+    code = f"import sys, slimheads.recipe.template, slimheads.output.store; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from ruamel.yaml import YAML
 
+from slimheads.data.metrics import Figures
 from slimheads.latency.records import CacheBytes, Interval, Latency, Timing
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.scores import ScoreTable
@@ -34,7 +35,7 @@ from slimheads.report.render import (
 )
 from slimheads.runtime.environment import Environment, Gpu
 from slimheads.verification.certificate import Link, SkippedLink
-from slimheads.verification.drift import Drift, Figures, RandomControl
+from slimheads.verification.drift import Drift, RandomControl
 
 
 def lines_of(report: Report) -> list[str]:

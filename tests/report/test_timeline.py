@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,9 +13,12 @@ from whole_runs import measured
 
 from slimheads.errors import UsageError
 from slimheads.latency.records import Samples
-from slimheads.report.timeline import _points, write_timeline
+from slimheads.report.svg import PALETTE
+from slimheads.report.timeline import write_timeline
 
 SETS = 4
+SVG = "{http://www.w3.org/2000/svg}"
+COLOURS = [PALETTE[name][0] for name in ("dense", "slim", "limit")]
 
 
 def row(rounds: int = 30, spikes: int = 0, **changes: Any) -> Any:
@@ -29,9 +33,9 @@ def drawn(tmp_path: Path, *rows: Any) -> tuple[list[str], list[str]]:
     path = tmp_path / "t.svg"
     write_timeline(rows, path, names=("a.onnx", "b.onnx"))
     root = ElementTree.fromstring(path.read_text())
-    assert root.tag == "{http://www.w3.org/2000/svg}svg"  # a file of its own, not a part of a page
-    texts = ["".join(text.itertext()) for text in root.iter("{http://www.w3.org/2000/svg}text")]
-    lines = [path for path in root.iter("{http://www.w3.org/2000/svg}path") if path.attrib["d"].count("L") > 5]
+    assert root.tag == f"{SVG}svg"  # a file of its own, not a part of a page
+    texts = ["".join(text.itertext()) for text in root.iter(f"{SVG}text")]
+    lines = [path for path in root.iter(f"{SVG}path") if path.attrib["d"].count("L") > 5]
     return texts, [line.attrib["style"].split("stroke: ")[1][:7] for line in lines]
 
 
@@ -48,14 +52,20 @@ def test_samples_above_the_scale_are_counted(tmp_path: Path) -> None:
     assert int(said.split()[0]) >= 7
 
 
-@pytest.mark.parametrize("count", [1, 2, 50, 5000])
-def test_the_least_and_the_greatest_sample_are_drawn_however_many_there_are(count: int) -> None:
-    times = np.random.default_rng(count).normal(1, 0.1, count)
-    points = _points(times, 10, 110)
-    assert len(points) <= 100
-    values = [value for _, value in points]
-    assert (min(values), max(values)) == (times.min(), times.max())
-    assert [x for x, _ in points] == sorted(x for x, _ in points) and 10 <= points[0][0] <= points[-1][0] <= 110
+@pytest.mark.parametrize("count", [2, 50, 5000])
+def test_the_least_and_the_greatest_sample_are_drawn_however_many_there_are(tmp_path: Path, count: int) -> None:
+    times = np.random.default_rng(count).normal(1, 0.01, count)
+    samples = Samples(dense=[times.tolist()], slim=[[0.98] * count], control=[[1.02] * count])
+    write_timeline([measured(samples=samples)], tmp_path / "t.svg")
+    root = ElementTree.fromstring((tmp_path / "t.svg").read_text())
+    (axes,) = (group for group in root.iter(f"{SVG}g") if group.get("id") == "axes_1")
+    heights = {}
+    for path in axes.iter(f"{SVG}path"):
+        stroke = path.get("style", "").partition("stroke: ")[2][:7]
+        heights[stroke] = [float(y) for y in re.findall(r"[ML] \S+ (\S+)", path.get("d", ""))]
+    dense, at_098, at_102 = (heights[colour] for colour in COLOURS)
+    drawn = [0.98 + 0.04 * (y - at_098[0]) / (at_102[0] - at_098[0]) for y in dense]
+    assert (min(drawn), max(drawn)) == pytest.approx((times.min(), times.max()), abs=2e-4)
 
 
 def test_what_was_not_measured_is_said_and_not_drawn(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from transformers import AutoModel, PreTrainedModel
 from whole_runs import checkpoint, report_of, slimheads, steady, visible, write_recipe
 
 from slimheads.exporting import graph_files
-from slimheads.exporting.artifacts import FILES, file_name, parts_of
+from slimheads.exporting.artifacts import file_name, parts_of
 from slimheads.exporting.export import export
+from slimheads.exporting.precisions import PRECISIONS
 from slimheads.exporting.quantize import to_fp16, to_int8
 from slimheads.families.sites import find_sites
 from slimheads.models.checkpoint import read_config
@@ -27,15 +28,16 @@ from slimheads.names import Precision
 from slimheads.pruning.plan import Plan
 from slimheads.runtime.memory import PeakMemory
 from slimheads.runtime.sessions import open_session
-from slimheads.verification.parity import cases, compare_all, onnx_form
-from slimheads.verification.precision_proof import FUSED_TOLERANCE, TOLERANCES
-from slimheads.verification.structure import quantized_faults
+from slimheads.verification.parity import cases, compare_all, onnx_runner
+from slimheads.verification.precision_proof import FUSED_TOLERANCE
+from slimheads.verification.quantized_weights import quantized_faults
 
 pytestmark = pytest.mark.slow
 TWO_GB = 2**31
 MEMORY_MB = 16_000  # eight times the weights
-EVERY = tuple(FILES)
-GRAPHS = {name for graph in FILES.values() for name in (graph, f"{graph}_data")}
+EVERY = tuple(PRECISIONS)
+FILES = [file_name("model", precision) for precision in EVERY]
+GRAPHS = {name for graph in FILES for name in (graph, f"{graph}_data")}
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def test_exporting_again_replaces_external_data_and_leaves_none_behind(
     assert sizes[0] == sizes[1] and sizes[0].keys() == GRAPHS
     monkeypatch.undo()
     export(tiny("bert"), tmp_path, task="feature-extraction", precisions=EVERY)
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES.values())
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "llama"])
@@ -90,7 +92,7 @@ def test_a_run_publishes_and_counts_external_data(
         both = [(onnx_folder / name).stat().st_size for name in ("model.onnx", "model.onnx_data")]
         assert report["model"][side]["bytes"] == sum(both)
         assert report["files"][f"{side}/onnx/model.onnx_data"] == both[1] > 4 * 1000
-        for name in (*FILES.values(), "model_quantized.onnx"):
+        for name in (*FILES, "model_quantized.onnx"):
             # Weights that have a second name, a hard link, onnx refuses to load.
             onnx.load(str(onnx_folder / name))
     assert slimheads("run", recipe, "--out", out, "--from", "verify").code == 0  # reads what was published before
@@ -175,14 +177,14 @@ def assert_it_opens_in_unmodified_optimum(out: Path) -> None:
 def assert_it_becomes_smaller_and_stays_itself(out: Path, precision: Precision, folder: Path) -> None:
     memory = PeakMemory()
     folder.mkdir()
-    plain, made = out / "slim" / "onnx" / "model.onnx", folder / FILES[precision]
+    plain, made = out / "slim" / "onnx" / "model.onnx", folder / file_name("model", precision)
     {"fp16": to_fp16, "int8": to_int8}[precision](plain, made)
     assert [path.name for path in folder.iterdir()] == [made.name]
     shrunk = graph_files.graph_bytes(plain) / {"fp16": 2, "int8": 4}[precision]
     assert made.stat().st_size == pytest.approx(shrunk, rel=0.01)
     over = [case for case in cases(read_config(out / "slim"), "feature-extraction") if case.length == 8]
-    forms = (onnx_form(open_session(path), ()) for path in (plain, made))
-    tolerance = {"fp16": TOLERANCES["fp16"], "int8": FUSED_TOLERANCE}[precision]
+    forms = (onnx_runner(open_session(path), ()) for path in (plain, made))
+    tolerance = {"fp16": PRECISIONS["fp16"].tolerance, "int8": FUSED_TOLERANCE}[precision]
     found = compare_all(*forms, over, None, tolerance)
     assert len(found) == 3 and all(outcome.passed for outcome in found)
     if precision == "int8":

@@ -15,8 +15,8 @@ from tiny import spread
 from whole_runs import CLASSIFIERS, Ended, checkpoint, report_of, reused, slimheads, steady, write_recipe
 
 from slimheads.data.inputs import make_inputs
-from slimheads.models.checkpoint import TASKS
 from slimheads.models.loading import load
+from slimheads.models.tasks import TASKS
 from slimheads.recipe.recipe import Recipe
 
 NOUNS = {"vit": "image", "wav2vec2": "recording", "audio-spectrogram-transformer": "recording"}

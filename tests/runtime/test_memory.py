@@ -67,10 +67,10 @@ def test_what_was_read_of_a_file_can_be_given_back_and_read_again(tmp_path: Path
     assert files.hold(weight.data_ptr()) and not files.hold(written.data_ptr())
     assert torch.equal(weight, written)
     assert resident_kib(path) > 0
-    files.give_back(weight.data_ptr(), size)
+    files.release(weight.data_ptr(), size)
     assert resident_kib(path) < 64  # what shares its first and last page with other bytes of the file
     assert torch.equal(weight, written)
-    with pytest.raises(ValueError, match="none of the files"):  # that memory would be lost
-        files.give_back(written.data_ptr(), size)
-    with pytest.raises(ValueError, match="none of the files"):
-        files.give_back(weight.data_ptr(), size + 2**30)
+    with pytest.raises(ValueError, match="not inside one of the files"):  # that memory would be lost
+        files.release(written.data_ptr(), size)
+    with pytest.raises(ValueError, match="not inside one of the files"):
+        files.release(weight.data_ptr(), size + 2**30)

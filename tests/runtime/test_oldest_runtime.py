@@ -20,9 +20,10 @@ import pytest
 from tiny import task_of, tiny_model
 
 from slimheads.exporting.export import export
-from slimheads.exporting.graph_forms import build_candidate
+from slimheads.exporting.graph_forms import build_form
 from slimheads.names import GraphForm
-from slimheads.runtime.onnx_signature import inputs_for, read_interface
+from slimheads.runtime.graph_inputs import inputs_for
+from slimheads.runtime.onnx_signature import read_interface
 from slimheads.runtime.sessions import ORT_ERRORS, open_session
 
 pytestmark = pytest.mark.slow
@@ -74,7 +75,7 @@ def graphs(model_type: str, folder: Path) -> Iterator[Path]:
     plain = folder / "model.onnx"
     for name in CANDIDATES if plain.is_file() else ():
         target = folder / f"model-{name}.onnx"
-        if build_candidate(name, plain, target, model.config) is None:
+        if build_form(name, plain, target, model.config) is None:
             yield target
 
 

@@ -12,7 +12,8 @@ from onnx import helper
 from onnx_files import BOOL, FLOAT, INT64, VOCABULARY, assert_one_line, write_encoder, write_model
 
 from slimheads.errors import UsageError
-from slimheads.runtime.onnx_signature import KV_SHAPES_KEY, inputs_for, read_interface
+from slimheads.runtime.graph_inputs import inputs_for
+from slimheads.runtime.onnx_signature import KV_SHAPES_KEY, read_interface
 from slimheads.runtime.sessions import open_session
 
 

@@ -10,7 +10,7 @@ import pytest
 from onnx_files import assert_one_line, write_encoder
 
 from slimheads.errors import EnvironmentLackError, UsageError
-from slimheads.runtime.onnx_signature import inputs_for
+from slimheads.runtime.graph_inputs import inputs_for
 from slimheads.runtime.sessions import PROVIDERS, device_of, open_session, placement_of, session_options_record
 
 
@@ -80,7 +80,7 @@ def test_a_provider_that_is_listed_but_does_not_start_is_refused(
 def test_an_unknown_provider_or_thread_count_is_a_usage_error(encoder: Path) -> None:
     with pytest.raises(UsageError, match="'tpu' is not known"):
         open_session(encoder, "tpu")
-    with pytest.raises(UsageError, match="0 threads"):
+    with pytest.raises(UsageError, match="threads is 0"):
         open_session(encoder, threads=0)
 
 

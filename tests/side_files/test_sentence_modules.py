@@ -106,19 +106,19 @@ def entry(**changes: Any) -> list[dict[str, Any]]:
     [
         ("{", "not readable as JSON"),
         ({}, "not a JSON list"),
-        ([], "no transformer"),
+        ([], "not a transformer"),
         ([7], "without a name, a type or a path"),
         (entry(type=None), "without a name, a type or a path"),
-        (entry(path="../1_Pooling"), "leaves the folder"),
-        (entry(path="/etc"), "leaves the folder"),
-        (entry(path="C:\\x"), "leaves the folder"),
-        (entry(type="mymodule.MyModule"), "'mymodule.MyModule' is no class of sentence-transformers"),
-        (entry(type="sentence_transformers_evil.models.Pooling"), "is no class of sentence-transformers"),
-        (entry(type="evil.sentence_transformers.models.Pooling"), "is no class of sentence-transformers"),
+        (entry(path="../1_Pooling"), "leads out of the folder"),
+        (entry(path="/etc"), "leads out of the folder"),
+        (entry(path="C:\\x"), "leads out of the folder"),
+        (entry(type="mymodule.MyModule"), "'mymodule.MyModule' is not a class of sentence-transformers"),
+        (entry(type="sentence_transformers_evil.models.Pooling"), "is not a class of sentence-transformers"),
+        (entry(type="evil.sentence_transformers.models.Pooling"), "is not a class of sentence-transformers"),
         (entry(type="sentence_transformers.models.WeightedLayerPooling"), "WeightedLayerPooling is not covered"),
         (entry(type="sentence_transformers.util.import_from_string"), "import_from_string is not covered"),
-        (entry(path=""), "a module with a folder of its own"),
-        (entry()[1:], "no transformer"),
+        (entry(path=""), "not a module with its own folder"),
+        (entry()[1:], "not a transformer"),
         ([entry(type="sentence_transformers.models.StaticEmbedding")[1]], "StaticEmbedding is not covered"),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_transformer_in_a_folder_of_its_own_is_refused_with_the_folder_to_give
     copied(tmp_path / "m" / inside)
     lay_out(tmp_path / "m", {"1_Pooling": MEAN}, path=inside)
     ended = slimheads("run", write_recipe(tmp_path / "r.yaml", tmp_path / "m"), "--out", tmp_path / "out")
-    assert ended.code == 3 and f"or give {tmp_path / 'm' / inside}," in ended.err
+    assert ended.code == 3 and f"or use {tmp_path / 'm' / inside} " in ended.err
     assert find(str(tmp_path / "m" / inside)).task == "feature-extraction"
 
 
@@ -192,5 +192,5 @@ def test_a_task_that_the_modules_cannot_use_is_told_with_the_one_they_can(tmp_pa
 
 
 def test_an_encoder_decoder_among_the_modules_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelRefusedError, match="the encoder alone of an encoder-decoder"):
+    with pytest.raises(ModelRefusedError, match="only the encoder of an encoder-decoder"):
         find(str(lay_out(copied(tmp_path / "m", "t5"), {"1_Pooling": MEAN})))

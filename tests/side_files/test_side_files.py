@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 from slimheads.models.loading import load, save
 from slimheads.notices import collected
-from slimheads.side_files.files import side_files, stated_terms, tell_what_is_left_out
+from slimheads.side_files.shipped_files import note_files_left_out, side_files, stated_terms
 
 TERMS = (
     *("LICENSE", "LICENSE.txt", "LICENSE.md", "License.txt", "licence.md", "LICENSE-MODEL", "LICENSE-2.0", "COPYING"),
@@ -72,7 +72,7 @@ def test_a_client_of_the_copy_is_led_nowhere_else(tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert not {"auto_map", "tokenizer_file"} & settings.keys() and settings["pad_token"] == "[PAD]"
     with collected() as told:
-        tell_what_is_left_out(source)
+        note_files_left_out(source)
     assert any("model_args" in text and "cache_dir" in text for text in told)
 
 
@@ -81,7 +81,7 @@ def test_a_file_that_may_matter_is_told_by_name(tmp_path: Path, name: str, told:
     source = copied(tmp_path / "m")
     write(source / name, "{}")
     with collected() as texts:
-        tell_what_is_left_out(source)
+        note_files_left_out(source)
     assert [name in text for text in texts] == [True] * told
 
 

@@ -191,12 +191,13 @@ def test_ids_without_an_embedding_are_refused_where_the_sample_has_them_and_told
     tokenizer = loaded(checkpoint())
     ids = tokenizer("the a of")["input_ids"]
     rows = max(ids)
-    with pytest.raises(ModelRefusedError, match=rf"ids up to \d+, and the model only {rows} rows.*use id {rows}"):
+    message = rf"ids up to \d+, but the model has only {rows} embeddings.*use id {rows}"
+    with pytest.raises(ModelRefusedError, match=message):
         require_vocabulary(tokenizer, ["the a of"], rows, checkpoint())
     with collected() as told:
         require_vocabulary(tokenizer, ["the a"], rows, checkpoint())
         require_vocabulary(tokenizer, ["the a of"], 120, checkpoint())
-    assert len(told) == 1 and f"only {rows} rows" in told[0]
+    assert len(told) == 1 and f"only {rows} embeddings" in told[0]
 
 
 def test_added_tokens_beyond_the_table_do_not_end_a_run_in_the_middle(tmp_path: Path) -> None:
@@ -205,4 +206,4 @@ def test_added_tokens_beyond_the_table_do_not_end_a_run_in_the_middle(tmp_path: 
     data["model"]["vocab"] |= {"the": 500}
     write(source / "tokenizer.json", data)
     ended = slimheads("plan", write_recipe(tmp_path / "r.yaml", source))
-    assert ended.code == 3 and "ids up to 500" in ended.err and "120 rows" in ended.err
+    assert ended.code == 3 and "ids up to 500" in ended.err and "120 embeddings" in ended.err

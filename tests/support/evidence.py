@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from tiny import type_of
 
+from slimheads.families.evidence import SECTIONS, Evidence, TypeEvidence, digest
 from slimheads.families.family import families
-from slimheads.families.support import SECTIONS, Evidence, TypeEvidence, digest
 from slimheads.runtime.environment import installed
 
 VERSIONED = ("onnxruntime", "optimum-onnx", "torch", "transformers")
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def prove(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """`prove(section, **facts)`: what this test found out about its model type; see slimheads.catalogue's proofs."""
+    """`prove(section, **facts)` records what this test found about its model type, as a proof of that section."""
     parameters = request.node.callspec.params
     names = ("model_type", "variety", "exported_type", "exported_variant", "exported_decoder")
     (variety,) = (parameters[name] for name in names if name in parameters)

@@ -17,7 +17,8 @@ from slimheads.models.loading import load, save
 from slimheads.names import GraphForm, Int8For, KvAxes, Precision
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
-from slimheads.verification.certificate import Certificate, verify
+from slimheads.verification.certificate import Certificate
+from slimheads.verification.prove import verify
 
 ALL_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from slimheads.models.checkpoint import auto_classes
+from slimheads.models.tasks import auto_classes
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 32,

@@ -31,10 +31,10 @@ from transformers import (
 
 from slimheads import cli
 from slimheads.latency import bench as measuring
-from slimheads.latency.attribution import Ratio, TreatedLatency
+from slimheads.latency.attribution import Attribution, Ratio
 from slimheads.latency.records import Interval, Latency, Timing
 from slimheads.models.loading import save
-from slimheads.pipeline.stage import STAGE_NAMES
+from slimheads.pipeline.run import STAGE_NAMES
 from slimheads.pipeline.stages import bench as bench_stage
 
 WORDS = ("[PAD]", "[UNK]", "the", "a", "of", "to", "and", "in", "is", "that", "it", "for", "as", "with", "on")
@@ -110,8 +110,8 @@ class Ended:
         return json.loads(self.out)
 
 
-_NAMES = "|".join(STAGES)
-_PROGRESS = re.compile(rf"(?:{_NAMES}) +(?:reused \(took )?\d+\.\d s\)?|  (?:{_NAMES}): .+")
+_NAMES = "|".join((*STAGES, "plan", "profile"))
+_PROGRESS = re.compile(rf"(?:{_NAMES}) +(?:reused \(took \d+\.\d s\)|\d+\.\d s|starts(?:: .+)?|\d+ (?:s|min) so far.*)")
 
 
 def slimheads(*arguments: object) -> Ended:
@@ -169,16 +169,16 @@ def steady(
             for shape in shapes
         ]
 
-    def bench_treated(*files: Path, **options: Any) -> Sequence[TreatedLatency]:
+    def attribute(*files: Path, **options: Any) -> Sequence[Attribution]:
         gain = next((gain for name, gain in (gains or {}).items() if name in files[3].parts), 1.0)
         interval = Interval(estimate=gain, low=gain - 0.01, high=gain + 0.01)
         ratio = Ratio(interval=interval, verdict="faster" if gain > 1.01 else "no difference shown")
         return [
-            TreatedLatency(latency=row, on_dense=ratio, on_slim=ratio, whole=ratio) for row in bench(*files, **options)
+            Attribution(latency=row, on_dense=ratio, on_slim=ratio, whole=ratio) for row in bench(*files, **options)
         ]
 
     patch.setattr(bench_stage, "bench", bench)
-    patch.setattr(bench_stage, "bench_treated", bench_treated)
+    patch.setattr(bench_stage, "attribute", attribute)
 
 
 def tree(folder: Path) -> Mapping[str, str]:

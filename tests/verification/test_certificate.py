@@ -21,14 +21,14 @@ from transformers import PreTrainedModel
 
 from slimheads.errors import CertificateError
 from slimheads.exporting.export import export
+from slimheads.families.evidence import LinkProof
 from slimheads.families.sites import find_sites
-from slimheads.families.support import LinkProof
 from slimheads.models.loading import load
 from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.surgery import prune
-from slimheads.verification import certificate
 from slimheads.verification import subjects as chain
 from slimheads.verification.certificate import Certificate
+from slimheads.verification.prove import verify
 
 HEADS = (
     *(("bert", task) for task in ("fill-mask", "text-classification", "token-classification", "question-answering")),
@@ -90,7 +90,7 @@ def test_all_links_hold_with_another_count_in_every_site(
 ) -> None:
     told: list[str] = []
     made = shipped(exported_type)
-    found = certificate.verify(
+    found = verify(
         made.dense, made.slim, made.plan, made.folder, made.dense_onnx.parent,
         task=made.task, precisions=ALL_PRECISIONS, on_progress=told.append,
     )  # fmt: skip

@@ -15,8 +15,8 @@ from whole_runs import checkpoint, report_of, slimheads, steady, write_recipe
 
 from slimheads import load, prune, save, score, select
 from slimheads.exporting.export import export
-from slimheads.exporting.kv_cache import kv_shapes
 from slimheads.families.limits import position_limit
+from slimheads.models.kv_shapes import kv_shapes
 from slimheads.pipeline.stages import export as export_stage
 from slimheads.runtime.sessions import open_session
 from slimheads.verification import parity
@@ -115,11 +115,11 @@ def test_a_graph_that_ignores_a_window_past_the_usual_lengths_fails(
 
 def differences(folder: Path, model: Any, sizes: Sequence[int]) -> list[float]:
     """How far the exported graph is from torch, at each length."""
-    graph = parity.onnx_form(open_session(folder / "slim" / "onnx" / "model.onnx"), kv_shapes(model))
+    graph = parity.onnx_runner(open_session(folder / "slim" / "onnx" / "model.onnx"), kv_shapes(model))
     found = []
     for length in sizes:
         case = parity._case(np.random.default_rng(length), model.config, 1, length, "no", 0)
-        found.append(float(np.abs(parity.torch_form(model)(case)["logits"] - graph(case)["logits"]).max()))
+        found.append(float(np.abs(parity.torch_runner(model)(case)["logits"] - graph(case)["logits"]).max()))
     return found
 
 

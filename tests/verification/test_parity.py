@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import BertConfig, GPT2Config, MptConfig, PreTrainedModel, RobertaConfig
 
-from slimheads.verification.parity import Agreement, Case, Form, Outputs, cases, compare, compare_all, torch_form
+from slimheads.data.metrics import Agreement
+from slimheads.verification.parity import Case, Outputs, Runner, cases, compare, compare_all, torch_runner
 
 ENCODER = BertConfig(vocab_size=50, pad_token_id=3)
 DECODER = GPT2Config(vocab_size=50)
@@ -207,11 +208,11 @@ KINDS: dict[str, Callable[[Case], bool]] = {
 }
 
 
-def spoiled(form: Form, when: Callable[[Case], bool]) -> Form:
-    """The form with one value wrong, at the last position that counts, in the cases of one kind."""
+def spoiled(right: Runner, when: Callable[[Case], bool]) -> Runner:
+    """The runner with one value wrong, at the last position that counts, in the cases of one kind."""
 
     def run(case: Case) -> Outputs:
-        outputs = {name: array.copy() for name, array in form(case).items()}
+        outputs = {name: array.copy() for name, array in right(case).items()}
         if when(case):
             row = case.batch - 1
             position = int(np.flatnonzero(case.mask[row])[-1]) - case.past
@@ -227,7 +228,7 @@ def test_a_form_that_is_wrong_in_one_kind_of_case_only_is_found_there(
 ) -> None:
     model = tiny("gpt2")
     over = cases(model.config, "text-generation")
-    found = compare_all(torch_form(model), spoiled(torch_form(model), KINDS[kind]), over, 1e-4, 1e-4)
+    found = compare_all(torch_runner(model), spoiled(torch_runner(model), KINDS[kind]), over, 1e-4, 1e-4)
     wrong = [outcome.case for outcome in found if not outcome.passed]
     assert wrong and wrong == [str(case) for case in over if KINDS[kind](case)]
 
@@ -242,7 +243,7 @@ def altered(model: PreTrainedModel, change: Callable[[dict[str, Any]], dict[str,
 def failing(model: PreTrainedModel, wrong: PreTrainedModel, task: str) -> set[tuple[str, bool]]:
     """(padding, after a past?) of the cases in which the two models differ."""
     over = cases(model.config, task)
-    found = compare_all(torch_form(model), torch_form(wrong), over, 1e-4, 1e-4)
+    found = compare_all(torch_runner(model), torch_runner(wrong), over, 1e-4, 1e-4)
     return {(c.padding, c.past > 0) for c, outcome in zip(over, found, strict=True) if not outcome.passed}
 
 
@@ -290,22 +291,22 @@ def test_continuing_a_cache_gives_what_reading_everything_at_once_gives(
         with torch.no_grad():
             whole = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False)
         expected = whole.logits[:, case.past :].numpy()
-        found = compare({"logits": expected}, torch_form(model)(case), case, 1e-4, 1e-4)
+        found = compare({"logits": expected}, torch_runner(model)(case), case, 1e-4, 1e-4)
         assert found.passed, found
 
 
 @pytest.mark.parametrize("which", ["reference", "other"])
 def test_a_form_that_cannot_run_a_case_fails_that_case_with_its_own_words(which: str) -> None:
-    def form(case: Case) -> Outputs:
+    def right(case: Case) -> Outputs:
         return {"x": np.ones((case.batch, case.length, 1))}
 
     def broken(case: Case) -> Outputs:
         if case.batch == 4:
             raise RuntimeError("shape '[4, 7]' is invalid\nmore")
-        return form(case)
+        return right(case)
 
     over = cases(ENCODER, "feature-extraction")
-    found = compare_all(*((broken, form) if which == "reference" else (form, broken)), over, 1e-4, 1e-4)
+    found = compare_all(*((broken, right) if which == "reference" else (right, broken)), over, 1e-4, 1e-4)
     assert [outcome.passed for outcome in found] == [case.batch == 1 for case in over]
     said = "the reference" if which == "reference" else "it"
     assert {outcome.reason for outcome in found if not outcome.passed} == {
@@ -324,19 +325,17 @@ def test_agreement_is_the_mean_over_all_positions_that_are_not_padding() -> None
     b = np.array([[[7, 0], [3, 0], [3, 4]], [[-9, 0], [-9, 0], [0, -1]]], np.float32)
     agreement = Agreement()
     cache = {"present.0.key": np.zeros((2, 1, 3, 1), np.float32)}
-    agreement.add({"logits": a} | cache, {"logits": b} | cache, case)
+    compare_all(lambda _: {"logits": a} | cache, lambda _: {"logits": b} | cache, [case], None, np.inf, agreement)
     assert agreement.cosine == pytest.approx((1 + 0 + 0.6 - 1) / 4)
     assert agreement.top1 == 0.25
-    agreement.add({"logits": a[:, :1]}, {"logits": a[:, :1]}, Case(2, 1, "no", 0, {}))
+    agreement.add(a[:, :1], a[:, :1], logits=True)
     assert agreement.cosine == pytest.approx((1 + 0 + 0.6 - 1 + 1 + 1) / 6) and agreement.top1 == 0.5
 
 
 def test_agreement_of_nothing_is_none() -> None:
     agreement = Agreement()
     assert agreement.cosine is None and agreement.top1 is None
-    agreement.add(
-        {"last_hidden_state": np.ones((1, 2, 3))}, {"last_hidden_state": np.ones((1, 2, 3))}, Case(1, 2, "no", 0, {})
-    )
+    agreement.add(np.ones((1, 2, 3)), np.ones((1, 2, 3)), logits=False)
     assert agreement.cosine == pytest.approx(1.0) and agreement.top1 is None
 
 

@@ -23,7 +23,8 @@ from slimheads.models.checkpoint import find
 from slimheads.models.flops import encoder_flops, flops, step_flops
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
-from slimheads.runtime.onnx_signature import inputs_for, read_interface
+from slimheads.runtime.graph_inputs import inputs_for
+from slimheads.runtime.onnx_signature import read_interface
 from slimheads.runtime.sessions import open_session
 from slimheads.verification.certificate import Certificate
 from slimheads.verification.structure import merged_faults

@@ -15,8 +15,9 @@ from slimheads.errors import UsageError
 from slimheads.families.sites import Projection, Site, Table
 from slimheads.names import Unit
 from slimheads.pruning.plan import Plan, SitePlan
-from slimheads.verification import structure as graph_check
-from slimheads.verification.structure import fused_faults, graph_faults, quantized_faults
+from slimheads.verification import quantized_weights
+from slimheads.verification.quantized_weights import quantized_faults
+from slimheads.verification.structure import fused_faults, graph_faults
 
 UNITS, DIM, HIDDEN = 4, 2, 6
 PLAN = Plan((SitePlan("m.attn", "head", UNITS, (0, 2, 3)),))
@@ -241,7 +242,7 @@ def int8_faults(folder: Path, made: Mapping[str, np.ndarray]) -> list[str]:
 def test_rounded_weights_are_the_float32_ones(
     tmp_path: Path, made: dict[str, np.ndarray], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph_check, "_BLOCK", block)
+    monkeypatch.setattr(quantized_weights, "_BLOCK", block)
     arrays = {name: np.asarray(array) for name, array in made.items()}
     assert int8_faults(tmp_path, arrays | {"b": WEIGHT[0]}) == []
 
@@ -278,7 +279,7 @@ def zero_point_moved(made: dict[str, np.ndarray]) -> None:
 def test_weights_that_are_not_the_float32_ones_rounded_are_named(
     tmp_path: Path, damage: object, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph_check, "_BLOCK", block)
+    monkeypatch.setattr(quantized_weights, "_BLOCK", block)
     made = rounded(WEIGHT)
     damage(made)  # type: ignore[operator]
     assert int8_faults(tmp_path, made | {"b": WEIGHT[0]}) == ["model_int8.onnx: w is not the float32 graph's, rounded"]

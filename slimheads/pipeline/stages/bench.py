@@ -10,21 +10,35 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from transformers import PretrainedConfig
 
+from slimheads.errors import about_keys
 from slimheads.families.config_facts import measured_shapes
-from slimheads.latency.attribution import bench_treated
+from slimheads.formatting import plural
+from slimheads.latency.attribution import (
+    EFFORT,
+    Treatment,
+    TreatmentKind,
+    attribute,
+    lacking_memory,
+    treatment_of,
+    unmeasured,
+)
 from slimheads.latency.bench import bench
-from slimheads.latency.graph_choice import Kind, Treatment, choose, lacking_memory, treatment_of, unmeasured
+from slimheads.latency.graph_choice import Choice, choose_graph
 from slimheads.latency.records import Latency
 from slimheads.latency.workloads import Workload, workloads
 from slimheads.models import flops
+from slimheads.models.checkpoint import read_config
 from slimheads.names import PLAIN, GraphForm, Precision, Provider, Shape
+from slimheads.pipeline.progress import Progress
 from slimheads.pipeline.run_models import RunModels
 from slimheads.pipeline.stage import Result, Stage
 from slimheads.pipeline.stages.export import SIDES, Exported
 from slimheads.pipeline.stages.prune import Pruned
 from slimheads.pipeline.stages.verify import Verified
-from slimheads.recipe.recipe import Bench, Recipe
+from slimheads.recipe.recipe import Recipe
+from slimheads.recipe.sections import Bench
 from slimheads.runtime.environment import environment
 
 
@@ -46,6 +60,7 @@ class Benched(Result):
     latency: tuple[Latency, ...]
     treatments: tuple[Treatment, ...]
     again: tuple[Treatment, ...]  # of the form that ships
+    choice: Choice  # by the first provider
     flops: Counted
 
     @property
@@ -69,52 +84,89 @@ class Graphs:
     precisions: list[Precision]  # that ship
     forms: list[GraphForm]  # proven, besides the plain one
 
+    @property
+    def treatments(self) -> list[str]:
+        """What is measured besides the plain graph in fp32."""
+        return [*(precision for precision in self.precisions if precision != "fp32"), *self.forms]
+
     @classmethod
     def of(cls, recipe: Recipe, pruned: Pruned, exported: Exported, verified: Verified) -> Graphs:
         """What the certificate lets ship."""
         return cls(pruned, exported, verified.precisions(recipe.export.precisions), verified.proven_forms)
 
 
-def bench_stage(section: Bench, models: RunModels, graphs: Graphs, note: Callable[[str], None]) -> Stage[Benched]:
+def bench_stage(section: Bench, models: RunModels, graphs: Graphs, progress: Progress) -> Stage[Benched]:
     """Depends on the machine, and on what was proven: nothing else may ship."""
 
     def work(folder: Path) -> Benched:
-        return _work(section, models, graphs, note)
+        return _work(section, models, graphs, progress)
 
     def depends() -> dict[str, Any]:
         machine = {"machine": platform.machine(), "cpu": environment().cpu}
         timed = {"precisions": graphs.precisions, "candidates": graphs.forms}
         return section.model_dump(mode="json") | timed | machine
 
-    return Stage("bench", Benched, work, depends, (graphs.exported,))
+    config = read_config(models.source.folder)
+    return Stage("bench", Benched, work, depends, (graphs.exported,), about=_about(section, config, graphs))
 
 
-def _work(section: Bench, models: RunModels, graphs: Graphs, note: Callable[[str], None]) -> Benched:
+def _about(section: Bench, config: PretrainedConfig, graphs: Graphs) -> str:
+    shapes = sum(len(workload.shapes) for workload in workloads(config, section.shapes))
+    timed = f"{plural(shapes, 'shape')} x {plural(len(graphs.treatments) + 1, 'form')} of the graph"
+    if len(section.providers) > 1:
+        timed += f" x {len(section.providers)} providers"
+    seconds = section.min_seconds * shapes * len(section.providers) * (1 + EFFORT * len(graphs.treatments))
+    why = "interleaved with a control so that noise is not reported as speedup"
+    return f"{timed}, {why}; at least {seconds:.0f} s of timed runs"
+
+
+@dataclass
+class _Done:
+    """How much of the stage is measured. One unit is what one shape of one pair of graphs takes."""
+
+    total: float
+    tell: Callable[[float], None]
+    begun: float = 0.0
+
+    def next(self, units: float) -> Callable[[float], None]:
+        """Takes the share of the measurement that begins now, and passes on that of the stage."""
+        before = self.begun
+        self.begun += units
+        return lambda share: self.tell(min(1.0, (before + share * units) / self.total))
+
+
+def _work(section: Bench, models: RunModels, graphs: Graphs, progress: Progress) -> Benched:
     dense, slim = models.dense(), models.slim(graphs.pruned.slim)
     rows: list[Latency] = []
     treatments: list[Treatment] = []
     timed = product(section.providers, workloads(dense.config, section.shapes))
-    subjects = [_Timed(section, models, graphs, note, provider, workload) for provider, workload in timed]
+    subjects = [_Timed(section, models, graphs, progress.note, provider, workload) for provider, workload in timed]
+    # One form is measured again if it is to ship, which is not known yet.
+    each = 1 + EFFORT * (len(graphs.treatments) + bool(graphs.forms))
+    done = _Done(each * sum(subject.shapes for subject in subjects), progress.share)
     for subject in subjects:
-        rows += subject.plain()
+        rows += subject.plain(done)
         for precision in graphs.precisions:
             if precision != "fp32":
-                of_precision, given = subject.treated(precision)
+                of_precision, given = subject.treated(done, precision)
                 rows, treatments = rows + of_precision, treatments + given
         for form in graphs.forms:
-            treatments += subject.treated("fp32", form)[1]
-    ships, _ = choose([t for t in treatments if t.provider == section.providers[0]])
+            treatments += subject.treated(done, "fp32", form)[1]
+    decides = section.providers[0]
+    choice = choose_graph([t for t in treatments if t.provider == decides])
     again: list[Treatment] = []
-    for form, subject in product([name for name in graphs.forms if name == ships], subjects):
-        note(f"the {form} graph ships, and is measured again")
-        of_form, given = subject.treated("fp32", form)
+    for form, subject in product([name for name in graphs.forms if name == choice.ships], subjects):
+        progress.note(f"the {form} graph ships, and is measured again")
+        of_form, given = subject.treated(done, "fp32", form)
         rows, again = of_form + rows, again + given
-    rows = [row.model_copy(update={"ships": row.precision != "fp32" or row.candidate == ships}) for row in rows]
+    rows = [row.model_copy(update={"ships": row.precision != "fp32" or row.candidate == choice.ships}) for row in rows]
     place: dict[str, int] = {name: at for at, name in enumerate((*section.providers, *graphs.precisions))}
     rows.sort(key=lambda row: (place[row.provider], place[row.precision]))
     shape = measured_shapes(dense.config, section.shapes)[-1]
-    counted = Counted(shape=shape, dense=flops.flops(dense, *shape), slim=flops.flops(slim, *shape))
-    return Benched(latency=tuple(rows), treatments=tuple(treatments), again=tuple(again), flops=counted)
+    with about_keys("bench.shapes"):
+        counted = Counted(shape=shape, dense=flops.flops(dense, *shape), slim=flops.flops(slim, *shape))
+    choice = choice.confirmed([t for t in again if t.provider == decides])
+    return Benched(latency=tuple(rows), treatments=tuple(treatments), again=tuple(again), choice=choice, flops=counted)
 
 
 class _Timed:
@@ -131,32 +183,39 @@ class _Timed:
     ) -> None:
         pair = (models.dense(), models.slim(graphs.pruned.slim))
         self._exported, self._note, self._graph = graphs.exported, note, workload.graph
+        self.shapes = len(workload.shapes)
+        with about_keys("bench.shapes"):
+            counts = {shape: tuple(workload.flops(model, *shape) for model in pair) for shape in workload.shapes}
         self._options: dict[str, Any] = {
             "shapes": workload.shapes,
             "provider": provider,
             "threads": section.threads,
             "graph": workload.graph if pair[0].config.is_encoder_decoder else None,
             "min_seconds": section.min_seconds,
-            "flops": {shape: tuple(workload.flops(model, *shape) for model in pair) for shape in workload.shapes},
+            "flops": counts,
             "on_missing": section.on_missing,
             "on_progress": note,
         }
 
-    def plain(self) -> list[Latency]:
+    def plain(self, done: _Done) -> list[Latency]:
         """Dense against slim as exported."""
-        return list(bench(*self._files("fp32"), precision="fp32", **self._options))
+        share = done.next(self.shapes)
+        return list(bench(*self._files("fp32"), precision="fp32", on_share=share, **self._options))
 
-    def treated(self, precision: Precision, form: GraphForm = PLAIN) -> tuple[list[Latency], list[Treatment]]:
+    def treated(
+        self, done: _Done, precision: Precision, form: GraphForm = PLAIN
+    ) -> tuple[list[Latency], list[Treatment]]:
         """Dense against slim in another precision or as another graph, and what that treatment gave by itself."""
         treatment: str = form if precision == "fp32" else precision
         self._note(f"latency of {treatment}")
+        share = done.next(EFFORT * self.shapes)
         plain, treated = self._files("fp32"), self._files(precision, form)
-        kind: Kind = "candidate" if precision == "fp32" else "precision"
+        kind: TreatmentKind = "candidate" if precision == "fp32" else "precision"
         if reason := lacking_memory((*treated, *plain)):
-            rows = list(bench(*treated, precision=precision, **self._options))
+            rows = list(bench(*treated, precision=precision, on_share=share, **self._options))
             given = [unmeasured(row, treatment, kind, reason) for row in rows]
         else:
-            found = bench_treated(*plain, *treated, precision=precision, **self._options)
+            found = attribute(*plain, *treated, precision=precision, on_share=share, **self._options)
             rows = [one.latency for one in found]
             given = [treatment_of(one, treatment, kind) for one in found]
         return [row.model_copy(update={"candidate": form}) for row in rows], given

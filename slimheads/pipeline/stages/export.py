@@ -10,15 +10,15 @@ from typing import Any
 
 from slimheads.exporting.artifacts import file_name
 from slimheads.exporting.export import export
-from slimheads.exporting.graph_forms import build_candidate
-from slimheads.intake.examine import judged_config
+from slimheads.exporting.graph_forms import build_form
+from slimheads.intake.examine import checked_config
 from slimheads.names import PLAIN, GraphForm, Precision, Side
 from slimheads.pipeline.run_models import RunModels
 from slimheads.pipeline.stage import Result, Stage
 from slimheads.pipeline.stages.load import Loaded
 from slimheads.pipeline.stages.prune import Pruned
 from slimheads.pipeline.stages.recover import Recovered
-from slimheads.recipe.recipe import Export
+from slimheads.recipe.sections import Export
 
 SIDES: tuple[Side, Side] = ("dense", "slim")
 
@@ -62,7 +62,8 @@ def export_stage(
     def depends() -> dict[str, Any]:
         return section.model_dump(mode="json", exclude={"on_weak_precision"})
 
-    return Stage("export", Exported, work, depends, (loaded, pruned, recovered))
+    about = f"dense and slim to ONNX, as {', '.join((*section.precisions, *section.candidates))}"
+    return Stage("export", Exported, work, depends, (loaded, pruned, recovered), about=about)
 
 
 class _Work:
@@ -91,7 +92,7 @@ class _Work:
         for side in SIDES:
             plain, target = (root / side / "onnx" / file_name("model", "fp32") for root in (self._folder, folder))
             target.parent.mkdir(parents=True)
-            reason = build_candidate(form, plain, target, config)
+            reason = build_form(form, plain, target, config)
             if reason:
                 shutil.rmtree(folder)
                 return f"{side}: {reason}"
@@ -100,7 +101,7 @@ class _Work:
 
     def _beside_graphs(self, folder: Path) -> None:
         """optimum's and transformers.js's clients look for config.json beside onnx/."""
-        config = json.dumps(judged_config(self._models.source.folder), indent=2, ensure_ascii=False) + "\n"
+        config = json.dumps(checked_config(self._models.source.folder), indent=2, ensure_ascii=False) + "\n"
         (folder / "dense" / "config.json").write_text(config, encoding="utf-8")
         shutil.copyfile(self._slim / "config.json", folder / "slim" / "config.json")
         generation = self._slim / "generation_config.json"

@@ -10,7 +10,7 @@ from slimheads.models import flops
 from slimheads.models.checkpoint import Source, weight_files
 from slimheads.pipeline.run_models import RunModels
 from slimheads.pipeline.stage import Result, Stage
-from slimheads.side_files.files import side_files
+from slimheads.side_files.shipped_files import side_files
 
 
 class Loaded(Result):
@@ -28,7 +28,8 @@ def load_stage(models: RunModels) -> Stage[Loaded]:
     def work(folder: Path) -> Loaded:
         return Loaded(task=task, files=files(), parameters=flops.parameters(models.dense()))
 
-    return Stage("load", Loaded, work, lambda: {"task": task, "files": files()})
+    about = "load the model and hash its files"
+    return Stage("load", Loaded, work, lambda: {"task": task, "files": files()}, about=about)
 
 
 def _files(source: Source) -> dict[str, str]:

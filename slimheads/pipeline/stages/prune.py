@@ -37,11 +37,11 @@ def prune_stage(source: Source, loaded: Loaded, selected: Selected) -> Stage[Pru
     def work(folder: Path) -> Pruned:
         return _prune(source, selected.plan, folder / "slim")
 
-    return Stage("prune", Pruned, work, dict, (loaded, selected))
+    return Stage("prune", Pruned, work, dict, (loaded, selected), about="delete them, save and reload the slim model")
 
 
 def _prune(source: Source, plan: Plan, out: Path) -> Pruned:
-    model = prune(load(source.folder, source.asked), plan)
+    model = prune(load(source.folder, source.given_task), plan)
     save(model, out)
     if plan.removed == 0:
         _ship_unchanged(source.folder, out)

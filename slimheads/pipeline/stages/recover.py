@@ -6,7 +6,7 @@ from pathlib import Path
 
 from slimheads.pipeline.stage import Result, Stage
 from slimheads.pipeline.stages.prune import Pruned
-from slimheads.recipe.recipe import Recover
+from slimheads.recipe.sections import Recover
 
 
 class Recovered(Result):
@@ -21,4 +21,5 @@ def recover_stage(section: Recover, pruned: Pruned) -> Stage[Recovered]:
     def work(folder: Path) -> Recovered:
         return Recovered(method=section.method)
 
-    return Stage("recover", Recovered, work, lambda: section.model_dump(mode="json"), (pruned,))
+    about = f"method {section.method}"
+    return Stage("recover", Recovered, work, lambda: section.model_dump(mode="json"), (pruned,), about=about)

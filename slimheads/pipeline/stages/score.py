@@ -9,7 +9,7 @@ from slimheads.pipeline.stage import Result, Stage
 from slimheads.pipeline.stages.load import Loaded
 from slimheads.pruning.scores import Scores
 from slimheads.pruning.scoring.score import score
-from slimheads.recipe.recipe import Score
+from slimheads.recipe.sections import Score
 
 
 class Scored(Result):
@@ -24,4 +24,5 @@ def score_stage(section: Score, models: RunModels, loaded: Loaded) -> Stage[Scor
     def work(folder: Path) -> Scored:
         return Scored(scores=score(models.dense(), section.method))
 
-    return Stage("score", Scored, work, lambda: section.model_dump(mode="json"), (loaded,))
+    about = f"score every unit by {section.method}"
+    return Stage("score", Scored, work, lambda: section.model_dump(mode="json"), (loaded,), about=about)

@@ -14,7 +14,7 @@ from slimheads.pipeline.stages.score import Scored
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.scores import Scores
 from slimheads.pruning.select import select
-from slimheads.recipe.recipe import Select
+from slimheads.recipe.sections import Select
 
 
 class Selected(Result):
@@ -36,7 +36,8 @@ def select_stage(section: Select, tables: RecipeTables, scored: Scored, note: Ca
     def depends() -> dict[str, Any]:
         return section.model_dump(mode="json") | ({"tables": tables.fingerprints()} if auto else {})
 
-    return Stage("select", Selected, work, depends, (scored,))
+    about = "choose the units to delete" + (", by latency tables" if auto else "")
+    return Stage("select", Selected, work, depends, (scored,), about=about)
 
 
 def choose(scores: Scores, section: Select, tables: Sequence[LatencyTable] = ()) -> tuple[Plan, Selection]:

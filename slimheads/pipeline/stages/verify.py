@@ -28,8 +28,9 @@ from slimheads.recipe.recipe import Recipe
 from slimheads.runtime.cpu import cpu_features
 from slimheads.side_files.embedding import embedding_of
 from slimheads.side_files.tokenizing import load_tokenizer
-from slimheads.verification.certificate import CandidateProof, Certificate, verify
+from slimheads.verification.certificate import Certificate, FormProof
 from slimheads.verification.drift import Drift, drift_on_inputs, measure_drift
+from slimheads.verification.prove import verify
 
 CONTROL_SEEDS = (1, 2, 3)
 
@@ -59,7 +60,7 @@ class Verified(Result):
     @property
     def proven_forms(self) -> list[GraphForm]:
         """The further forms of the graph that were built and that the certificate did not refuse."""
-        return [proof.candidate for proof in self.certificate.candidates if proof.passed]
+        return [proof.candidate for proof in self.certificate.forms if proof.passed]
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,14 @@ def verify_stage(recipe: Recipe, models: RunModels, subjects: Subjects, note: Ca
         return section.model_dump(mode="json") | samples | exported | {"cpu": cpu_features()}
 
     reads = (subjects.selected, subjects.recovered, subjects.exported)
-    return Stage("verify", Verified, work, depends, reads, presumed=_all_proven(subjects.exported.built))
+    about = "prove every graph, then measure the drift of the outputs"
+    presumed = _all_proven(subjects.exported.built)
+    return Stage("verify", Verified, work, depends, reads, presumed, about)
 
 
 def _all_proven(forms: Sequence[GraphForm]) -> Verified:
     """What a dry run expects."""
-    proofs = tuple(CandidateProof(candidate=form, links=()) for form in forms)
+    proofs = tuple(FormProof(candidate=form, links=()) for form in forms)
     return Verified(certificate=Certificate((), (), proofs))
 
 

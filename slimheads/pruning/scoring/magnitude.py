@@ -1,8 +1,8 @@
-"""Scores: one number a unit, from the weights alone.
+"""Magnitude: one score per unit, from the weights alone.
 
-Magnitude: M(l, h) = ||W_Q||_F + ||W_K||_F + ||W_V||_F + ||W_O||_F over the slices of head h in layer l, without biases.
-For a KV group: the norms of its one K and one V slice, and those of all its query and output slices taken together.
-A query head of a group is scored besides: its own query and output slices, and the K and V slices that it reads.
+M(l, h) = ||W_Q||_F + ||W_K||_F + ||W_V||_F + ||W_O||_F over the slices of head h in layer l, without biases.
+For a KV group: the norms of its K and V slices, of all its query slices together and of all its output slices together.
+Each query head of a group has a score as well: its own query and output slices, and the K and V slices that it reads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from slimheads.families.sites import Projection, Site, find_sites
 from slimheads.pruning.scores import SiteScores
 
 ROLES = ("query", "key", "value", "output")
-CACHED = 2**17  # elements that a thread widens to float32 at a time: 512 KiB
+CACHED = 2**17  # elements that each thread converts to float32 at a time: 512 KiB
 
 
 def magnitude(model: PreTrainedModel) -> tuple[SiteScores, ...]:
@@ -34,7 +34,7 @@ def magnitude(model: PreTrainedModel) -> tuple[SiteScores, ...]:
     """
     modules, sites = dict(model.named_modules()), find_sites(model)
     alike: dict[tuple[Any, ...], list[Site]] = {}
-    for site in sites:  # layers that are divided alike share their labels, which then are looked at once
+    for site in sites:  # sites with the same labels are scored together
         key = (site.unit, site.total, site.members, *(id(p.unit_of) for p in site.projections))
         alike.setdefault(key, []).append(site)
     scored = {scores.site: scores for group in alike.values() for scores in _score_alike(modules, group)}
@@ -42,7 +42,7 @@ def magnitude(model: PreTrainedModel) -> tuple[SiteScores, ...]:
 
 
 def _score_alike(modules: Mapping[str, torch.nn.Module], sites: Sequence[Site]) -> Iterator[SiteScores]:
-    """The scores of sites whose projections bear the same labels."""
+    """The scores of sites whose projections have the same labels."""
     runs = replace(sites[0], projections=tuple(_in_runs(p) for p in sites[0].projections))
     sums = [
         np.stack(
@@ -57,9 +57,9 @@ def _score_alike(modules: Mapping[str, torch.nn.Module], sites: Sequence[Site]) 
 
 
 def _in_runs(projection: Projection) -> Projection:
-    """The same with one label a run: as many features as lie together everywhere and belong to one head in one role.
+    """The projection with one label per run: the largest block size that divides every head's features evenly.
 
-    With heads of 64 features that is 64, or a multiple where all of the projection's features are one head's.
+    With heads of 64 features a run is 64, or a multiple if all features of the projection belong to one head.
     """
     unit, member, role = projection.unit_of, projection.member_of, projection.role_of
     changes = (unit[1:] != unit[:-1]) | (member[1:] != member[:-1]) | (role[1:] != role[:-1])
@@ -68,14 +68,18 @@ def _in_runs(projection: Projection) -> Projection:
 
 
 def _magnitudes(runs: Site, sums: Sequence[np.ndarray]) -> list[tuple[float, ...]]:
-    """One number a unit, of each of the sites that `runs` stands for; `sums` are the squared norms of each projection's
-    runs, [sites, runs]."""
+    """One score per unit for each site.
+
+    Args:
+        runs: a site with one label per run, the same for all sites.
+        sums: the squared norms of each projection's runs, [sites, runs].
+    """
     squares = np.zeros((len(ROLES), runs.total, len(sums[0])))
     for projection, per_run in zip(runs.projections, sums, strict=True):
         for role in set(projection.role_of.tolist()).intersection(ROLES):
-            row, mine = squares[ROLES.index(role)], projection.role_of == role
-            for offset in range(int(projection.span[mine].max())):
-                chosen = mine & (projection.span > offset)
+            row, in_role = squares[ROLES.index(role)], projection.role_of == role
+            for offset in range(int(projection.span[in_role].max())):
+                chosen = in_role & (projection.span > offset)
                 np.add.at(row, projection.unit_of[chosen] + offset, per_run.T[chosen])
     return [tuple(scores) for scores in np.sqrt(squares).sum(axis=0).T.tolist()]
 
@@ -83,9 +87,9 @@ def _magnitudes(runs: Site, sums: Sequence[np.ndarray]) -> list[tuple[float, ...
 def _squared_norms(module: torch.nn.Module, projection: Projection, runs: int) -> np.ndarray:
     """Squared Euclidean norm of each run of features of the divided axis, float64 [runs].
 
-    torch's norm along the last axis of a tensor is its fastest, if the result has the tensor's dtype; across rows, or
-    into a wider dtype, it is 10 to 20 times slower. So where the columns are divided,
-    each row is taken as its runs, and half precision is widened block by block, while it is in the processor's cache.
+    torch computes norms fastest along the last axis and into the tensor's own dtype; across rows, or into a wider
+    dtype, it is 10 to 20 times slower. So divided columns are reshaped to runs within each row, and half precision is
+    converted in blocks that fit the processor's cache.
     """
     weight = cast(torch.Tensor, module.weight).detach()
     if isinstance(module, Conv1D) == projection.divides_inputs:  # [features, others]
@@ -103,7 +107,7 @@ def _squared_norms(module: torch.nn.Module, projection: Projection, runs: int) -
 
 
 def _last_axis_norms(weight: torch.Tensor) -> torch.Tensor:
-    """Euclidean norms along the last axis, accumulated and given in float32, of float64 weights in float64."""
+    """Euclidean norms along the last axis, in float32; in float64 for float64 weights."""
     if weight.dtype in (torch.float32, torch.float64):
         return cast(torch.Tensor, torch.linalg.vector_norm(weight, dim=-1))
     norms = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)

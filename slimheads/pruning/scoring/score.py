@@ -1,4 +1,4 @@
-"""Scores by any method. A new method is a file beside this one, an entry here and a word in names."""
+"""Scores by any method. A new method is a file in this folder, an entry here and a name in names.py."""
 
 from __future__ import annotations
 

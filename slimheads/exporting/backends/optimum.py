@@ -1,43 +1,36 @@
-"""torch to ONNX through optimum, and optimum's own runtime as a client. Nothing else in slimheads imports optimum."""
+"""torch to ONNX through optimum. Beside `slimheads.exporting.clients`, nothing else imports optimum."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import optimum.onnx
+import torch
 from optimum.exporters.onnx import onnx_export_from_model
 from optimum.exporters.tasks import TasksManager
 from optimum.utils.input_generators import Dinov2DummyInputGenerator, DummyVisionInputGenerator
 from transformers import PretrainedConfig, PreTrainedModel
 
 import slimheads.runtime.onnx_runtime  # noqa: F401 - telemetry off
-from slimheads.data.inputs import float_axes
 from slimheads.errors import ModelRefusedError
 from slimheads.exporting.graph_files import graph_files, remove_graph, share_data
-from slimheads.exporting.kv_cache import kv_shapes, label_cache, seq2seq_kv_shapes, true_cache_config
-from slimheads.exporting.metadata import label_axes
-from slimheads.names import KvAxes
+from slimheads.models.kv_shapes import cache_shapes, has_cache
+from slimheads.names import KvShape
 from slimheads.runtime.quiet import quiet
 
 
-def to_onnx(model: PreTrainedModel, folder: Path, task: str, axes: KvAxes) -> None:
-    """Writes float32 ONNX files: one, or the four of an encoder-decoder. What generates text has a KV cache.
-
-    Args:
-        model: in float32, on the CPU; its configuration is left as it was.
-        folder: an existing folder; weights past 2 GB go beside each file as `<name>_data`.
+def to_onnx(model: PreTrainedModel, folder: Path, task: str) -> None:
+    """Writes float32 ONNX files, as `Backend.to_onnx` describes.
 
     Raises:
         ModelRefusedError: optimum has no export for this model type and task.
     """
-    two_halves = model.config.is_encoder_decoder
-    with_cache = two_halves or task == "text-generation"
-    full_task = f"{task}-with-past" if with_cache else task
+    full_task = f"{task}-with-past" if has_cache(model.config, task) else task
     try:
         constructor = TasksManager.get_exporter_config_constructor(
             model=model, exporter="onnx", task=full_task, library_name="transformers"
@@ -46,25 +39,14 @@ def to_onnx(model: PreTrainedModel, folder: Path, task: str, axes: KvAxes) -> No
         raise ModelRefusedError(
             f"optimum cannot export '{model.config.model_type}' for {task}", hint="choose another task"
         ) from error
-    own, cross = seq2seq_kv_shapes(model) if two_halves else (kv_shapes(model) if with_cache else (), ())
-    custom: dict[str, Any] = {}
-    if Dinov2DummyInputGenerator in constructor.func.DUMMY_INPUT_GENERATOR_CLASSES:
-        custom["model"] = _of_configured_size(constructor.func)(model.config, **constructor.keywords)
-    elif task == "feature-extraction" and "position_ids" in constructor(model.config).inputs:
-        custom["model"] = _without_positions(constructor.func)(model.config, **constructor.keywords)
-    if with_cache:
-        config_class = true_cache_config(constructor.func, own, cross)
-        options = constructor.keywords | {"task": task, "use_past": True, "use_past_in_inputs": not two_halves}
-        whole = config_class(model.config, **options)
-        custom = _halves(whole) if two_halves else {"model": whole}
-    sizes = float_axes(model.config)
-    # The export's own file names are kept, for the external data are named after them.
+    configs = _own_configs(constructor, model, task)
+    # optimum's file names are kept, because external data are named after them.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch, quiet(), _restored(model):
         onnx_export_from_model(
             model,
             Path(scratch),
             task=full_task,
-            custom_onnx_configs=custom or None,
+            custom_onnx_configs=configs or None,
             do_validation=False,
             **_fixed_shapes(model.config),
         )
@@ -74,20 +56,31 @@ def to_onnx(model: PreTrainedModel, folder: Path, task: str, axes: KvAxes) -> No
             for file in graph_files(made):
                 file.rename(folder / file.name)
             share_data(path)
-            if with_cache and made.stem != "encoder_model":
-                label_cache(path, own, axes, cross)
-            if sizes and "decoder" not in made.stem:
-                label_axes(path, sizes)
+
+
+def _own_configs(constructor: Any, model: PreTrainedModel, task: str) -> dict[str, Any]:
+    """optimum's export configurations by file, where its own ones do not fit; empty where they do."""
+    config = model.config
+    if has_cache(config, task):
+        own, cross = cache_shapes(model)
+        past = {"task": task, "use_past": True, "use_past_in_inputs": not config.is_encoder_decoder}
+        whole = _with_true_cache(constructor.func, own, cross)(config, **constructor.keywords | past)
+        return _halves(whole) if config.is_encoder_decoder else {"model": whole}
+    if Dinov2DummyInputGenerator in constructor.func.DUMMY_INPUT_GENERATOR_CLASSES:
+        return {"model": _of_configured_size(constructor.func)(config, **constructor.keywords)}
+    if task == "feature-extraction" and "position_ids" in constructor(config).inputs:
+        return {"model": _without_positions(constructor.func)(config, **constructor.keywords)}
+    return {}
 
 
 def _fixed_shapes(config: PretrainedConfig) -> dict[str, int]:
-    """Sizes of dummy inputs that the model fixes: Whisper takes spectrograms of one length."""
+    """Sizes of dummy inputs that the model fixes: Whisper takes spectrograms of a single length."""
     positions = getattr(config, "max_source_positions", None)
     return {} if positions is None else {"nb_max_frames": 2 * positions}
 
 
 def _halves(config: Any) -> dict[str, Any]:
-    """What optimum makes of an encoder-decoder's config by itself, but of the given class."""
+    """The three configurations that optimum derives from an encoder-decoder's, here from the given one."""
     return {
         "encoder_model": config.with_behavior("encoder"),
         "decoder_model": config.with_behavior("decoder", use_past=True, use_past_in_inputs=False),
@@ -98,19 +91,19 @@ def _halves(config: Any) -> dict[str, Any]:
 def merge_decoders(first: Path, following: Path, target: Path) -> None:
     """Writes both decoders of an encoder-decoder as one graph; its input `use_cache_branch` chooses."""
     with quiet():
-        # The second hands no cross-attention cache on, for that does not change: strict=False fills the gap.
+        # The second decoder returns no cross-attention cache, because that does not change: strict=False fills the gap.
         remove_graph(target)
         optimum.onnx.merge_decoders(first, following, save_path=target, strict=False)
         share_data(target)
 
 
 def _of_configured_size(config_class: type[Any]) -> type[Any]:
-    """DINOv2's dummy images have the size that the source's preprocessor crops to: a model in memory has none."""
+    """Dummy images of the configuration's size: optimum reads DINOv2's from a preprocessor, which is not here."""
     return type(config_class.__name__, (config_class,), {"DUMMY_INPUT_GENERATOR_CLASSES": (DummyVisionInputGenerator,)})
 
 
 def _without_positions(config_class: type[Any]) -> type[Any]:
-    """A decoder that embeds counts its own positions, as in torch: clients of embeddings pass none."""
+    """Without the input `position_ids`: a decoder that embeds counts its positions itself, and clients pass none."""
 
     class OwnPositions(config_class):  # type: ignore[misc]
         @property
@@ -120,9 +113,33 @@ def _without_positions(config_class: type[Any]) -> type[Any]:
     return OwnPositions
 
 
+def _with_true_cache(config_class: type[Any], shapes: Sequence[KvShape], cross: Sequence[KvShape] = ()) -> type[Any]:
+    """A subclass of an optimum OnnxConfig whose dummy past has each layer's own shape: optimum's has one for all."""
+
+    class TrueCacheConfig(config_class):  # type: ignore[misc]
+        def overwrite_shape_and_generate_input(
+            self, dummy_input_gen: Any, input_name: str, framework: str, input_shapes: dict[str, Any]
+        ) -> Any:
+            made = super().overwrite_shape_and_generate_input(dummy_input_gen, input_name, framework, input_shapes)
+            if input_name != "past_key_values":
+                return made
+            batch, lengths = made[0][1].shape[0], [tensor.shape[2] for tensor in made[0][1::2]]
+            by_layer = zip(shapes, cross, strict=True) if cross else zip(shapes, strict=True)
+            return [
+                tuple(
+                    torch.rand(batch, heads, length, dim)
+                    for (heads, *dims), length in zip(layer, lengths, strict=True)
+                    for dim in dims
+                )
+                for layer in by_layer
+            ]
+
+    return TrueCacheConfig
+
+
 @contextlib.contextmanager
 def _restored(model: PreTrainedModel) -> Iterator[None]:
-    """optimum writes into the model's configurations and leaves a forward of its own on Llama's kind; all put back."""
+    """Undoes what optimum changes: it writes into the configurations, and replaces the forward of Llama-like models."""
     # T5's encoder and decoder have configurations of their own.
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
     before = [copy.deepcopy(config.__dict__) for config in configs]

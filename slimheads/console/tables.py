@@ -1,28 +1,26 @@
-"""Tables for people, as the commands print them on stdout."""
+"""Tables for people, on stdout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
-from rich.markup import escape
-from rich.status import Status
 from rich.table import Table
 
 from slimheads import formatting as fmt
-from slimheads.families.support import NOT_PROVEN
+from slimheads.families.support import FamilySupport
 from slimheads.latency.profile import Profile
 from slimheads.latency.records import Latency
 from slimheads.pipeline.preview import Preview
 from slimheads.pruning.scores import Scores
 from slimheads.report import wording
+from slimheads.report.families_page import NOT_PROVEN
 from slimheads.runtime.doctor import Check
 from slimheads.streams import SteadyConsole
 
 _AGAIN = "profile with --again on a machine that does nothing else"
-_UNWRAPPED = 100_000  # columns: a line a row, however long, for grep and its like
+_PAGE_WIDTH = 100  # columns, of a table with sentences in it
+_UNWRAPPED = 100_000  # columns: one line per row, however long, for grep and its like
 
 
 def stdout() -> Console:
@@ -32,7 +30,7 @@ def stdout() -> Console:
 
 
 def print_scores(scores: Scores) -> None:
-    """One row a site, its units from the weakest to the strongest."""
+    """One row per site, its units from the weakest to the strongest."""
     table = Table("site", "unit", "weakest first: unit (score)", box=None, pad_edge=False)
     for site in scores.sites:
         ranked = sorted(range(len(site.scores)), key=lambda unit: (site.scores[unit], unit))
@@ -77,35 +75,35 @@ def _print_prediction(console: Console, found: Preview) -> None:
             table.add_row(place, *medians, f"{estimate} ({low} to {high})")
         console.print(table)
         if doubtful := max(row.doubtful for row in found.predicted):
-            console.print(f"{_in_doubt(doubtful)} in the latency table: {_AGAIN}", soft_wrap=True)
+            console.print(f"{_noisy(doubtful)} in the latency table: {_AGAIN}", soft_wrap=True)
     if found.predicted_reason:
         console.print(f"latency is not predicted: {found.predicted_reason}", markup=False, soft_wrap=True)
 
 
 def print_profiles(profiles: Sequence[Profile]) -> None:
-    """One table a shape: what is left of the dense latency at each count, and what a unit deleted in one site saves."""
+    """One table per shape: what is left of the dense latency at each count, and what deleting one unit saves."""
     console = stdout()
     for made in profiles:
         table, how = made.table, "reused" if made.reused else "measured"
         place = f"{fmt.shape_text(table.shape)}, {table.provider}, {fmt.plural(table.threads, 'thread')}"
         console.print(f"{place}: dense {fmt.milliseconds(table.dense_ms)}; {how}, {made.path}", soft_wrap=True)
         rows = Table("sites", "keep", "share of dense latency (95% interval)", box=None, pad_edge=False)
-        rows.add_column("saved a deleted unit and site", justify="right")
+        rows.add_column("saved per deleted unit and site", justify="right")
         rows.add_column("")
         for point in table.points:
             kind = table.kinds[point.kind]
             each = (1 - point.share.estimate) / (kind.total - point.kept) / len(kind.sites)
             interval = f"{point.share.estimate:.3f} ({point.share.low:.3f} to {point.share.high:.3f})"
             saved = f"{each:.2%}, {1000 * each * table.dense_ms:.3g} µs"
-            doubt = f"in doubt: {point.doubt}" if point.doubt else ""
-            rows.add_row(f"{len(kind.sites)} {kind.name}", f"{point.kept} of {kind.total}", interval, saved, doubt)
+            noise = f"noisy: {point.noise}" if point.noise else ""
+            rows.add_row(f"{len(kind.sites)} {kind.name}", f"{point.kept} of {kind.total}", interval, saved, noise)
         console.print(rows)
-        if table.doubtful:
-            console.print(f"{_in_doubt(table.doubtful)}: {_AGAIN}", soft_wrap=True)
+        if table.noisy_points:
+            console.print(f"{_noisy(table.noisy_points)}: {_AGAIN}", soft_wrap=True)
 
 
-def _in_doubt(points: int) -> str:
-    return f"{fmt.plural(points, 'point')} in doubt"
+def _noisy(points: int) -> str:
+    return f"{fmt.plural(points, 'point')} noisy"
 
 
 def print_dry_run(stages: Mapping[str, str], found: Preview) -> None:
@@ -117,31 +115,33 @@ def print_dry_run(stages: Mapping[str, str], found: Preview) -> None:
     print_preview(found)
 
 
-def print_families(rows: Sequence[Mapping[str, Any]]) -> None:
-    """One row a family file; how many tests stand behind each model type, and what is not proven."""
-    table = Table("family", "model types", "unit", "projections", "tasks", "reload", box=None, pad_edge=False)
-    table.add_column("evidence")
+def print_families(rows: Sequence[FamilySupport]) -> None:
+    """One row per model type: what is deleted, and how many tests there are of it, or why it is not proven."""
+    console = stdout()
+    table = Table("model type", "family", "unit", "evidence", box=None, pad_edge=False)
+    for column in table.columns[:2]:
+        column.no_wrap = True
     for row in rows:
-        proven = (f"{t} ({sum(found['tests'].values())} tests)" for t, found in row["evidence"].items())
-        lacking = (f"{t} {NOT_PROVEN}: {reason}" for t, reason in row["not_proven"].items())
-        types, tasks = ", ".join(row["model_types"]), ", ".join(row["tasks"]) or NOT_PROVEN
-        said = "; ".join((*proven, *lacking))
-        table.add_row(row["family"], types, row["unit"], row["layout"], tasks, row["reload"] or NOT_PROVEN, said)
-    stdout().print(table)
+        for model_type in row.model_types:
+            found, reason = row.evidence.get(model_type), row.not_proven.get(model_type)
+            evidence = f"{sum(found.tests.values())} tests" if found else f"{NOT_PROVEN}: {reason}"
+            table.add_row(model_type, row.family, row.unit, evidence)
+    console.print(table, width=min(console.width, _PAGE_WIDTH))
+    console.print("Projections, tasks, variants and tolerances: --json or --markdown.", markup=False, soft_wrap=True)
 
 
 def print_checks(checks: Sequence[Check]) -> None:
-    """One row a check of the environment; what to do about a failed one below it."""
+    """One row per check of the environment; what to do about a failed one below it."""
     table = Table("check", "", "found", "expected", box=None, pad_edge=False)
     for check in checks:
-        table.add_row(check.name, "ok" if check.ok else "LACKS", check.found, check.expected)
+        table.add_row(check.name, "ok" if check.ok else "MISSING", check.found, check.expected)
         if not check.ok and check.hint:
             table.add_row("", "", check.hint, "")
     stdout().print(table)
 
 
 def print_latency(rows: Sequence[Latency]) -> None:
-    """One row a shape: medians, and the ratio with its interval and verdict; of decoders what they write a second."""
+    """One row per shape: medians, and the ratio with its interval and verdict; for decoders, tokens per second."""
     table = Table("shape", "first", "second", "speedup (95% interval)", "control", "verdict", box=None, pad_edge=False)
     console = stdout()
     for row in rows:
@@ -156,55 +156,8 @@ def print_latency(rows: Sequence[Latency]) -> None:
     for row in rows:
         if row.dense and row.slim and row.dense.tokens_per_second and row.slim.tokens_per_second:
             rates = (fmt.figures(t.tokens_per_second or 0) for t in (row.dense, row.slim))
-            console.print(f"{wording.latency_place(row)}: {' to '.join(rates)} tokens a second", markup=False)
+            console.print(f"{wording.latency_place(row)}: {' to '.join(rates)} tokens per second", markup=False)
     cache = next((row.cache_bytes_per_token for row in rows if row.cache_bytes_per_token), None)
     if cache:
         sizes = f"{fmt.size(cache.dense)} to {fmt.size(cache.slim)}"
-        console.print(f"cache: {sizes} a token of each sequence", markup=False)
-
-
-class Display:
-    """One line a finished stage; on a terminal the running stage has a live line with what it is doing."""
-
-    def __init__(self, console: Console, check: Callable[[], None] = lambda: None) -> None:
-        """`check` is called whenever there is something to show, and may raise to end the run there."""
-        self._console = console
-        self._check = check
-        self._live: Status | None = None
-        self._stage = ""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop()
-
-    def start(self, stage: str) -> None:
-        """A stage begins."""
-        self._check()
-        self._stage = stage
-        if self._console.is_terminal:
-            self._live = self._console.status(f"[bold]{stage}[/bold]")
-            self._live.start()
-
-    def note(self, line: str) -> None:
-        """What the stage is doing now; kept only where the display is not live."""
-        self._check()
-        if self._live:
-            self._live.update(f"[bold]{self._stage}[/bold]  [dim]{escape(line)}[/dim]")
-        elif not self._console.is_terminal:
-            self._console.print(f"  {self._stage}: {line}", markup=False, highlight=False, soft_wrap=True)
-
-    def finish(self, stage: str, seconds: float, reused: bool) -> None:
-        """A stage is done, or an earlier run's result is used."""
-        self._check()
-        self._stop()
-        how = f"reused (took {seconds:.1f} s)" if reused else f"{seconds:.1f} s"
-        self._console.print(f"{stage:<8} {how}", markup=False, highlight=False)
-
-    def _stop(self) -> None:
-        if self._live:
-            self._live.stop()
-            self._live = None
+        console.print(f"cache: {sizes} per token of each sequence", markup=False)

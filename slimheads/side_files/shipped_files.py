@@ -1,6 +1,6 @@
-"""What belongs to a checkpoint besides its weights and config, and is shipped beside them in slim/.
+"""The files of a checkpoint besides weights and config that are copied to slim/.
 
-Known by name: whatever else lies in a model's folder (a trainer's state, other exports, code, notes) stays there.
+They are known by name. Other files in a model's folder (training state, other exports, code, notes) are not copied.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from slimheads.notices import tell
 from slimheads.side_files.sentence_modules import MODULES, TRANSFORMER_SETTINGS, module_files
 from slimheads.side_files.tokenizer_settings import TOKENIZER_SETTINGS, translated
 
-# What tokenizers read, by the names that transformers gives their files.
+# Tokenizer files, by the names that transformers gives them.
 TOKENIZER_FILES = (
     *("tokenizer.json", TOKENIZER_SETTINGS, "special_tokens_map.json", "added_tokens.json", "normalizer.json"),
     *("vocab.*", "*.vocab", "target_vocab.json", "vocab-*.json", "encoder.json", "entity_vocab.json"),
@@ -38,7 +38,7 @@ _TERMS = re.compile(
 )
 _TERMS_SUFFIXES = {"", ".txt", ".md", ".rst", ".html", ".pdf", ".lesser", ".apache", ".mit", ".bsd"}
 _TERMS_FOLDERS = {"licenses", "licences"}
-# What is expected beside a checkpoint and never shipped: told of neither.
+# Common files that are never shipped and need no notice.
 _UNSHIPPED = (
     *("config.json", "generation_config.json", "plan.json", "*.index.json", "README*", ".*", "*_results.json"),
     *(
@@ -50,17 +50,17 @@ _UNSHIPPED = (
         "quantize_config.json",
     ),
 )
-_CARD_CHARACTERS = 20_000  # of a model card, in which its head is looked for
-# Keys of sentence_bert_config.json; others would have a client load further files, or a kernel, that they name.
+_CARD_CHARACTERS = 20_000  # the front matter of a model card is within these
+# Keys of sentence_bert_config.json that ship; others can make a client load further files or a kernel.
 _TRANSFORMER_KEYS = {
     *("max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name"),
     *("processing_kwargs", "unpad_inputs"),
 }
-# The keys that hold options of loading a tokenizer, by their old and their new name, and what may stand in them.
+# The keys with tokenizer options, by old and new name, and the options that ship.
 _TOKENIZER_OPTIONS = {"tokenizer_args", "processor_kwargs"}
 _TOKENIZER_OPTION_KEYS = {"model_max_length", "padding_side", "truncation_side", "use_fast"}
 
-# What is fetched of a model on the hub: what could be shipped, under any spelling, and the weights.
+# Files that are downloaded from a model on the hub: weights, and all that could ship under any spelling.
 HUB_PATTERNS = [
     *("*.json", "*.safetensors", "*.txt", "*.model", "*.model.v*", "*.jinja", "*.vocab", "*.bpe", "*.spm"),
     *("*.tiktoken", "bpe.codes", "*.md", "*LICEN[SC]E*", "*[Ll]icen[sc]e*", "*NOTICE*", "Notice*", "COPYING*"),
@@ -68,7 +68,7 @@ HUB_PATTERNS = [
 
 
 def side_files(folder: Path) -> Iterator[Path]:
-    """Relative paths of what belongs to a checkpoint besides its weights and config: tokenizer, pooling, licence.
+    """Relative paths of a checkpoint's files besides weights and config: tokenizer, pooling, licence.
 
     Raises:
         ModelRefusedError: as `sentence_modules`.
@@ -77,12 +77,12 @@ def side_files(folder: Path) -> Iterator[Path]:
 
 
 def copy_side_files(folder: Path, files: Iterable[Path], target: Path) -> None:
-    """Copies side files, each as it is unless a key of it is one that no client of the copy may obey or can read.
+    """Copies side files, unchanged except for keys that clients must not follow or cannot read.
 
-    A file that `target` has already is left alone.
+    A file that exists in `target` is not replaced.
 
     Raises:
-        ModelRefusedError: one is a link out of the folder.
+        ModelRefusedError: a file is a link out of the folder.
     """
     for relative in files:
         made = target / relative
@@ -100,7 +100,7 @@ def copy_side_files(folder: Path, files: Iterable[Path], target: Path) -> None:
 
 
 def shipped_json(folder: Path, relative: Path) -> Any:
-    """What a JSON side file is shipped as; None where it is shipped byte for byte."""
+    """The changed content of a JSON side file; None if it ships byte for byte."""
     name = relative.as_posix()
     if name == TOKENIZER_SETTINGS:
         return translated(folder)
@@ -112,7 +112,7 @@ def shipped_json(folder: Path, relative: Path) -> Any:
 
 
 def stated_terms(folder: Path) -> dict[str, str]:
-    """The licence as the source's model card states it at its head: license, license_name and license_link."""
+    """The licence from the front matter of the source's model card: license, license_name and license_link."""
     card = folder / "README.md"
     if not card.is_file():
         return {}
@@ -122,8 +122,8 @@ def stated_terms(folder: Path) -> dict[str, str]:
     return {key: value.strip("\"'") for key, value in found if not value.startswith(("[", "{", "|", ">", "&", "*"))}
 
 
-def tell_what_is_left_out(folder: Path) -> None:
-    """Tells of files of a model folder that may matter to its user and are not in slim/."""
+def note_files_left_out(folder: Path) -> None:
+    """Adds a notice about files that may matter to the user and are not in slim/."""
     shipped = set(side_files(folder))
     lost = [
         path.name
@@ -134,14 +134,14 @@ def tell_what_is_left_out(folder: Path) -> None:
         and not any(fnmatchcase(path.name, pattern) for pattern in _UNSHIPPED)
     ]
     if lost:
-        tell(f"slim/ does not have {', '.join(lost)}: it carries what is known by name")
+        tell(f"slim/ does not have {', '.join(lost)}: only files with known names are copied")
     for name in TRANSFORMER_SETTINGS:
         settings = read_json_as(folder / name, dict) or {}
         dropped = sorted(
             k for k, value in settings.items() if value and dict(_client_settings({k: value})) != {k: value}
         )
         if dropped:
-            tell(f"slim/{name} does not have what {', '.join(dropped)} say, for a client would load what they name")
+            tell(f"slim/{name} is without {', '.join(dropped)} because a client would load what they name")
 
 
 def _top(folder: Path) -> Iterator[Path]:

@@ -1,10 +1,10 @@
-"""Weights that a checkpoint has and the model that is built of it does not use: a head of its owner's own, most often.
+"""Weights that are in a checkpoint but not in the model built from it, most often a custom task head.
 
-They never vanish silently:
-1. Buffers that other versions stored (position ids, masks) are no weights.
-2. Under a task that the recipe names, and under an architecture that the model is built as, they are told.
-3. So are the heads of pretraining, which every fine-tuned model goes without.
-4. Else what the checkpoint is for is not known, and it is refused until a task is named.
+They are never dropped silently:
+1. Buffers that other versions stored (position ids, masks) are not weights and do not count.
+2. If the recipe names the task, or the checkpoint names the class that is built, there is a notice.
+3. There is also a notice for pretraining heads, which fine-tuned models do not use.
+4. Otherwise the purpose of the checkpoint is unknown, and it is refused until a task is named.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from slimheads.errors import ModelRefusedError
-from slimheads.models.checkpoint import class_names
+from slimheads.models.tasks import class_names
 from slimheads.notices import tell
 from slimheads.runtime.quiet import quiet_transformers
 
@@ -34,12 +34,12 @@ _PRETRAINING = ("AutoModelForPreTraining", "AutoModelForMaskedLM", "AutoModelFor
 def account_for_unused(
     model: PreTrainedModel, unused: Sequence[str], files: Mapping[str, Path], folder: Path, *, task_named: bool
 ) -> None:
-    """Tells of weights that the model leaves out, or refuses to leave them out.
+    """Adds a notice about weights that the model does not use, or refuses the checkpoint.
 
     Args:
         unused: names in the checkpoint, with or without the base model's prefix.
         files: every tensor's name in the checkpoint with its file.
-        task_named: whether the user asked for this task.
+        task_named: whether the user named this task.
 
     Raises:
         ModelRefusedError: the task was guessed, and the weights may be what the checkpoint is for.
@@ -50,17 +50,17 @@ def account_for_unused(
     known = task_named or class_name in declared
     if not names:
         if declared and not known and not hasattr(transformers, declared[0]):
-            tell(f"{declared[0]} is no class of transformers: taken as {class_name}; name the task if it is another")
+            tell(f"{declared[0]} is not a class of transformers: loaded as {class_name}; name the task if it differs")
         return
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     if known or _only_pretraining(model.config, declared, names):
-        tell(f"{class_name} does not use {shown}, which slim/ goes without")
+        tell(f"{class_name} does not use {shown}, which are not in slim/")
         return
-    architecture = f"the architecture {declared[0]}" if declared else "a config.json that names no architecture"
+    architecture = f"the architecture {declared[0]}" if declared else "a config.json without architectures"
     raise ModelRefusedError(
         f"{shown} would be left out: slimheads knows no task for {architecture}",
         where=str(folder),
-        hint="name the task in the recipe (task:), or task: feature-extraction to go without them",
+        hint="name the task in the recipe (task:), or use task: feature-extraction to load the model without them",
     )
 
 
@@ -78,7 +78,7 @@ def _is_buffer(name: str, files: Mapping[str, Path], base: str) -> bool:
 
 
 def _only_pretraining(config: PretrainedConfig, declared: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether a checkpoint is one of pretraining, by its architecture or, where it names none, by all of its heads."""
+    """Whether a checkpoint is from pretraining, by its architecture or, if it names none, by its heads."""
     if declared:
         return any(name in class_names("AutoModelForPreTraining", config) for name in declared)
     heads = {head for auto in _PRETRAINING for found in class_names(auto, config) for head in _names_of(found, config)}
@@ -86,7 +86,7 @@ def _only_pretraining(config: PretrainedConfig, declared: Sequence[str], names: 
 
 
 def _names_of(class_name: str, config: PretrainedConfig) -> Iterator[Any]:
-    """Names of a class's tensors, built without memory."""
+    """Names of a class's tensors, with and without the base model's prefix; built on the meta device."""
     with torch.device("meta"), quiet_transformers():
         made = getattr(transformers, class_name)(copy.deepcopy(config))
     for name in made.state_dict():

@@ -1,0 +1,1 @@
+"""What a person sees in a terminal or a log: progress on stderr, tables on stdout."""
