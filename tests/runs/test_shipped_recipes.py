@@ -46,7 +46,7 @@ def test_a_shipped_recipe_runs_with_its_own_candidates_and_shapes(recipe: Path, 
     assert ended.json == report == json.loads((out / "report.json").read_text(encoding="utf-8"))
     assert all(link["passed"] for link in report["certificate"])
     assert {tuple(row["shape"][:2]) for row in report["latency"]} >= {tuple(s) for s in asked["bench"]["shapes"][:1]}
-    assert {graph["name"] for graph in report["candidates"]} == {"plain", *Export().candidates}
+    assert {graph["candidate"] for graph in report["candidates"]} == {"plain", *Export().candidates}
     assert sum(graph["ships"] for graph in report["candidates"]) == 1
     assert (out / "slim" / "onnx" / "model.onnx").is_file()
 
