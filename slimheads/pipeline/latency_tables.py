@@ -41,13 +41,15 @@ class RecipeTables:
         """Those that are stored."""
         return stored(self.source, self.shapes(), self.setting())
 
-    def measured(self, note: Callable[[str], None]) -> dict[Shape, LatencyTable]:
+    def measured(
+        self, note: Callable[[str], None], share: Callable[[float], None] = lambda share: None
+    ) -> dict[Shape, LatencyTable]:
         """All of them; what is not stored is measured, and stored.
 
         Raises:
             SlimheadsError: as `profile`.
         """
-        made = profile(self.source, self.shapes(), self.setting(), tell=note)
+        made = profile(self.source, self.shapes(), self.setting(), tell=note, on_share=share)
         return {one.table.shape: one.table for one in made}
 
     def fingerprints(self) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def _stages(recipe: Recipe, source: Source, runner: Runner) -> Finished:
     do, note, models = runner.do, runner.progress.note, RunModels(source)
     loaded = do(load_stage(models))
     scored = do(score_stage(recipe.score, models, loaded))
-    selected = do(select_stage(recipe.select, RecipeTables(recipe, source), scored, note))
+    selected = do(select_stage(recipe.select, RecipeTables(recipe, source), scored, runner.progress))
     pruned = do(prune_stage(source, loaded, selected))
     recovered = do(recover_stage(recipe.recover, pruned))
     exported = do(export_stage(recipe.export, models, loaded, pruned, recovered, note))

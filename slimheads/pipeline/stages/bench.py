@@ -194,31 +194,34 @@ class _Timed:
             "min_seconds": section.min_seconds,
             "flops": counts,
             "on_missing": section.on_missing,
-            "on_progress": note,
         }
 
     def plain(self, done: _Done) -> list[Latency]:
         """Dense against slim as exported."""
         share = done.next(self.shapes)
-        return list(bench(*self._files("fp32"), precision="fp32", on_share=share, **self._options))
+        files, note = self._files("fp32"), self._noting(PLAIN)
+        return list(bench(*files, precision="fp32", on_progress=note, on_share=share, **self._options))
 
     def treated(
         self, done: _Done, precision: Precision, form: GraphForm = PLAIN
     ) -> tuple[list[Latency], list[Treatment]]:
         """Dense against slim in another precision or as another graph, and what that treatment gave by itself."""
         treatment: str = form if precision == "fp32" else precision
-        self._note(f"latency of {treatment}")
-        share = done.next(EFFORT * self.shapes)
+        note, share = self._noting(treatment), done.next(EFFORT * self.shapes)
         plain, treated = self._files("fp32"), self._files(precision, form)
         kind: TreatmentKind = "candidate" if precision == "fp32" else "precision"
         if reason := lacking_memory((*treated, *plain)):
-            rows = list(bench(*treated, precision=precision, on_share=share, **self._options))
+            rows = list(bench(*treated, precision=precision, on_progress=note, on_share=share, **self._options))
             given = [unmeasured(row, treatment, kind, reason) for row in rows]
         else:
-            found = attribute(*plain, *treated, precision=precision, on_share=share, **self._options)
+            files = *plain, *treated
+            found = attribute(*files, precision=precision, on_progress=note, on_share=share, **self._options)
             rows = [one.latency for one in found]
             given = [treatment_of(one, treatment, kind) for one in found]
         return [row.model_copy(update={"candidate": form}) for row in rows], given
+
+    def _noting(self, what: str) -> Callable[[str], None]:
+        return lambda line: self._note(f"{what}, {line}")
 
     def _files(self, precision: Precision, form: GraphForm = PLAIN) -> tuple[Path, Path]:
         dense, slim = (self._exported.onnx(side, precision, self._graph, form) for side in SIDES)

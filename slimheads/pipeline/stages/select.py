@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from slimheads.latency.head_counts import Selection, choose_step
 from slimheads.latency.table import LatencyTable
 from slimheads.pipeline.latency_tables import RecipeTables
+from slimheads.pipeline.progress import Progress
 from slimheads.pipeline.stage import Result, Stage
 from slimheads.pipeline.stages.score import Scored
 from slimheads.pruning.plan import Plan
@@ -24,12 +25,12 @@ class Selected(Result):
     selection: Selection
 
 
-def select_stage(section: Select, tables: RecipeTables, scored: Scored, note: Callable[[str], None]) -> Stage[Selected]:
+def select_stage(section: Select, tables: RecipeTables, scored: Scored, progress: Progress) -> Stage[Selected]:
     """Latency tables are measured in this stage where the recipe needs them and they are not stored."""
     auto = section.multiple_of == "auto"
 
     def work(folder: Path) -> Selected:
-        found = tables.measured(note) if auto else {}
+        found = tables.measured(progress.note, progress.share) if auto else {}
         plan, selection = choose(scored.scores, section, tuple(found.values()))
         return Selected(plan=plan, selection=selection)
 
