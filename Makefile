@@ -10,7 +10,7 @@ BENCHMARKS ?= startup scoring surgery memory export_overhead int8 speedup predic
 demo: $(VENV)/.installed
 	$(BIN)/slimheads run pipelines/minilm.yaml --out $(OUT)
 
-# One model type per layout, one seed, no slow test.
+# One model type per layout, and of exported graphs one per way of writing them; one seed, no slow test.
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
