@@ -111,15 +111,9 @@ def run(
             except StoppedError:
                 _publish_part(recipe, runner, out)
                 return None
-            new = [timing.peak_rss_mb for timing in runner.timings if not timing.reused]
-            circumstances = Circumstances(
-                command=command or shlex.join(["slimheads", "run", "recipe.yaml"]),
-                environment=surroundings,
-                stages=runner.timings,
-                notices=notices,
-                seconds=time.perf_counter() - started,
-                peak_rss_mb=max([memory.megabytes(), *new]),
-            )
+            command = command or shlex.join(["slimheads", "run", "recipe.yaml"])
+            seconds, peak = time.perf_counter() - started, max(memory.megabytes(), runner.peak_rss_mb)
+            circumstances = Circumstances(command, surroundings, runner.timings, notices, seconds, peak)
             return _report(finished, circumstances, out)
 
 

@@ -137,6 +137,11 @@ class Runner:
             raise StoppedError(stage.name)
         return result
 
+    @property
+    def peak_rss_mb(self) -> float:
+        """The largest peak memory of the stages that worked; 0 where all were reused."""
+        return max((timing.peak_rss_mb for timing in self.timings if not timing.reused), default=0.0)
+
     def _stored(self, stage: Stage[R]) -> tuple[Record, R] | None:
         self._forced = self._forced or stage.name == self.from_stage
         record = None if self._forced else self.store.find(stage.name, stage.key())

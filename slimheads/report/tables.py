@@ -10,6 +10,7 @@ from slimheads import formatting as fmt
 from slimheads.latency.attribution import Treatment
 from slimheads.latency.graph_choice import GraphChoice
 from slimheads.latency.records import Interval, Latency, Timing
+from slimheads.names import GIB
 from slimheads.report import card, wording
 from slimheads.report.markdown import Cell, Table, Verbatim, fenced, figure_and_note, markdown_table
 from slimheads.report.model import GateResult, Prediction, Report
@@ -263,7 +264,7 @@ def environment_table(report: Report) -> Table:
         f"{count or 'unknown'} {kind}"
         for count, kind in ((env.cores_physical, "physical"), (env.cores_logical, "logical"))
     )
-    memory = f"{env.memory_bytes / 1024**3:.1f} GiB, {env.memory_available_bytes / 1024**3:.1f} GiB free at the start"
+    memory = f"{env.memory_bytes / GIB:.1f} GiB, {env.memory_available_bytes / GIB:.1f} GiB free at the start"
     rows = [("slimheads", env.slimheads), ("Python", env.python)]
     rows += [(name, version or "not installed") for name, version in env.packages.items()]
     rows += [

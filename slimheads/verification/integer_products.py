@@ -3,8 +3,6 @@
 With VNNI, and on ARM, products are added in 32 bits. AVX2 and AVX-512 without VNNI multiply two neighbours at a time
 and add the two products in 16 bits (`vpmaddubsw`), where the sum saturates at -32,768 and 32,767: with full-range
 weights it can be off by half. Weights within +-64 never saturate it: 255 x 64 x 2 = 32,640.
-
-All in numpy, so that a proof holds on other CPUs than the present one.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from onnx import numpy_helper
 from slimheads.runtime.onnx_signature import nodes_of
 
 SAFE_WEIGHT = 64
-_SIXTEEN_BITS = np.iinfo(np.int16)
 # Operators that multiply bytes, and the index of the input with the weights.
 _WEIGHTS = {
     "ConvInteger": 1,
@@ -31,32 +28,6 @@ _WEIGHTS = {
     "QLinearConv": 3,
     "QLinearMatMul": 3,
 }
-
-
-def integer_product(steps: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The exact product.
-
-    Args:
-        steps: uint8 [..., inputs].
-        weights: int8 [inputs, outputs].
-
-    Returns:
-        int64 [..., outputs].
-    """
-    exact: np.ndarray = steps.astype(np.int64) @ weights.astype(np.int64)
-    return exact
-
-
-def saturating_product(steps: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The product as `vpmaddubsw` computes it: two neighbouring inputs at a time, in 16 bits that saturate.
-
-    Args and returns: as `integer_product`.
-    """
-    total = np.zeros((*steps.shape[:-1], weights.shape[1]), np.int64)
-    for first in range(0, weights.shape[0], 2):
-        pair = slice(first, first + 2)
-        total += integer_product(steps[..., pair], weights[pair]).clip(_SIXTEEN_BITS.min, _SIXTEEN_BITS.max)
-    return total
 
 
 def overflow_faults(path: Path) -> Iterator[str]:

@@ -23,6 +23,7 @@ from slimheads.data.inputs import make_inputs, to_torch
 from slimheads.data.metrics import Agreement
 from slimheads.errors import first_line
 from slimheads.families.config_facts import has_length, takes_padding, takes_text, text_config
+from slimheads.names import KvShape
 from slimheads.runtime.onnx_runtime import onnxruntime
 from slimheads.runtime.sessions import ORT_ERRORS
 from slimheads.verification.lengths import PAST_IT, USUAL, Change, lengths, right_up_to
@@ -162,7 +163,7 @@ def _floats(made: Mapping[str, Any]) -> Outputs:
     return {k: v.numpy() for k, v in made.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
 
 
-def onnx_runner(session: onnxruntime.InferenceSession, kv_shapes: tuple[tuple[int, int, int], ...]) -> Runner:
+def onnx_runner(session: onnxruntime.InferenceSession, kv_shapes: tuple[KvShape, ...]) -> Runner:
     """An ONNX Runtime session as a runner; `kv_shapes` are (heads, key head_dim, value head_dim) per layer."""
     step = _cached_step(session, kv_shapes)
 
@@ -180,7 +181,7 @@ def onnx_runner(session: onnxruntime.InferenceSession, kv_shapes: tuple[tuple[in
 
 def onnx_greedy(
     session: onnxruntime.InferenceSession,
-    kv_shapes: tuple[tuple[int, int, int], ...],
+    kv_shapes: tuple[KvShape, ...],
     ids: np.ndarray,
     mask: np.ndarray,
     new_tokens: int,
@@ -203,7 +204,7 @@ def onnx_greedy(
 
 
 def _cached_step(
-    session: onnxruntime.InferenceSession, kv_shapes: tuple[tuple[int, int, int], ...]
+    session: onnxruntime.InferenceSession, kv_shapes: tuple[KvShape, ...]
 ) -> Callable[..., tuple[Outputs, Outputs]]:
     """(new ids, mask of all positions so far, cache or None, others) -> (outputs, cache with the new positions)."""
     wanted = {i.name for i in session.get_inputs()}

@@ -24,9 +24,37 @@ from slimheads.exporting.quantize import to_int8
 from slimheads.pruning.plan import Plan
 from slimheads.runtime import cpu
 from slimheads.runtime.sessions import open_session
-from slimheads.verification.integer_products import SAFE_WEIGHT, integer_product, overflow_faults, saturating_product
+from slimheads.verification.integer_products import SAFE_WEIGHT, overflow_faults
 
 EXTREMES = np.array([0, 1, 127, 254, 255], np.uint8)
+
+_SIXTEEN_BITS = np.iinfo(np.int16)
+
+
+def integer_product(steps: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The exact product.
+
+    Args:
+        steps: uint8 [..., inputs].
+        weights: int8 [inputs, outputs].
+
+    Returns:
+        int64 [..., outputs].
+    """
+    exact: np.ndarray = steps.astype(np.int64) @ weights.astype(np.int64)
+    return exact
+
+
+def saturating_product(steps: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The product as `vpmaddubsw` computes it: two neighbouring inputs at a time, in 16 bits that saturate.
+
+    Args and returns: as `integer_product`.
+    """
+    total = np.zeros((*steps.shape[:-1], weights.shape[1]), np.int64)
+    for first in range(0, weights.shape[0], 2):
+        pair = slice(first, first + 2)
+        total += integer_product(steps[..., pair], weights[pair]).clip(_SIXTEEN_BITS.min, _SIXTEEN_BITS.max)
+    return total
 
 
 # ------------------------------------------------------------------------------------------------- the arithmetic
