@@ -31,7 +31,7 @@ _signals: list[int] = []  # that came
 
 
 class Interrupted(BaseException):
-    """A signal asks the process to end; not an Exception, so that only `exit_code` takes it."""
+    """A signal ends the process; not an Exception, so that only `exit_code` catches it."""
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -1,6 +1,6 @@
-"""Notices: what a user has to know of a command that goes well, a setting that was repaired, say.
+"""Notices: facts that a user has to know although the command succeeds, such as a repaired setting.
 
-Whoever finds such a thing calls `tell`. The command line shows every notice once, and a run's report keeps them.
+Code that finds such a fact calls `notify`. The command line shows every notice once, and a run's report keeps them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _Open = tuple[tuple[list[str], Callable[[str], None] | None], ...]
 _open: ContextVar[_Open] = ContextVar("open", default=())
 
 
-def tell(text: str) -> None:
-    """Tells the user one thing: into every collection that is open, once each; logged as a warning if none shows it.
+def notify(text: str) -> None:
+    """Adds a notice to every open collection, once each; logs it as a warning if no collection shows it.
 
     Args:
         text: one sentence without a full stop. The model card repeats it elsewhere, so it names files by their name
@@ -37,7 +37,7 @@ def tell(text: str) -> None:
 
 @contextmanager
 def collected(show: Callable[[str], None] | None = None) -> Iterator[list[str]]:
-    """Gives a list that grows with what is told inside, each text once; `show` is called with each as it comes."""
+    """Yields a list of the notices given inside the block, each text once; `show` is called with each new one."""
     texts: list[str] = []
     mark = _open.set((*_open.get(), (texts, show)))
     try:

@@ -25,7 +25,7 @@ from slimheads.intake.json_files import AGAIN, all_keys, all_objects, read_json,
 from slimheads.intake.model_files import is_read, refuse_link, refuse_links
 from slimheads.intake.rope import in_keys_of_4
 from slimheads.intake.side_json import check_side_file, names_code, refuse_class, refuse_imports
-from slimheads.notices import tell
+from slimheads.notices import notify
 
 
 def examine(folder: Path) -> None:
@@ -40,7 +40,7 @@ def examine(folder: Path) -> None:
             if path != folder / "config.json":
                 check_side_file(path)
             for key in names_code(path):
-                tell(f"{path.relative_to(folder)}: '{key}' names code: it is ignored and left out of slim/")
+                notify(f"{path.relative_to(folder)}: '{key}' names code: it is ignored and left out of slim/")
 
 
 def checked_config(folder: Path) -> dict[str, Any]:

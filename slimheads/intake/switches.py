@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from slimheads.notices import tell
+from slimheads.notices import notify
 
 _DEFAULTS: dict[str, bool] = {
     "torchscript": False,
@@ -28,7 +28,7 @@ def without_switches(data: Mapping[str, Any]) -> dict[str, Any]:
         if key in _DEFAULTS:
             if value not in (_DEFAULTS[key], None):
                 shown = json.dumps(value)[:40]
-                tell(f"config.json: '{key}: {shown}' is left out: it says how a model is run, not what it is")
+                notify(f"config.json: '{key}: {shown}' is left out: it says how a model is run, not what it is")
         elif isinstance(value, dict) and (key.endswith("_config") or "model_type" in value):
             kept[key] = without_switches(value)
         else:

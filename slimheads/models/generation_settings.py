@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from slimheads.errors import ModelRefusedError, first_line
 from slimheads.intake.config_keys import allowed
 from slimheads.intake.json_files import read_json_as
-from slimheads.notices import tell
+from slimheads.notices import notify
 from slimheads.runtime.quiet import quiet_transformers
 
 FILE = "generation_config.json"
@@ -67,7 +67,7 @@ def kept_settings(folder: Path) -> dict[str, Any] | None:
     for key in sorted(_LOADS_MORE & data.keys()):
         del data[key]
         if key not in allowed().name_code:  # `examine` has a notice for those, in every JSON file
-            tell(f"{FILE}: '{key}' is left out because it can name code or another model to load")
+            notify(f"{FILE}: '{key}' is left out because it can name code or another model to load")
     while (problem := _problem(data)) is not None:
         named = [key for key in re.findall(r"`(\w+)`", str(problem)) if key in data]
         if not (named and isinstance(problem, ValueError)):
@@ -77,7 +77,7 @@ def kept_settings(folder: Path) -> dict[str, Any] | None:
                 f"{what} that transformers cannot read ({first_line(problem)})", where=str(path), hint=hint
             ) from problem
         value, reason = json.dumps(data.pop(named[0]))[:40], first_line(problem).rstrip(".")
-        tell(f"{FILE}: '{named[0]}: {value}' is left out because transformers refuses it: {reason}")
+        notify(f"{FILE}: '{named[0]}: {value}' is left out because transformers refuses it: {reason}")
     return data
 
 

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from slimheads.errors import ModelRefusedError
 from slimheads.models.tasks import class_names
-from slimheads.notices import tell
+from slimheads.notices import notify
 from slimheads.runtime.quiet import quiet_transformers
 
 _BUFFERS = re.compile(
@@ -50,11 +50,11 @@ def account_for_unused(
     known = task_named or class_name in declared
     if not names:
         if declared and not known and not hasattr(transformers, declared[0]):
-            tell(f"{declared[0]} is not a class of transformers: loaded as {class_name}; name the task if it differs")
+            notify(f"{declared[0]} is not a class of transformers: loaded as {class_name}; name the task if it differs")
         return
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     if known or _only_pretraining(model.config, declared, names):
-        tell(f"{class_name} does not use {shown}, which are not in slim/")
+        notify(f"{class_name} does not use {shown}, which are not in slim/")
         return
     architecture = f"the architecture {declared[0]}" if declared else "a config.json without architectures"
     raise ModelRefusedError(

@@ -205,7 +205,7 @@ class Work:
             result: the stage's result as JSON types, without NaN.
             seconds: wall-clock time it took.
             peak_rss_mb: the process's peak resident memory in MiB, if known.
-            notices: what the user was told during the stage.
+            notices: given during the stage.
         """
         target, files = self._shelf / key, dict[str, Stamp]()
         for file in files_below(self.path):

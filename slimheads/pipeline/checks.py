@@ -1,4 +1,4 @@
-"""What has to hold before a run does any work: what a recipe asks for is there, and is of a kind the model can use."""
+"""Checks before a run does any work: what the recipe names exists, and fits the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slimheads.families.config_facts import NOUNS, inputs_kind, text_config
 from slimheads.families.limits import require_fit
 from slimheads.intake.json_files import read_json_as
 from slimheads.models.checkpoint import Source, read_config
-from slimheads.notices import tell
+from slimheads.notices import notify
 from slimheads.recipe.recipe import Recipe
 from slimheads.runtime.cpu import require_int8_target
 from slimheads.runtime.sessions import require_provider
@@ -24,7 +24,7 @@ from slimheads.side_files.tokenizing import load_tokenizer, require_vocabulary
 
 
 def require_providers(recipe: Recipe) -> None:
-    """Fails before any work where a provider of the recipe is missing and may not be skipped.
+    """Refuses, before any work, a recipe with a provider that is missing and may not be skipped.
 
     Raises:
         EnvironmentLackError: about the recipe's key.
@@ -35,7 +35,7 @@ def require_providers(recipe: Recipe) -> None:
 
 
 def require_target(recipe: Recipe) -> None:
-    """Fails before any work where int8 is asked for a CPU whose arithmetic this one cannot do.
+    """Refuses, before any work, int8 for a CPU whose arithmetic this CPU does not have.
 
     Raises:
         EnvironmentLackError: with the recipe's line.
@@ -45,8 +45,8 @@ def require_target(recipe: Recipe) -> None:
 
 
 def require_usable(recipe: Recipe, source: Source) -> None:
-    """Fails before any work where the recipe's own sample cannot be read or is of another kind than what the model is
-    fed, a shape is too long for the model, or a latency table is asked for that cannot be.
+    """Refuses, before any work, a sample of the recipe that cannot be read or does not fit the model, shapes that are
+    too long for the model, and latency tables of an encoder-decoder.
 
     Raises:
         UsageError: about a key of the recipe.
@@ -83,9 +83,9 @@ def require_usable(recipe: Recipe, source: Source) -> None:
 
 
 def require_side_files(recipe: Recipe, source: Source) -> None:
-    """Fails before any work where a file that ships beside the weights is damaged, or the tokenizer does not load.
+    """Refuses, before any work, damaged files that ship beside the weights, and a tokenizer that does not load.
 
-    What will not be in slim/ is told.
+    Files that will not be in slim/ are noted.
 
     Raises:
         ModelRefusedError: naming the file.
@@ -104,7 +104,7 @@ def require_side_files(recipe: Recipe, source: Source) -> None:
             require_vocabulary(tokenizer, texts, text_config(config).vocab_size, folder)
     wanted = task_of_modules(folder)
     if wanted not in (None, source.task) and inputs_kind(config) == "text":
-        tell(f"sentence-transformers cannot use a slim/ made for {source.task}: for that, set task: {wanted}")
+        notify(f"sentence-transformers cannot use a slim/ made for {source.task}: for that, set task: {wanted}")
     note_files_left_out(folder)
 
 

@@ -44,7 +44,7 @@ class PlannedLatency(BaseModel):
     dense_ms: float
     slim_ms: float
     speedup: Interval
-    doubtful: int  # points of the table that its controls do not vouch for
+    doubtful: int  # noisy points of the table
 
 
 class Preview(BaseModel):

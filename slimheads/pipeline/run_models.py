@@ -12,7 +12,7 @@ from slimheads.models.loading import load
 
 
 class RunModels:
-    """Loads in float32, when first asked for."""
+    """Loads a model in float32 when it is first needed."""
 
     def __init__(self, source: Source) -> None:
         self.source = source

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import slimheads
 from slimheads.errors import SlimheadsError
-from slimheads.notices import collected, tell
+from slimheads.notices import collected, notify
 from slimheads.output.store import Record, Store, stage_key
 from slimheads.pipeline.progress import Progress
 from slimheads.report.model import StageRecord
@@ -128,7 +128,7 @@ class Runner:
             found = self._work(stage, started, memory)
         record, result = found
         for notice in record.notices:
-            tell(notice)
+            notify(notice)
         self.progress.finish(stage.name, record.seconds, reused)
         peak = record.peak_rss_mb or 0.0
         self.timings.append(StageRecord(stage=stage.name, seconds=record.seconds, peak_rss_mb=peak, reused=reused))
@@ -149,7 +149,7 @@ class Runner:
             return None
         try:
             return record, _placed(stage.result.model_validate(record.result), record, stage)
-        except ValidationError:  # of another form than this version's, which its key ought to have told
+        except ValidationError:  # damaged: the key covers the version
             return None
 
     def _work(self, stage: Stage[R], started: float, memory: PeakMemory) -> tuple[Record, R]:

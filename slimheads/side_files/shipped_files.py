@@ -16,7 +16,7 @@ from typing import Any
 from slimheads.intake.json_files import read_json_as
 from slimheads.intake.model_files import refuse_link
 from slimheads.intake.side_json import strip_code
-from slimheads.notices import tell
+from slimheads.notices import notify
 from slimheads.side_files.sentence_modules import MODULES, TRANSFORMER_SETTINGS, module_files
 from slimheads.side_files.tokenizer_settings import TOKENIZER_SETTINGS, translated
 
@@ -134,14 +134,14 @@ def note_files_left_out(folder: Path) -> None:
         and not any(fnmatchcase(path.name, pattern) for pattern in _UNSHIPPED)
     ]
     if lost:
-        tell(f"slim/ does not have {', '.join(lost)}: only files with known names are copied")
+        notify(f"slim/ does not have {', '.join(lost)}: only files with known names are copied")
     for name in TRANSFORMER_SETTINGS:
         settings = read_json_as(folder / name, dict) or {}
         dropped = sorted(
             k for k, value in settings.items() if value and dict(_client_settings({k: value})) != {k: value}
         )
         if dropped:
-            tell(f"slim/{name} is without {', '.join(dropped)} because a client would load what they name")
+            notify(f"slim/{name} is without {', '.join(dropped)} because a client would load what they name")
 
 
 def _top(folder: Path) -> Iterator[Path]:

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from slimheads.errors import EnvironmentLackError, ModelRefusedError, SlimheadsError, one_line
 from slimheads.intake.json_files import read_json_as
-from slimheads.notices import tell
+from slimheads.notices import notify
 from slimheads.runtime.quiet import quiet
 from slimheads.side_files.shipped_files import TOKENIZER_FILES, copy_side_files
 from slimheads.side_files.tokenizer_settings import TOKENIZER_SETTINGS
@@ -99,7 +99,7 @@ def require_vocabulary(
             where=str(folder / _named_file(folder)),
             hint="use the tokenizer that the model was trained with",
         )
-    tell(f"{what}: texts with a larger id do not work")
+    notify(f"{what}: texts with a larger id do not work")
 
 
 def _load(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:

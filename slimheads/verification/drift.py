@@ -84,7 +84,7 @@ def measure_drift(
         task: as `slimheads.models.checkpoint` names tasks.
         sample_name: what the report calls the texts.
         embedding: how an encoder's token states become one vector per text.
-        max_length: tokens a text is cut to; lower where the model has fewer positions.
+        max_length: tokens per text, at most; fewer where the model has fewer positions.
         batch_size: most texts per batch.
 
     Returns:

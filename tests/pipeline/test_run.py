@@ -23,7 +23,7 @@ from whole_runs import (
 )
 
 from slimheads.errors import UsageError
-from slimheads.notices import tell
+from slimheads.notices import notify
 from slimheads.pipeline.run import STAGE_NAMES, dry_run, run
 from slimheads.pipeline.stage import versions
 from slimheads.pipeline.stages import export as export_stage
@@ -448,7 +448,7 @@ def test_what_a_stage_told_is_told_again_where_it_is_reused(mine: Path, monkeypa
     real = verify_stage.verify
 
     def telling(*given: Any, **options: Any) -> Certificate:
-        tell("a layer was left out")
+        notify("a layer was left out")
         return real(*given, **options)
 
     monkeypatch.setattr("slimheads.pipeline.stages.verify.verify", telling)

@@ -54,7 +54,7 @@ def export_stage(
     recovered: Recovered,
     note: Callable[[str], None],
 ) -> Stage[Exported]:
-    """Which graphs may ship is the certificate's affair: `on_weak_precision` is not read here."""
+    """`on_weak_precision` is not read here: the certificate decides which graphs may ship."""
 
     def work(folder: Path) -> Exported:
         return _Work(section, models, pruned.slim, folder, note).all()
