@@ -31,6 +31,7 @@ GraphForm = Literal["plain", "optimized", "attention", "fused", "rewritten"]  # 
 KvAxes = Literal["symbolic", "static"]
 Provider = Literal["cpu", "cuda"]
 OnMissing = Literal["fail", "skip"]  # of a provider
+LinkKind = Literal["deletion", "export", "conversion", "structure", "tokens"]  # of the certificate's links 1 to 5
 Side = Literal["dense", "slim"]
 KvShape = tuple[int, int, int]  # of one layer: KV heads, head_dim of keys, head_dim of values
 Shape = tuple[int, ...]  # [batch], [batch, length] or [batch, length, past]

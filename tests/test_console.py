@@ -180,10 +180,15 @@ def test_a_run_is_ended_by_its_check_and_never_from_the_heartbeat() -> None:
         display.note("on")
 
 
-def test_a_terminal_keeps_only_the_finished_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_terminal_keeps_only_the_finished_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def act(console: Console) -> None:
         assert console.is_terminal
         with LiveDisplay(console, stages=9) as display:
+            real = display.note
+            # The bar is drawn twice a second, and here after each note as well.
+            monkeypatch.setattr(display, "note", lambda line: (real(line), display._bars.refresh()))
             a_run(display)
 
     received = on_a_terminal(act)

@@ -188,6 +188,7 @@ class LiveDisplay(Display):
             self._task = self._bars.add_task("", total=None, activity=self._activity)
             self._bars.start()
         self._draw()
+        self._bars.refresh()  # or the line of a stage that ends soon would stand above an earlier stage's name
 
     def work(self, about: str) -> None:
         """Its work begins."""

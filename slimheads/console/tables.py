@@ -65,7 +65,7 @@ def print_preview(found: Preview) -> None:
 def _print_prediction(console: Console, found: Preview) -> None:
     if found.selection.asked == "auto":
         unit = "heads" if found.plan.sites[0].unit == "head" else "KV groups"
-        console.print(wording.selection_line(found.selection, unit), markup=False, soft_wrap=True)
+        console.print(f"Head counts: {wording.selection_text(found.selection, unit)}", markup=False, soft_wrap=True)
     if found.predicted:
         table = Table("predicted at", "dense", "slim", "speedup (by the latency table)", box=None, pad_edge=False)
         for row in found.predicted:
@@ -125,7 +125,7 @@ def print_families(rows: Sequence[FamilySupport]) -> None:
         for model_type in row.model_types:
             found, reason = row.evidence.get(model_type), row.not_proven.get(model_type)
             evidence = f"{sum(found.tests.values())} tests" if found else f"{NOT_PROVEN}: {reason}"
-            table.add_row(model_type, row.family, row.unit, evidence)
+            table.add_row(model_type, row.family, row.unit.replace(", ", " "), evidence)
     console.print(table, width=min(console.width, _PAGE_WIDTH))
     console.print("Projections, tasks, variants and tolerances: --json or --markdown.", markup=False, soft_wrap=True)
 

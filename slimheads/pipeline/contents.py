@@ -13,9 +13,9 @@ from slimheads.pipeline.finished import Finished
 from slimheads.pipeline.stages.score import Scored
 from slimheads.pipeline.stages.select import Selected
 from slimheads.recipe.recipe import Recipe
+from slimheads.report.card import short_name
 from slimheads.report.model import Report
 from slimheads.report.render import render_html, render_markdown, render_model_card
-from slimheads.report.tables import short_name
 
 
 def contents(recipe: Recipe, scored: Scored | None, selected: Selected | None) -> dict[str, Source]:

@@ -11,72 +11,90 @@ from slimheads.report.model import Report
 from slimheads.report.wording import (
     FIGURE_NAMES,
     against_random,
-    latency_line,
     latency_setup,
-    prediction_line,
+    latency_text,
+    prediction_lines,
     sample_line,
-    selection_line,
+    selection_text,
     units,
 )
 from slimheads.verification.certificate import Link
 from slimheads.verification.drift import Drift
 
 
-class Headline(NamedTuple):
-    """The first lines of every rendering: the verdict, what must be said plainly, and the findings."""
+class Finding(NamedTuple):
+    """One line: what it is about, and what was found. Its text ends in one full stop."""
 
-    verdict: str
+    label: str
+    text: str
+
+    @classmethod
+    def of(cls, label: str, text: str) -> Finding:
+        """On one line; reasons come with or without a full stop."""
+        return cls(label, " ".join(text.split()).rstrip(".") + ".")
+
+    def __str__(self) -> str:
+        return f"{self.label}: {self.text}"
+
+
+class Headline(NamedTuple):
+    """The first lines of every rendering: the verdict, what must not be overlooked, and the findings."""
+
+    verdict: Finding
     warnings: list[str]
-    findings: list[str]
+    findings: list[Finding]
 
     @property
     def lines(self) -> list[str]:
         """All of them, in order."""
-        return [self.verdict, *self.warnings, *self.findings]
+        return [str(self.verdict), *self.warnings, *map(str, self.findings)]
 
 
 def headline(report: Report) -> Headline:
     """A report in words, most important first."""
-    drifts = (report.drift, report.drift_text)
+    drifts = [drift for drift in (report.drift, report.drift_text) if drift is not None]
     warnings = [
-        f"{one.precision} was left out, as export.on_weak_precision: drop asks: {one.reason}."
+        f"{one.precision} is not published (export.on_weak_precision: drop): {one.reason.rstrip('.')}."
         for one in report.left_out
     ]
-    warnings += [lost for drift in drifts if (lost := _lost_to_random(report, drift))]
+    warnings += [line for drift in drifts if (line := _no_better_than_random(report, drift))]
     warnings += report.lengths.limits() if report.lengths else []
-    lines = [_removed(report)]
-    if report.latency:
-        same = len({latency_setup(row) for row in report.shipped_latency}) == 1
-        lines += [f"Latency: {latency_line(row, setup=not same)}." for row in report.shipped_latency]
-    else:
-        lines.append(f"Latency: not measured: {report.latency_reason}.")
+    findings = [_removed(report), *_latencies(report)]
     if len(report.candidates) > 1:
-        lines.append(_graph(report.candidates))
-    if report.predictions:
-        lines.append(prediction_line(report.predictions))
+        findings.append(_graph(report.candidates))
+    findings += [Finding.of(*line) for line in prediction_lines(report.predictions)]
     if report.selection.asked == "auto":
-        lines.append(selection_line(report.selection, units(report.model, report.selection.kept_more)))
-    lines.append(_drift(report.drift, report.drift_reason, report.scores.method))
-    if report.drift_text is not None:
-        lines.append(_drift(report.drift_text, None, report.scores.method))
-    lines.insert(len(lines) if report.proven else 0, _certificate(report))
-    lines += [f"Lengths: {report.lengths}."] if report.lengths and report.proven else []
-    lines += [f"Note: {notice}." for notice in report.notices]
-    return Headline(_one_stop(_verdict(report)), warnings, [_one_stop(line) for line in lines])
+        unit = units(report.model, report.selection.kept_more)
+        findings.append(Finding.of("Head counts", selection_text(report.selection, unit)))
+    findings += [_drift(drift, report.scores.method) for drift in drifts]
+    if report.drift is None:
+        findings.append(Finding.of("Drift", f"not measured: {report.drift_reason}"))
+    findings.insert(len(findings) if report.proven else 0, _certificate(report))
+    if report.lengths and report.proven:
+        findings.append(Finding.of("Lengths", str(report.lengths)))
+    findings += [Finding.of("Note", notice) for notice in report.notices]
+    return Headline(_verdict(report), warnings, findings)
 
 
-def _graph(candidates: Sequence[GraphChoice]) -> str:
+def _latencies(report: Report) -> list[Finding]:
+    if not report.latency:
+        return [Finding.of("Latency", f"not measured: {report.latency_reason}")]
+    rows = report.shipped_latency
+    same = len({latency_setup(row) for row in rows}) == 1
+    return [Finding.of("Latency", latency_text(row, setup=not same)) for row in rows]
+
+
+def _graph(candidates: Sequence[GraphChoice]) -> Finding:
     """Which float32 graph ships, and why; or why none does."""
     shipped = next((one for one in candidates if one.ships), None)
-    if shipped is None:
-        return f"Graph: none ships: {candidates[0].reason}"
-    return f"Graph: the {shipped.candidate} one ships: {shipped.reason}"
+    name, reason = (shipped.candidate, shipped.reason) if shipped else ("none", candidates[0].reason)
+    return Finding.of("Shipped graph", f"{name} ({reason})")
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: Report) -> Finding:
     verdict = report.verdict
     if not verdict.ok:
-        return f"Failed (exit code {verdict.exit_code}): {'; '.join(verdict.reasons)}."
+        return Finding.of(f"Failed (exit code {verdict.exit_code})", "; ".join(verdict.reasons))
     held = "the certificate held" if report.certificate else f"no certificate: {report.certificate_reason}"
     if not report.gates:
         gates = "the recipe sets no gates"
@@ -84,66 +102,59 @@ def _verdict(report: Report) -> str:
         gates = f"the gate {report.gates[0].gate} was met"
     else:
         gates = f"all {len(report.gates)} gates were met"
-    return f"Passed: {held}, and {gates}."
+    return Finding.of("Passed", f"{held}, and {gates}")
 
 
-def _lost_to_random(report: Report, drift: Drift | None) -> str | None:
-    """Said plainly and early: a score that loses to chance is the first thing a reader must know."""
-    if drift is None or drift.beats_random is not False:
+def _no_better_than_random(report: Report, drift: Drift) -> str | None:
+    if drift.beats_random is not False:
         return None
-    method = report.scores.method.capitalize()
+    text = f"{report.scores.method.capitalize()} is no better than random removal on {sample_line(drift)}"
     if (pair := against_random(drift)) is None:
-        return f"{method} did not beat random removal on {sample_line(drift)}."
+        return f"{text}."
     name, slim, control, seeds = pair
-    return (
-        f"{method} did not beat random removal on {sample_line(drift)}: {name} {slim}, where removing as many "
-        f"{units(report.model, 2)} at random gives {control} ({plural(seeds, 'seed')})."
-    )
+    return f"{text}: {name} {slim}, random {control} ({plural(seeds, 'seed')})."
 
 
-def _drift(drift: Drift | None, reason: str | None, method: str) -> str:
-    if drift is None or drift.slim is None:
-        return f"Drift: not measured: {(drift.reason if drift else None) or reason}."
+def _drift(drift: Drift, method: str) -> Finding:
+    label = f"Drift on {sample_line(drift)} ({plural(drift.texts, drift.noun)})"
+    if drift.slim is None:
+        return Finding.of(label, f"not measured: {drift.reason}")
     if (pair := against_random(drift)) is not None:
         name, slim, control, seeds = pair
-        against = f"; removing as many at random: {control} ({plural(seeds, 'seed')})"
-    else:
-        value = getattr(drift.slim, drift.headline) if drift.headline else None
-        name = FIGURE_NAMES[drift.headline] if drift.headline else "no headline figure"
-        slim, against = (f"{value:.3f}" if value is not None else "not measured"), "; no random control"
-    won = f": {method} beats every one" if drift.beats_random else ""
-    return f"Drift on {sample_line(drift)} ({plural(drift.texts, drift.noun)}): {name} {slim}{against}{won}."
+        better = f"; {method} is better than each" if drift.beats_random else ""
+        return Finding.of(label, f"{name} {slim}, random removal {control} ({plural(seeds, 'seed')}){better}")
+    value = getattr(drift.slim, drift.headline) if drift.headline else None
+    name = FIGURE_NAMES[drift.headline] if drift.headline else "no headline figure"
+    return Finding.of(label, f"{name} {'not measured' if value is None else f'{value:.3f}'}, no random control")
 
 
-def _removed(report: Report) -> str:
+def _removed(report: Report) -> Finding:
     heads, dense, slim = report.model.heads, report.model.dense, report.model.slim
-    if heads.removed == 0:
-        return f"Removed nothing: all {whole(heads.total)} {units(report.model, heads.total)} stay."
-    share = percent(heads.removed / heads.total)
     unit = units(report.model, heads.total)
-    text = f"Removed {whole(heads.removed)} of {whole(heads.total)} {unit} ({share})"
-    text += f": parameters {change(dense.parameters, slim.parameters)}, bytes {change(dense.bytes, slim.bytes)}"
+    if heads.removed == 0:
+        return Finding.of("Removed nothing", f"all {whole(heads.total)} {unit} are kept")
+    share = percent(heads.removed / heads.total)
+    text = f"parameters {change(dense.parameters, slim.parameters)}, bytes {change(dense.bytes, slim.bytes)}"
     if dense.flops is not None and slim.flops is not None and report.model.flops_shape:
         text += f", FLOPs {change(dense.flops, slim.flops)} at {shape_text(report.model.flops_shape)}"
-    return text + "."
+    return Finding.of(f"Removed {whole(heads.removed)} of {whole(heads.total)} {unit} ({share})", text)
 
 
-def _certificate(report: Report) -> str:
+def _certificate(report: Report) -> Finding:
     if not report.certificate:
-        return f"Certificate: not made: {report.certificate_reason}."
+        return Finding.of("Certificate", f"not made: {report.certificate_reason}")
     failed = [link for link in report.certificate if not link.passed]
     if failed:
-        return "Certificate: " + "; ".join(_failed_link(link) for link in failed) + "."
+        return Finding.of("Certificate", "; ".join(_failed_link(link) for link in failed))
     numbers = sorted({link.link for link in report.certificate})
-    text = f"Certificate: {'links' if len(numbers) > 1 else 'link'} {listing(numbers)} held"
+    text = f"{'links' if len(numbers) > 1 else 'link'} {listing(numbers)} held"
     text += f" over {plural(sum(link.cases for link in report.certificate), 'case')}"
-    worst = [link for link in report.certificate if link.link in (1, 2) and link.max_abs is not None]
-    if worst:
-        widest = max(worst, key=lambda link: link.max_abs or 0.0)
-        text += f"; the largest difference in float32 is {difference(widest.max_abs or 0.0)}"
+    exact = [link.max_abs for link in report.certificate if link.kind in ("deletion", "export")]
+    if differences := [size for size in exact if size is not None]:
+        text += f"; largest difference in float32: {difference(max(differences))}"
     for skip in report.certificate_skipped:
         text += f"; link {skip.link} does not apply ({skip.reason})"
-    return text + "."
+    return Finding.of("Certificate", text)
 
 
 def _failed_link(link: Link) -> str:
@@ -151,12 +162,7 @@ def _failed_link(link: Link) -> str:
     if link.max_abs is not None:
         text += f": largest difference {difference(link.max_abs)}"
         if link.atol is not None:
-            text += f" where {tolerance(link.atol)} is allowed"
+            text += f", tolerance {tolerance(link.atol)}"
     if link.worst_case:
         text += f", in {link.worst_case}"
     return f"{text}: {link.reason}" if link.reason else text
-
-
-def _one_stop(line: str) -> str:
-    """Reasons come with or without a full stop; a line ends in one."""
-    return " ".join(line.split()).rstrip(".") + "."

@@ -5,16 +5,46 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from slimheads.report.model import Report
+from slimheads.report.model import Report
 
 
 class Verbatim(str):
     """Text that a Markdown template puts out as it is, for code blocks and front matter."""
 
     __slots__ = ()
+
+
+class Cell(str):
+    """A figure with a note, which HTML sets on a line of its own. As text: the note in brackets behind the figure."""
+
+    __slots__ = ("figure", "note")
+    figure: str
+    note: str
+
+    def __new__(cls, figure: str, note: str) -> Cell:
+        made = super().__new__(cls, f"{figure} ({note})")
+        made.figure, made.note = figure, note
+        return made
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text: as many cells in every row as there are headings. Columns in `numeric` align right."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.head):
+                raise ValueError(f"{len(row)} cells under {len(self.head)} headings: {row}")
+
+
+def figure_and_note(cell: str) -> tuple[str, str]:
+    """The two parts of a cell."""
+    return (cell.figure, cell.note) if isinstance(cell, Cell) else (cell, "")
 
 
 def markdown_safe(value: object) -> object:
@@ -56,17 +86,3 @@ def front_matter(report: Report) -> Verbatim:
         keys["pipeline_tag"] = model.task
     keys["tags"] = tags
     return Verbatim("\n".join(f"{key}: {json.dumps(value)}" for key, value in keys.items()))
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text: as many cells in every row as there are headings. Columns in `numeric` align right."""
-
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    numeric: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        for row in self.rows:
-            if len(row) != len(self.head):
-                raise ValueError(f"{len(row)} cells under {len(self.head)} headings: {row}")

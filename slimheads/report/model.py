@@ -117,7 +117,7 @@ class GateResult(_Part):
 
 
 class Prediction(_Part):
-    """What the plan alone foretold of one row of `latency`, of a plain float32 graph, beside what was measured."""
+    """What the plan alone predicts for one row of `latency`, of a plain float32 graph, beside what was measured."""
 
     provider: str
     threads: int
@@ -164,7 +164,7 @@ class Report(_Part):
     certificate_skipped: tuple[SkippedLink, ...] = ()
     certificate_reason: str | None = None  # why there are no links
     lengths: Lengths | None = None  # that the certificate tried; null where inputs have no length
-    left_out: tuple[LeftOut, ...] = ()  # precisions that were asked for and do not ship
+    left_out: tuple[LeftOut, ...] = ()  # precisions of the recipe that do not ship
     drift: Drift | None
     drift_reason: str | None = None
     drift_text: Drift | None = None
@@ -172,12 +172,12 @@ class Report(_Part):
     latency: tuple[Latency, ...]
     latency_reason: str | None = None
     candidates: tuple[GraphChoice, ...] = ()  # the float32 graphs that could ship; one of them does
-    treatments: tuple[Treatment, ...] = ()  # what each further graph and precision gave, apart from the deletion
+    treatments: tuple[Treatment, ...] = ()  # speedup attribution of each further graph and precision
     selection: Selection
     predictions: tuple[Prediction, ...]
     predictions_reason: str | None = None  # why there are none, or why they are by FLOPs
     gates: tuple[GateResult, ...] = ()
-    notices: tuple[str, ...] = ()  # what the user was told on the way: what was repaired or left out
+    notices: tuple[str, ...] = ()  # shown during the run: what was repaired or left out
     stages: tuple[StageRecord, ...]
     environment: Environment
     command: str
@@ -222,7 +222,7 @@ class Report(_Part):
 
     @property
     def proven(self) -> bool:
-        """Whether no link failed; where one did, it is what a reader is told first."""
+        """Whether every link held."""
         return all(link.passed for link in self.certificate)
 
     def to_json(self) -> str:

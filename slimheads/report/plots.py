@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from slimheads import formatting as fmt
+from slimheads.data.metrics import Figures
+from slimheads.latency.records import Interval, Latency
+from slimheads.pruning.plan import Plan
+from slimheads.pruning.scores import ScoreTable
 from slimheads.report import wording
 from slimheads.report.svg import RAMP_STEPS, Axis, Drawing, text_width
-
-if TYPE_CHECKING:
-    from slimheads.data.metrics import Figures
-    from slimheads.latency.records import Interval, Latency
-    from slimheads.pruning.plan import Plan
-    from slimheads.pruning.scores import ScoreTable
-    from slimheads.verification.drift import Drift
+from slimheads.verification.drift import Drift
 
 
 def heat_map(scores: ScoreTable, plan: Plan, *, width: int, name: str) -> str:
@@ -138,7 +135,7 @@ def latency(rows: Sequence[Latency], *, width: int, name: str) -> str | None:
                 drawing.text(width, y + 10, note, align="right", colour="muted", paper=True)
             _times(drawing, row, 0, y + 22 + below, width - 72.0, longest)
             _speedup(drawing, row, axis, y + 90 + below)
-    summary = "; ".join(wording.latency_line(row) for row in measured)
+    summary = "; ".join(wording.latency_text(row) for row in measured)
     return drawing.svg(f"Latency of the dense and the slim model, and the speedup with its 95% interval. {summary}.")
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jinja2
+from rich.console import Console
 
 from slimheads.report import markdown, plots, svg, tables
 from slimheads.report.headline import headline
 from slimheads.report.model import Report
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 LAYOUTS = (("wide", 960), ("narrow", 342))  # px; drawn once a layout, since shrinking a plot shrinks its letters
 
@@ -55,12 +52,13 @@ def print_summary(report: Report, console: Console, out: Path | None = None) -> 
     Args:
         out: the output folder; its slim model and report are named when given.
     """
-    verdict, warnings, findings = headline(report)
-    console.print(verdict, style="bold green" if report.verdict.ok else "bold red", markup=False, highlight=False)
-    for line in warnings:
+    said = headline(report)
+    style = "bold green" if report.verdict.ok else "bold red"
+    console.print(str(said.verdict), style=style, markup=False, highlight=False)
+    for line in said.warnings:
         console.print(line, style="bold yellow", markup=False, highlight=False)
-    for line in findings:
-        console.print(f"  {line}", markup=False, highlight=False)
+    for finding in said.findings:
+        console.print(f"  {finding}", markup=False, highlight=False)
     if out is not None:
         slim = str(out / "slim") if (out / "slim").is_dir() else "not published"
         console.print(f"  Slim model: {slim}", markup=False, highlight=False, soft_wrap=True)

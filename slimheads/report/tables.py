@@ -4,50 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slimheads import formatting as fmt
-from slimheads.report import wording
-from slimheads.report.markdown import Table, Verbatim, fenced, markdown_table
-
-if TYPE_CHECKING:
-    from slimheads.latency.attribution import Treatment
-    from slimheads.latency.graph_choice import GraphChoice
-    from slimheads.latency.records import Interval, Latency, Timing
-    from slimheads.report.model import GateResult, Prediction, Report
-    from slimheads.verification.certificate import Link
-    from slimheads.verification.drift import Drift
-
-# task -> (class in transformers, class in optimum.onnxruntime)
-LOADERS = {
-    "feature-extraction": ("AutoModel", "ORTModelForFeatureExtraction"),
-    "text-generation": ("AutoModelForCausalLM", "ORTModelForCausalLM"),
-    "fill-mask": ("AutoModelForMaskedLM", "ORTModelForMaskedLM"),
-    "text-classification": ("AutoModelForSequenceClassification", "ORTModelForSequenceClassification"),
-    "token-classification": ("AutoModelForTokenClassification", "ORTModelForTokenClassification"),
-    "question-answering": ("AutoModelForQuestionAnswering", "ORTModelForQuestionAnswering"),
-    "image-classification": ("AutoModelForImageClassification", "ORTModelForImageClassification"),
-    "zero-shot-image-classification": (
-        "AutoModelForZeroShotImageClassification",
-        "ORTModelForZeroShotImageClassification",
-    ),
-    "object-detection": ("AutoModelForObjectDetection", "ORTModelForCustomTasks"),
-    "audio-classification": ("AutoModelForAudioClassification", "ORTModelForAudioClassification"),
-    "automatic-speech-recognition": ("AutoModelForCTC", "ORTModelForCTC"),
-}
-SEQ2SEQ_LOADERS = {
-    "text2text-generation": ("AutoModelForSeq2SeqLM", "ORTModelForSeq2SeqLM"),
-    "automatic-speech-recognition": ("AutoModelForSpeechSeq2Seq", "ORTModelForSpeechSeq2Seq"),
-}
-
-# what a model is fed -> (class in transformers that prepares it, what to call one)
-PREPARERS = {
-    "text": ("AutoTokenizer", "tokenizer"),
-    "image": ("AutoImageProcessor", "processor"),
-    "text and image": ("AutoProcessor", "processor"),
-    "waveform": ("AutoFeatureExtractor", "processor"),
-    "spectrogram": ("AutoFeatureExtractor", "processor"),
-}
+from slimheads.latency.attribution import Treatment
+from slimheads.latency.graph_choice import GraphChoice
+from slimheads.latency.records import Interval, Latency, Timing
+from slimheads.report import card, wording
+from slimheads.report.markdown import Cell, Table, Verbatim, fenced, figure_and_note, markdown_table
+from slimheads.report.model import GateResult, Prediction, Report
+from slimheads.verification.certificate import Link
+from slimheads.verification.drift import Drift
 
 NONE = "not measured"
 
@@ -62,11 +29,11 @@ class KeyFigure:
 
 
 def tables(report: Report) -> dict[str, Any]:
-    """Everything the templates lay out, by the name they use for it."""
+    """Everything that the templates lay out, by the name they use for it."""
     model = report.model
     drifts = [("drift", report.drift), ("drift on the recipe's text", report.drift_text)]
     return {
-        "title": short_name(model.source),
+        "title": card.short_name(model.source),
         "key_figures": key_figures(report),
         "sizes": sizes(report),
         "files": table(
@@ -82,11 +49,11 @@ def tables(report: Report) -> dict[str, Any]:
         "gates": gates(report.gates),
         "stages": stages(report),
         "environment": environment_table(report),
-        "loader": (SEQ2SEQ_LOADERS if model.encoder_decoder else LOADERS)[model.task],
-        # what hears words has a tokenizer too, to spell them
-        "preparer": PREPARERS["text and image" if model.task == "automatic-speech-recognition" else model.inputs],
+        "loader": card.loader(model),
+        "preparer": card.preparer(model),
+        "unit": wording.units(model, 1),
         "units": wording.units(model, 2),
-        "static_axes": static_axes(report),
+        "static_axes": card.static_axes(report),
     }
 
 
@@ -96,7 +63,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[
 
 
 def key_figures(report: Report) -> list[KeyFigure]:
-    """Heads, size, latency and drift: what a reader wants before any table."""
+    """Heads, size, latency and drift, before any table."""
     heads, dense, slim = report.model.heads, report.model.dense, report.model.slim
     share = fmt.percent(heads.removed / heads.total) if heads.total else "none"
     files = "encoder and merged decoder" if report.model.encoder_decoder else "model file"
@@ -139,13 +106,13 @@ def sizes(report: Report) -> Table:
         row(units[0].upper() + units[1:], _whole, heads.total, heads.kept),
         row("Parameters", _whole, dense.parameters, slim.parameters),
         row("Bytes, float32 ONNX", _size, dense.bytes, slim.bytes),
-        row(f"FLOPs a run{shape}", _flops, dense.flops, slim.flops),
+        row(f"FLOPs per run{shape}", _flops, dense.flops, slim.flops),
     ]
     return table(("", "Dense", "Slim", "Change"), rows, {1, 2, 3})
 
 
 def links(found: Sequence[Link]) -> Table:
-    """The certificate, one row a link and subject."""
+    """The certificate, one row per link and subject."""
     head = ("Link", "Held equal", "Subject", "Largest difference", "Relative", "Allowed", "Cases", "Result")
     rows = []
     for link in found:
@@ -157,14 +124,14 @@ def links(found: Sequence[Link]) -> Table:
 
 
 def largest(link: Link) -> str:
-    """A link's largest difference; links 4 and 5 compare other things, and any other may have met NaN or infinity."""
+    """A link's largest difference; there is none of structure and tokens, nor where a value is not finite."""
     if link.max_abs is None:
-        return {4: "structure only", 5: "tokens only"}.get(link.link, "no finite figure")
+        return {"structure": "structure only", "tokens": "tokens only"}.get(link.kind, "not finite")
     return fmt.difference(link.max_abs)
 
 
 def allowed(link: Link) -> str:
-    """The tolerance a link was held to: atol + rtol x |reference|, or rtol of the largest output."""
+    """A link's tolerance: atol + rtol x |reference|, or rtol of the largest output."""
     if link.atol is None:
         if link.rtol is None:
             return "no deviation"
@@ -192,7 +159,7 @@ def drift_table(drift: Drift) -> Table:
 
 
 def latencies(rows: Sequence[Latency]) -> Table:
-    """One row a measurement, with its control and its verdict; what only decoders have where there is one."""
+    """One row per measurement, with its control and its verdict; with columns of their own for decoders."""
     head = ("Shape", "Setting", "Dense", "Slim", "Speedup", "FLOP ratio", "Realised", "Control", "Verdict")
     decoders = any(row.phase for row in rows)
     cells = []
@@ -206,7 +173,7 @@ def latencies(rows: Sequence[Latency]) -> Table:
             _decoder_cells(row) if decoders else (),
         )
         cells.append((*place, *timings, *written, intervals[0], flop, realised, intervals[1], verdict))
-    extra = ("Tokens/s", "Cache a token") if decoders else ()
+    extra = ("Tokens/s", "Cache per token") if decoders else ()
     return table((*head[:4], *extra, *head[4:]), cells, range(2, 8 + len(extra)))
 
 
@@ -226,13 +193,13 @@ def candidates(found: Sequence[GraphChoice]) -> Table:
     for one in found:
         proven = {None: "not tried", True: "proven", False: "refused"}[one.proven]
         rows.append(
-            (one.candidate, proven if one.built else "not made", "yes" if one.ships else "no", one.reason or "")
+            (one.candidate, proven if one.built else "not built", "yes" if one.ships else "no", one.reason or "")
         )
-    return table(("Graph", "Certificate", "Ships", "Why"), rows)
+    return table(("Graph", "Certificate", "Ships", "Reason"), rows)
 
 
 def treatments(rows: Sequence[Treatment]) -> Table:
-    """What another graph or precision gave, and what the deletion did under it: read off the same rounds."""
+    """Speedup attribution: the deletion and the treatment (another graph or precision), measured in the same rounds."""
     head = ("Treatment", "Shape", "Setting", "Deletion", "Treatment, dense", "Treatment, slim", "Both", "Verdict, slim")
     cells = []
     for row in rows:
@@ -245,15 +212,15 @@ def treatments(rows: Sequence[Treatment]) -> Table:
 
 
 def predictions(rows: Sequence[Prediction]) -> Table:
-    """One row a float32 measurement: what was expected of it, and how far that was off."""
+    """One row per float32 measurement: the predicted and the measured speedup, and the error."""
     head = ("Shape", "Setting", "Predicted by", "Predicted", "Measured", "Error", "Note")
     cells = []
     for row in rows:
         place = (fmt.shape_text(row.shape), wording.setting(row))
         predicted = fmt.ratio(row.speedup) if row.speedup is not None else "not counted"
         if row.low is not None and row.high is not None:
-            predicted += f" ({row.low:.2f} to {row.high:.2f})"
-        measured = fmt.ratio(row.measured) if row.measured is not None else "nothing conclusive"
+            predicted = Cell(predicted, f"{row.low:.2f} to {row.high:.2f}")
+        measured = fmt.ratio(row.measured) if row.measured is not None else "inconclusive"
         error = fmt.signed_percent(row.error) if row.error is not None else ""
         by = "latency table" if row.source == "table" else "FLOPs"
         cells.append((*place, by, predicted, measured, error, row.reason or ""))
@@ -261,7 +228,7 @@ def predictions(rows: Sequence[Prediction]) -> Table:
 
 
 def gates(found: Sequence[GateResult]) -> Table:
-    """The recipe's gates with what was measured."""
+    """The recipe's gates and the measurements."""
     rows = []
     for gate in found:
         measured = fmt.figures(gate.measured) if gate.measured is not None else NONE
@@ -271,7 +238,7 @@ def gates(found: Sequence[GateResult]) -> Table:
 
 
 def stages(report: Report) -> Table:
-    """Where the time and the memory went."""
+    """Time and peak memory of each stage."""
     rows = [
         (
             stage.stage,
@@ -282,11 +249,11 @@ def stages(report: Report) -> Table:
         for stage in report.stages
     ]
     rows.append(("whole run", fmt.seconds(report.seconds), f"{fmt.whole(report.peak_rss_mb)} MB", ""))
-    return table(("Stage", "Time", "Peak memory", "This time"), rows, {1, 2})
+    return table(("Stage", "Time", "Peak memory", "Status"), rows, {1, 2})
 
 
 def environment_table(report: Report) -> Table:
-    """Software, hardware and session options; what the system does not tell is said to be unreadable."""
+    """Software, hardware and session options."""
     env, hidden = report.environment, "not readable on this system"
     load = " ".join(f"{value:.2f}" for value in env.load_average) if env.load_average else hidden
     clock = f"{fmt.whole(env.cpu_frequency_mhz)} MHz at the start" if env.cpu_frequency_mhz else hidden
@@ -333,44 +300,20 @@ def _flops(count: float | None) -> str:
 def _timing(timing: Timing | None) -> str:
     if timing is None:
         return NONE
-    return f"{fmt.milliseconds(timing.median_ms)} ({fmt.figures(timing.p10_ms)} to {fmt.figures(timing.p90_ms)})"
+    return Cell(fmt.milliseconds(timing.median_ms), f"{fmt.figures(timing.p10_ms)} to {fmt.figures(timing.p90_ms)}")
 
 
 def _interval(interval: Interval | None) -> str:
     if interval is None:
         return NONE
     estimate, low, high = wording.span(interval)
-    return f"{estimate}x ({low} to {high})"
-
-
-# Names and notes
-
-
-def short_name(source: str) -> str:
-    """A title from a path, a package folder or a hub id."""
-    parts = source.removeprefix("pkg://").rstrip("/").split("/")
-    if source.startswith("pkg://") or (parts[-1] in ("model", "checkpoint", "slim") and len(parts) > 1):
-        return parts[0] if source.startswith("pkg://") else parts[-2]  # the folder's own name says nothing
-    return parts[-1] or source
-
-
-def static_axes(report: Report) -> bool:
-    """Whether the slim graph has a cache with static axes, which optimum cannot run."""
-    export = report.recipe.get("export")
-    static = isinstance(export, dict) and export.get("kv_axes") == "static"
-    return static and (report.model.task == "text-generation" or report.model.encoder_decoder)
-
-
-def split_note(cell: str) -> tuple[str, str]:
-    """A cell's figure and the bracket behind it, which a page sets on a line of its own."""
-    figure, bracket, note = cell.partition(" (")
-    return figure, note.removesuffix(")") if bracket else ""
+    return Cell(f"{estimate}x", f"{low} to {high}")
 
 
 FILTERS: dict[str, Callable[..., Any]] = {
     "fenced": fenced,
     "markdown_table": markdown_table,
-    "split_note": split_note,
+    "figure_and_note": figure_and_note,
     "verbatim": Verbatim,
     "largest": largest,
     "tolerance": fmt.tolerance,

@@ -63,7 +63,7 @@ def write_timeline(rows: Sequence[Latency], path: Path, names: tuple[str, str] =
         UsageError: the file cannot be written.
     """
     measured = [row for row in rows if row.samples]
-    said = "; ".join(wording.latency_line(row) for row in measured) or "nothing was measured"
+    said = "; ".join(wording.latency_text(row) for row in measured) or "nothing was measured"
     title = f"Samples of {names[0]}, {names[1]} and the control over time. {said}."
     with matplotlib.rc_context(_STYLE):
         count = max(1, len(measured))

@@ -1,9 +1,8 @@
-"""A report's figures in words: the headline's sentences, and the words for measurements that several pages share."""
+"""The words for measurements that several pages share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from slimheads.formatting import (
     apart,
@@ -15,24 +14,19 @@ from slimheads.formatting import (
     signed_percent,
     whole,
 )
-
-if TYPE_CHECKING:
-    from slimheads.latency.head_counts import Selection
-    from slimheads.latency.records import Interval, Latency
-    from slimheads.report.model import ModelFacts, Prediction
-    from slimheads.verification.drift import Drift
+from slimheads.latency.head_counts import Selection
+from slimheads.latency.records import Interval, Latency
+from slimheads.report.model import ModelFacts, Prediction
+from slimheads.verification.drift import Drift
 
 FIGURE_NAMES = {
     "cosine": "mean cosine of embeddings",
     "cosine_min": "worst cosine",
     "perplexity": "perplexity",
     "perplexity_ratio": "perplexity against dense",
-    "kl_divergence": "KL divergence, nats a token",
+    "kl_divergence": "KL divergence, nats per token",
     "top1_agreement": "same most likely token",
 }
-
-
-# Sentences
 
 
 def span(interval: Interval) -> tuple[str, str, str]:
@@ -43,8 +37,8 @@ def span(interval: Interval) -> tuple[str, str, str]:
     return estimate, low, high
 
 
-def latency_line(row: Latency, *, setup: bool = True) -> str:
-    """One measurement's verdict: what was found, how sure it is, and how much of the FLOP ratio it realised."""
+def latency_text(row: Latency, *, setup: bool = True) -> str:
+    """One measurement: the speedup with its interval, and the share of the FLOP-ratio speedup that it reaches."""
     place = f"at {latency_place(row)} ({latency_setup(row)})" if setup else f"at {latency_place(row)}"
     if row.verdict == "not measured" or row.speedup is None:
         return f"not measured {place}: {row.reason}"
@@ -56,7 +50,7 @@ def latency_line(row: Latency, *, setup: bool = True) -> str:
         return f"no difference shown {place}: {estimate}x, {interval}"
     if row.verdict == "slower":
         return f"slower, {estimate}x the dense model's speed ({interval}) {place}"
-    realised = f", {percent(row.realised)} of what the deleted arithmetic allows" if row.realised is not None else ""
+    realised = f", {percent(row.realised)} of the FLOP-ratio speedup" if row.realised is not None else ""
     return f"{estimate}x faster ({interval}) {place}{realised}"
 
 
@@ -79,34 +73,37 @@ def setting(row: Prediction) -> str:
     return f"{graph}{row.provider}, {plural(row.threads, 'thread')}"
 
 
-def prediction_line(rows: Sequence[Prediction]) -> str:
-    """How far predicted latencies were from measured ones: the worst of those by the table, and of those by FLOPs."""
-    said = []
-    for source, name in (("table", "latency table"), ("flops", "FLOPs alone")):
+def prediction_lines(rows: Sequence[Prediction]) -> list[tuple[str, str]]:
+    """How far predicted slim latencies were from measured ones: a label and a text for each source of predictions."""
+    lines = []
+    for source, name in (("table", "Table-based"), ("flops", "FLOP-based")):
         own = [row for row in rows if row.source == source]
         errors = [row.error for row in own if row.error is not None]
-        if errors:
-            worst = max(errors, key=abs)
-            place = f" at {shape_text(own[0].shape)}" if len(own) == 1 else f", the worst of {len(errors)}"
-            said.append(f"slim latency by the {name} is {signed_percent(worst)} off what was measured{place}")
-        elif own:
-            foreseen = [f"{ratio(row.speedup)} at {shape_text(row.shape)}" for row in own if row.speedup is not None]
-            said.append(f"{listing(foreseen or ['nothing'])} by the {name}; nothing conclusive to hold it against")
-    return f"Prediction: {'; '.join(said)}."
+        if len(errors) > 1:
+            text = f"worst error {signed_percent(max(errors, key=abs))} ({plural(len(errors), 'shape')})"
+        elif errors:
+            shape = next(row.shape for row in own if row.error is not None)
+            text = f"error {signed_percent(errors[0])} at {shape_text(shape)}"
+        else:
+            predicted = [f"{ratio(row.speedup)} at {shape_text(row.shape)}" for row in own if row.speedup is not None]
+            text = f"{listing(predicted or ['nothing'])} (no conclusive measurement to compare with)"
+        if own:
+            lines.append((f"{name} latency prediction", text))
+    return lines
 
 
-def selection_line(selection: Selection, unit: str) -> str:
-    """What `multiple_of: auto` came to, and what it gained by the latency table."""
-    chose = f"Head counts: multiple_of: auto chose {selection.multiple_of}"
+def selection_text(selection: Selection, unit: str) -> str:
+    """The step that `multiple_of: auto` chose, and its gain by the latency table."""
+    chose = f"multiple_of: auto chose {selection.multiple_of}"
     if selection.predicted_gain is None:
         tried = [candidate.multiple_of for candidate in selection.candidates]
         steps = f" (tried: {listing(tried)})" if tried else ""
-        return f"{chose}, and shows no gain: {selection.reason}{steps}."
+        return f"{chose}, no gain: {selection.reason}{steps}"
     more = f", with {selection.kept_more} {unit} more kept" if selection.kept_more else ""
     if selection.reason:
-        return f"{chose}: {selection.reason}{more}."
+        return f"{chose}: {selection.reason}{more}"
     estimate, low, high = span(selection.predicted_gain)
-    return f"{chose}: predicted {estimate}x as fast as without ({low} to {high} by the latency table){more}."
+    return f"{chose}: predicted {estimate}x vs. no step ({low} to {high} by the latency table){more}"
 
 
 def against_random(drift: Drift) -> tuple[str, str, str, int] | None:
@@ -133,6 +130,7 @@ def sample_size(drift: Drift) -> str:
 
 
 def sample_line(drift: Drift) -> str:
+    """The built-in sample, or the name of the recipe's own."""
     return "the built-in sample" if drift.sample == "built-in" else drift.sample
 
 

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from slimheads.errors import CertificateError
 from slimheads.exporting.artifacts import file_name
 from slimheads.exporting.precisions import PRECISIONS
-from slimheads.names import PLAIN, GraphForm, Precision
+from slimheads.names import PLAIN, GraphForm, LinkKind, Precision
 
 
 class Link(BaseModel):
@@ -66,6 +67,12 @@ class Link(BaseModel):
         if self.max_abs is not None and f"differs by {self.max_abs:.3g}" not in reason:
             reason += f", largest difference {self.max_abs:.3g}"
         return f"{self.name} failed{case}: {reason}"
+
+    @property
+    def kind(self) -> LinkKind:
+        """What the link compares, by its number."""
+        kinds: tuple[LinkKind, ...] = get_args(LinkKind)
+        return kinds[self.link - 1]
 
 
 class SkippedLink(BaseModel):

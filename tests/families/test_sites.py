@@ -125,7 +125,7 @@ def test_an_unknown_model_type_names_the_nearest() -> None:
     "model_type,reason",
     [
         ("olmo2", "normalized over all heads together"),
-        ("gpt_oss", "sink of its own"),
+        ("gpt_oss", "its own sink"),
         ("qwen3_next", "a gate beside each query"),
         ("deepseek_v3", "a latent vector"),
     ],

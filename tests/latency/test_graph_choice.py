@@ -114,7 +114,7 @@ def test_the_graph_that_gains_most_ships_with_its_own_proof_and_is_compared_with
     subjects = {link["subject"] for link in report["certificate"]}
     assert {"onnx/model.onnx (attention)", "dense/onnx/model.onnx (attention)", "onnx/model.onnx (plain)"} <= subjects
     page = (out / "report.md").read_text()
-    said = "Graph: the attention one ships: 1.200x vs. plain export when chosen, 1.200x when measured again."
+    said = "Shipped graph: attention (1.200x vs. plain export when chosen, 1.200x when measured again)."
     assert said in page
     assert "fp32 (attention), cpu, 1 thread" in page and "fp32 (plain, does not ship), cpu, 1 thread" in page
 

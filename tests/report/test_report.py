@@ -355,10 +355,10 @@ def test_headline_of_a_passed_run_starts_with_the_verdict_and_gives_every_findin
     lines = lines_of(REPORT)
     assert lines[0].startswith("Passed")
     text = "\n".join(lines)
-    assert "1.12x faster (95% interval 1.10 to 1.14) at 1x128, 97% of what the deleted arithmetic allows." in text
+    assert "1.12x faster (95% interval 1.10 to 1.14) at 1x128, 97% of the FLOP-ratio speedup." in text
     assert "0.912" in text and RANDOM_RANGE in text
     assert "links 1, 2 and 4 held" in text
-    assert "did not beat" not in text
+    assert "no better" not in text
 
 
 def test_predictions_are_told_with_their_source_and_worst_error() -> None:
@@ -369,14 +369,17 @@ def test_predictions_are_told_with_their_source_and_worst_error() -> None:
         make_prediction((8, 128), 1.25, 0, measured=None, error=None, reason="too noisy"),
     ]
     report = make_report(predictions=rows)
-    (line,) = [line for line in lines_of(report) if line.startswith("Prediction")]
-    assert "by the latency table is \u22125.0% off what was measured, the worst of 2" in line
-    assert "by the FLOPs alone is +0.0% off what was measured at 4x128" in line
+    lines = [line for line in lines_of(report) if "prediction" in line]
+    assert lines == [
+        "Table-based latency prediction: worst error \u22125.0% (2 shapes).",
+        "FLOP-based latency prediction: error +0.0% at 4x128.",
+    ]
     for page in (render_markdown(report), Page(render_html(report)).text):
         assert all(said in page for said in ("1.10x", "1.08 to 1.13", "+1.8%", "latency table", "too noisy"))
         assert str(report.predictions_reason) in page
     silent = make_report(predictions=rows[3:])
-    assert "1.25x at 8x128 by the latency table; nothing conclusive to hold it against" in "\n".join(lines_of(silent))
+    said = "Table-based latency prediction: 1.25x at 8x128 (no conclusive measurement to compare with)."
+    assert said in lines_of(silent)
 
 
 GAIN = {"estimate": 1.031, "low": 1.012, "high": 1.05}
@@ -385,10 +388,10 @@ GAIN = {"estimate": 1.031, "low": 1.012, "high": 1.05}
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"predicted_gain": GAIN}, "auto chose 2: predicted 1.03x as fast as without (1.01 to 1.05 by the latency"),
+        ({"predicted_gain": GAIN}, "auto chose 2: predicted 1.03x vs. no step (1.01 to 1.05 by the latency"),
         ({"predicted_gain": GAIN, "kept_more": 3}, "latency table), with 3 heads more kept"),
         ({"predicted_gain": GAIN | {"low": 0.99}, "reason": "no difference beyond noise"}, "2: no difference beyond"),
-        ({"multiple_of": 1, "reason": "all the same"}, "auto chose 1, and shows no gain: all the same"),
+        ({"multiple_of": 1, "reason": "all the same"}, "auto chose 1, no gain: all the same"),
     ],
 )
 def test_what_auto_came_to_is_told_and_no_more_than_the_table_supports(changes: dict[str, Any], said: str) -> None:
@@ -403,10 +406,10 @@ def test_what_auto_came_to_is_told_and_no_more_than_the_table_supports(changes: 
 def test_losing_to_random_is_said_right_after_the_verdict(name: str) -> None:
     lost = make_drift(0.794, name=name) if name == "cosine" else make_drift(1.6, (1.2, 1.3, 1.4), name)
     lines = lines_of(make_report(drift=lost))
-    assert "did not beat random" in lines[1]
+    assert "is no better than random removal" in lines[1]
     assert ("0.794" in lines[1] and RANDOM_RANGE in lines[1]) if name == "cosine" else "1.600" in lines[1]
     for page in (render_markdown, render_html, render_model_card):
-        assert "did not beat random" in page(make_report(drift=lost))
+        assert "is no better than random removal" in page(make_report(drift=lost))
 
 
 def test_every_page_has_what_the_user_was_told() -> None:
@@ -610,7 +613,7 @@ def test_card_front_matter_holds_only_what_is_known() -> None:
     assert front()["library_name"] == "sentence-transformers"
     assert front(sentence_transformers=False)["library_name"] == "transformers"
     assert "library_name" not in front(sentence_transformers=False, reload="onnx only")
-    assert "As the source model's." in card()
+    assert "That of the source model." in card()
 
 
 # Effects
@@ -662,8 +665,8 @@ def test_what_only_decoders_have_is_a_column_only_where_there_is_one() -> None:
     table = tables.latencies([found, lost])
     cells = [dict(zip(table.head, cells, strict=True)) for cells in table.rows]
     assert cells[0]["Shape"] == "decode 1x1 after 512"
-    assert (cells[0]["Tokens/s"], cells[0]["Cache a token"]) == ("500 to 500", "36.9 kB to 18.4 kB")
-    assert cells[1]["Tokens/s"] == cells[1]["Cache a token"] == "not measured"
+    assert (cells[0]["Tokens/s"], cells[0]["Cache per token"]) == ("500 to 500", "36.9 kB to 18.4 kB")
+    assert cells[1]["Tokens/s"] == cells[1]["Cache per token"] == "not measured"
     assert table.head[-1] == "Verdict" and table.numeric == {*range(2, 10)}
 
 

@@ -66,5 +66,5 @@ def test_a_broken_proof_under_a_shipped_recipe_is_reported(
     for page in ("report.md", "report.html"):
         text = (out / page).read_text(encoding="utf-8")
         assert "link 1 FAILED (gated dense torch == slim torch, model.safetensors)" in text
-        assert "Graph: none ships: the certificate failed" in re.sub("<[^>]+>", "", text)
+        assert "Shipped graph: none (the certificate failed)" in re.sub("<[^>]+>", "", text)
     assert not (out / "slim").exists()
