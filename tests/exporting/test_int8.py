@@ -24,7 +24,9 @@ from slimheads.exporting.quantize import to_int8
 from slimheads.pruning.plan import Plan
 from slimheads.runtime import cpu
 from slimheads.runtime.sessions import open_session
+from slimheads.verification import precision_proof
 from slimheads.verification.integer_products import SAFE_WEIGHT, integer_product, overflow_faults, saturating_product
+from slimheads.verification.prove import verify
 
 EXTREMES = np.array([0, 1, 127, 254, 255], np.uint8)
 
@@ -326,8 +328,6 @@ def test_a_weak_precision_is_left_out_by_name_and_the_rest_is_published(
 
 @pytest.mark.slow
 def test_all_files_of_a_weak_precision_are_left_out_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slimheads.verification import precision_proof
-
     steady(monkeypatch)
     monkeypatch.setattr(precision_proof, "LEAST_COSINE", 1.0)
     export_section = {"precisions": ["fp32", "int8"], "on_weak_precision": "drop"}
@@ -343,8 +343,6 @@ def test_a_weight_that_is_wrong_is_no_weak_precision(bert: Shipped, tmp_path: Pa
     """Left out is what rounding spoils; what was built wrongly fails, whatever the recipe says."""
     made = bert.copied(tmp_path)
     damaged(made, one_step)
-    from slimheads.verification.prove import verify
-
     found = verify(
         copy.deepcopy(made.dense),
         made.slim,
