@@ -24,7 +24,9 @@ from slimheads.exporting.quantize import to_int8
 from slimheads.pruning.plan import Plan
 from slimheads.runtime import cpu
 from slimheads.runtime.sessions import open_session
+from slimheads.verification import precision_proof
 from slimheads.verification.integer_products import SAFE_WEIGHT, overflow_faults
+from slimheads.verification.prove import verify
 
 EXTREMES = np.array([0, 1, 127, 254, 255], np.uint8)
 
@@ -346,7 +348,7 @@ def test_a_weak_precision_is_left_out_by_name_and_the_rest_is_published(
     assert not any("int8" in name or "quantized" in name for name in report["files"])
     for page in ("report.md", "slim/README.md"):
         text = (out / page).read_text(encoding="utf-8")
-        assert "int8 was left out, as export.on_weak_precision: drop asks: " in text
+        assert "int8 is not published (export.on_weak_precision: drop): " in text
     again, _ = weak_run(outlier, tmp_path, on_weak_precision="fail")
     assert again.code == 4  # what the certificate found is not taken over, and the graphs are not made anew
     assert next(s for s in report_of(out)["stages"] if s["stage"] == "export")["reused"]
@@ -354,8 +356,6 @@ def test_a_weak_precision_is_left_out_by_name_and_the_rest_is_published(
 
 @pytest.mark.slow
 def test_all_files_of_a_weak_precision_are_left_out_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slimheads.verification import precision_proof
-
     steady(monkeypatch)
     monkeypatch.setattr(precision_proof, "LEAST_COSINE", 1.0)
     export_section = {"precisions": ["fp32", "int8"], "on_weak_precision": "drop"}
@@ -371,8 +371,6 @@ def test_a_weight_that_is_wrong_is_no_weak_precision(bert: Shipped, tmp_path: Pa
     """Left out is what rounding spoils; what was built wrongly fails, whatever the recipe says."""
     made = bert.copied(tmp_path)
     damaged(made, one_step)
-    from slimheads.verification.prove import verify
-
     found = verify(
         copy.deepcopy(made.dense),
         made.slim,

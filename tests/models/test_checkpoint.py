@@ -27,6 +27,8 @@ from slimheads.models.checkpoint import find
 from slimheads.models.loading import load, save
 from slimheads.models.tasks import TASKS
 from slimheads.pruning.plan import Plan, SitePlan
+from slimheads.pruning.scoring.score import score
+from slimheads.pruning.select import select
 from slimheads.pruning.surgery import prune
 
 Tiny = Callable[..., PreTrainedModel]
@@ -119,9 +121,6 @@ def test_ratio_0_gives_byte_identical_tensors(tiny: Tiny, tmp_path: Path, model_
 
 
 def everything(model: PreTrainedModel) -> Plan:
-    from slimheads.pruning.scoring.score import score
-    from slimheads.pruning.select import select
-
     return select(score(model), 0)
 
 

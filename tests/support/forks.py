@@ -31,9 +31,11 @@ class Forks:
     def __init__(self, home: Path, before: str = "", environment: Mapping[str, str] = os.environ) -> None:
         self._home = home
         home.mkdir(parents=True, exist_ok=True)
+        # Telemetry would start a thread, which no fork may have; and what is left in a buffer at the end counts too.
+        changes = {"ORT_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": ""}
         self._server = subprocess.Popen(
             [sys.executable, __file__, before],
-            env=dict(environment) | {"ORT_DISABLE_TELEMETRY": "1"},  # else importing it starts a thread
+            env=dict(environment) | changes,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -77,13 +77,11 @@ def ship(
     task: str,
     precisions: Sequence[Precision] = ("fp32",),
     kv_axes: KvAxes = "symbolic",
-    beside_dense: bool = True,
 ) -> Shipped:
-    """Prunes a copy by the plan, saves, reloads and exports it; beside the dense graph, which clients do not need."""
+    """Prunes a copy by the plan, saves, reloads and exports it, beside the dense graph."""
     save(prune(copy.deepcopy(dense), plan), root / "slim")
     slim = load(root / "slim", task)
-    if beside_dense:
-        export(dense, root / "dense" / "onnx", task=task, kv_axes=kv_axes)
+    export(dense, root / "dense" / "onnx", task=task, kv_axes=kv_axes)
     export(slim, root / "slim" / "onnx", task=task, precisions=precisions, kv_axes=kv_axes)
     return Shipped(root, dense, slim, plan, task)
 
