@@ -320,7 +320,7 @@ def test_a_weak_precision_is_left_out_by_name_and_the_rest_is_published(
     assert not any("int8" in name or "quantized" in name for name in report["files"])
     for page in ("report.md", "slim/README.md"):
         text = (out / page).read_text(encoding="utf-8")
-        assert "int8 was left out, as export.on_weak_precision: drop asks: " in text
+        assert "int8 is not published (export.on_weak_precision: drop): " in text
     again, _ = weak_run(outlier, tmp_path, on_weak_precision="fail")
     assert again.code == 4  # what the certificate found is not taken over, and the graphs are not made anew
     assert next(s for s in report_of(out)["stages"] if s["stage"] == "export")["reused"]
