@@ -96,12 +96,13 @@ def _verdict(report: Report) -> Finding:
     if not verdict.ok:
         return Finding.of(f"Failed (exit code {verdict.exit_code})", "; ".join(verdict.reasons))
     held = "the certificate held" if report.certificate else f"no certificate: {report.certificate_reason}"
-    if not report.gates:
-        gates = "the recipe sets no gates"
-    elif len(report.gates) == 1:
-        gates = f"the gate {report.gates[0].gate} was met"
-    else:
-        gates = f"all {len(report.gates)} gates were met"
+    match report.gates:
+        case ():
+            gates = "the recipe sets no gates"
+        case (gate,):
+            gates = f"the gate {gate.gate} was met"
+        case several:
+            gates = f"all {len(several)} gates were met" if len(several) > 2 else "both gates were met"
     return Finding.of("Passed", f"{held}, and {gates}")
 
 
