@@ -47,7 +47,7 @@ schema: $(VENV)/.installed
 
 # What the tests prove of each model type, and the page made from it.
 families: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m evidence --evidence=slimheads/families/evidence.json
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m evidence --evidence=slimheads/families/evidence.json
 	$(BIN)/slimheads families --markdown > docs/families.md
 
 # Pin anew what pyproject.toml allows. torch stays fixed: looser, pip fetches gigabytes of CUDA on Linux.
