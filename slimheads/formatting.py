@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from slimheads.names import GIB
+
 MINUS = "\u2212"
 
 
@@ -91,16 +93,30 @@ def ratio(number: float) -> str:
     return f"{number:.2f}x"
 
 
-def apart(first: float, second: float) -> tuple[str, str]:
-    """Both with three decimals, or with more where three would make different numbers look equal."""
-    digits = next((d for d in range(3, 8) if first == second or f"{first:.{d}f}" != f"{second:.{d}f}"), 8)
-    return f"{first:.{digits}f}", f"{second:.{digits}f}"
+def memory(count: float) -> str:
+    """Bytes of memory in binary units, as systems show them: 612 MiB, 15.6 GiB."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{whole(count / 2**20)} MiB"
+
+
+def decimals_apart(first: float, second: float) -> int:
+    """Three decimals, or more where three would make different numbers look equal."""
+    return next((d for d in range(3, 8) if first == second or f"{first:.{d}f}" != f"{second:.{d}f}"), 8)
+
+
+def span(low: float, high: float, decimals: int) -> str:
+    """0.867 to 0.893; one number where both are equal."""
+    return f"{low:.{decimals}f}" if low == high else f"{low:.{decimals}f} to {high:.{decimals}f}"
 
 
 def listing(items: Sequence[object]) -> str:
     """1, 2 and 4."""
     *rest, last = [str(item) for item in items]
     return f"{', '.join(rest)} and {last}" if rest else last
+
+
+def capitalized(text: str) -> str:
+    """The first letter in upper case, the others as they are."""
+    return text[:1].upper() + text[1:]
 
 
 def plural(count: int, noun: str) -> str:

@@ -70,7 +70,7 @@ def _print_prediction(console: Console, found: Preview) -> None:
         table = Table("predicted at", "dense", "slim", "speedup (by the latency table)", box=None, pad_edge=False)
         for row in found.predicted:
             place = f"{fmt.shape_text(row.shape)} ({row.provider}, {fmt.plural(row.threads, 'thread')})"
-            estimate, low, high = wording.span(row.speedup)
+            estimate, low, high = wording.interval_texts(row.speedup)
             medians = (fmt.milliseconds(ms) for ms in (row.dense_ms, row.slim_ms))
             table.add_row(place, *medians, f"{estimate} ({low} to {high})")
         console.print(table)

@@ -62,11 +62,11 @@ def ratio_interval(numerator: Floats, denominator: Floats, seed: int = 0) -> Int
 
 def control_fault(control: Interval) -> str | None:
     """Why the interval of dense against dense is too far from 1 or too wide, or None where it is neither."""
-    interval = f"dense against itself measured {control.estimate:.3f} [{control.low:.3f}, {control.high:.3f}]"
+    interval = f"dense vs. dense {control.estimate:.3f} [{control.low:.3f}, {control.high:.3f}]"
     if not control.low <= 1 <= control.high:
-        return f"{interval}, which misses 1: one session was faster throughout"
+        return f"{interval} misses 1: one session was faster throughout"
     if control.high - control.low > CONTROL_WIDTH:
-        return f"{interval}, which is wider than {CONTROL_WIDTH:.2f}: the machine was too noisy"
+        return f"{interval} is wider than {CONTROL_WIDTH:.2f}: the machine was too noisy"
     return None
 
 

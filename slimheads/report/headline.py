@@ -81,7 +81,7 @@ def _latencies(report: Report) -> list[Finding]:
         return [Finding.of("Latency", f"not measured: {report.latency_reason}")]
     rows = report.shipped_latency
     same = len({latency_setup(row) for row in rows}) == 1
-    return [Finding.of("Latency", latency_text(row, setup=not same)) for row in rows]
+    return [Finding.of("Latency" if same else f"Latency, {latency_setup(row)}", latency_text(row)) for row in rows]
 
 
 def _graph(candidates: Sequence[GraphChoice]) -> Finding:
@@ -122,7 +122,7 @@ def _drift(drift: Drift, method: str) -> Finding:
         return Finding.of(label, f"not measured: {drift.reason}")
     if (pair := against_random(drift)) is not None:
         name, slim, control, seeds = pair
-        better = f"; {method} is better than each" if drift.beats_random else ""
+        better = f"; {method} is better than every seed" if drift.beats_random else ""
         return Finding.of(label, f"{name} {slim}, random removal {control} ({plural(seeds, 'seed')}){better}")
     value = getattr(drift.slim, drift.headline) if drift.headline else None
     name = FIGURE_NAMES[drift.headline] if drift.headline else "no headline figure"
@@ -165,5 +165,5 @@ def _failed_link(link: Link) -> str:
         if link.atol is not None:
             text += f", tolerance {tolerance(link.atol)}"
     if link.worst_case:
-        text += f", in {link.worst_case}"
+        text += f", at {link.worst_case}"
     return f"{text}: {link.reason}" if link.reason else text

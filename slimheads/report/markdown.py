@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from slimheads.report.model import Report
@@ -35,6 +36,11 @@ class Table:
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     numeric: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> Table:
+        """From any sequences."""
+        return cls(tuple(head), tuple(tuple(row) for row in rows), frozenset(numeric))
 
     def __post_init__(self) -> None:
         for row in self.rows:

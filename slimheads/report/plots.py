@@ -135,7 +135,7 @@ def latency(rows: Sequence[Latency], *, width: int, name: str) -> str | None:
                 drawing.text(width, y + 10, note, align="right", colour="muted", paper=True)
             _times(drawing, row, 0, y + 22 + below, width - 72.0, longest)
             _speedup(drawing, row, axis, y + 90 + below)
-    summary = "; ".join(wording.latency_text(row) for row in measured)
+    summary = "; ".join(f"{wording.latency_setup(row)}: {wording.latency_text(row)}" for row in measured)
     return drawing.svg(f"Latency of the dense and the slim model, and the speedup with its 95% interval. {summary}.")
 
 

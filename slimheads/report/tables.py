@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from slimheads import formatting as fmt
 from slimheads.latency.attribution import Treatment
 from slimheads.latency.graph_choice import GraphChoice
 from slimheads.latency.records import Interval, Latency, Timing
-from slimheads.names import GIB
-from slimheads.report import card, wording
+from slimheads.report import card, conditions, wording
 from slimheads.report.markdown import Cell, Table, Verbatim, fenced, figure_and_note, markdown_table
 from slimheads.report.model import GateResult, Prediction, Report
 from slimheads.verification.certificate import Link
@@ -29,38 +28,61 @@ class KeyFigure:
     note: str
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step of the certificate's chain: a link for one file, or a link that does not apply."""
+
+    number: int
+    tone: Literal["ok", "bad", "skipped"]
+    name: str
+    state: str
+    subject: str = ""
+    figures: tuple[str, ...] = ()
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class DriftSection:
+    """The figures of one sample; without any, the reason."""
+
+    sample: str
+    size: str
+    table: Table
+    reason: str | None
+
+
 def tables(report: Report) -> dict[str, Any]:
     """Everything that the templates lay out, by the name they use for it."""
     model = report.model
-    drifts = [("drift", report.drift), ("drift on the recipe's text", report.drift_text)]
     return {
         "title": card.short_name(model.source),
         "key_figures": key_figures(report),
         "sizes": sizes(report),
-        "files": table(
+        "size_notes": [
+            f"{name}: {side.reason}" for name, side in (("Dense", model.dense), ("Slim", model.slim)) if side.reason
+        ],
+        "files": Table.of(
             ("File", "Size"), [(path, fmt.size(count)) for path, count in sorted(report.files.items())], {1}
         ),
         "links": links(report.certificate),
-        "chain": sorted([*report.certificate, *report.certificate_skipped], key=lambda link: link.link),
-        "drifts": [(name, found, drift_table(found)) for name, found in drifts if found is not None],
+        "chain": chain(report),
+        "drifts": [drift_section(found) for found in (report.drift, report.drift_text) if found is not None],
         "latencies": latencies(report.latency),
-        "candidates": candidates(report.candidates),
+        "candidates": candidates(report.candidates if len(report.candidates) > 1 else ()),
         "treatments": treatments(report.treatments),
         "predictions": predictions(report.predictions),
+        "predictions_note": f"{'By FLOPs' if report.predictions else 'Not made'}: {report.predictions_reason}"
+        if report.predictions_reason
+        else "",
         "gates": gates(report.gates),
-        "stages": stages(report),
-        "environment": environment_table(report),
+        "stages": conditions.stages(report),
+        "environment": conditions.environment(report.environment),
         "loader": card.loader(model),
         "preparer": card.preparer(model),
         "unit": wording.units(model, 1),
         "units": wording.units(model, 2),
         "static_axes": card.static_axes(report),
     }
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Iterable[int] = ()) -> Table:
-    """A `Table` from any sequences."""
-    return Table(tuple(head), tuple(tuple(row) for row in rows), frozenset(numeric))
 
 
 def key_figures(report: Report) -> list[KeyFigure]:
@@ -82,7 +104,7 @@ def key_figures(report: Report) -> list[KeyFigure]:
         note = f"at {wording.latency_place(row)}, {wording.latency_setup(row)}"
         clear = row.verdict in ("faster", "slower") and row.speedup is not None
         value = fmt.ratio(row.speedup.estimate) if clear and row.speedup else row.verdict
-        found.append(KeyFigure(value, "speed of the dense model" if clear else "latency", note))
+        found.append(KeyFigure(value, "speedup vs. dense" if clear else "latency", note))
     else:
         found.append(KeyFigure(NONE, "latency", "see below"))
     pair = wording.against_random(report.drift) if report.drift else None
@@ -104,24 +126,41 @@ def sizes(report: Report) -> Table:
         return [name, text(before), text(after), fmt.change(before, after)]
 
     rows = [
-        row(units[0].upper() + units[1:], _whole, heads.total, heads.kept),
+        row(fmt.capitalized(units), _whole, heads.total, heads.kept),
         row("Parameters", _whole, dense.parameters, slim.parameters),
         row("Bytes, float32 ONNX", _size, dense.bytes, slim.bytes),
         row(f"FLOPs per run{shape}", _flops, dense.flops, slim.flops),
     ]
-    return table(("", "Dense", "Slim", "Change"), rows, {1, 2, 3})
+    return Table.of(("", "Dense", "Slim", "Change"), rows, {1, 2, 3})
 
 
 def links(found: Sequence[Link]) -> Table:
-    """The certificate, one row per link and subject."""
+    """The certificate in order, one row per link and subject."""
     head = ("Link", "Held equal", "Subject", "Largest difference", "Relative", "Allowed", "Cases", "Result")
     rows = []
-    for link in found:
+    for link in sorted(found, key=lambda link: link.link):
         result = "held" if link.passed else f"FAILED: {link.reason or link.worst_case or 'beyond the tolerance'}"
         relative = "" if link.max_rel is None else fmt.difference(link.max_rel)
         cells = (str(link.link), link.name, link.subject, largest(link), relative, allowed(link))
         rows.append((*cells, fmt.whole(link.cases), result))
-    return table(head, rows, {3, 4, 6})
+    return Table.of(head, rows, {3, 4, 6})
+
+
+def chain(report: Report) -> list[Step]:
+    """The certificate's links in order, those that do not apply included."""
+    steps = [_step(link) for link in report.certificate]
+    steps += [Step(skip.link, "skipped", skip.reason, "does not apply") for skip in report.certificate_skipped]
+    return sorted(steps, key=lambda step: step.number)
+
+
+def _step(link: Link) -> Step:
+    tolerance = () if link.max_abs is None else (f"allowed {allowed(link)}",)
+    figures = (largest(link), *tolerance, fmt.plural(link.cases, "case"))
+    if link.passed:
+        return Step(link.link, "ok", link.name, "held", link.subject, figures)
+    fault = link.reason or "beyond the tolerance"
+    fault += f"; worst case: {link.worst_case}" if link.worst_case else ""
+    return Step(link.link, "bad", link.name, "FAILED", link.subject, figures, fault)
 
 
 def largest(link: Link) -> str:
@@ -141,6 +180,11 @@ def allowed(link: Link) -> str:
     return fmt.tolerance(link.atol) + (f" + {fmt.tolerance(link.rtol)} relative" if link.rtol else "")
 
 
+def drift_section(drift: Drift) -> DriftSection:
+    """What a page shows of one sample."""
+    return DriftSection(wording.sample_line(drift), wording.sample_size(drift), drift_table(drift), drift.reason)
+
+
 def drift_table(drift: Drift) -> Table:
     """The slim model's figures beside the random control's mean and range; only figures that the task has."""
     control = drift.random_control
@@ -151,12 +195,13 @@ def drift_table(drift: Drift) -> Table:
             continue
         mean = getattr(control.mean, name) if control else None
         seeds = [value for one in control.figures if (value := getattr(one, name)) is not None] if control else []
-        spread = f"{min(seeds):.3f} to {max(seeds):.3f}" if seeds else NONE
+        decimals = fmt.decimals_apart(slim, mean) if mean is not None else 3
         if name == "perplexity" and drift.perplexity_dense is not None:
             label = f"perplexity (dense: {drift.perplexity_dense:.3f})"
-        slim_text, mean_text = fmt.apart(slim, mean) if mean is not None else (f"{slim:.3f}", NONE)
-        rows.append((label[0].upper() + label[1:], slim_text, mean_text, spread))
-    return table(("Figure", "Slim", "Random removal", "Random, all seeds"), rows, {1, 2, 3})
+        mean_text = NONE if mean is None else f"{mean:.{decimals}f}"
+        spread = fmt.span(min(seeds), max(seeds), decimals) if seeds else NONE
+        rows.append((fmt.capitalized(label), f"{slim:.{decimals}f}", mean_text, spread))
+    return Table.of(("Figure", "Slim", "Random removal", "Random, all seeds"), rows, {1, 2, 3})
 
 
 def latencies(rows: Sequence[Latency]) -> Table:
@@ -175,7 +220,7 @@ def latencies(rows: Sequence[Latency]) -> Table:
         )
         cells.append((*place, *timings, *written, intervals[0], flop, realised, intervals[1], verdict))
     extra = ("Tokens/s", "Cache per token") if decoders else ()
-    return table((*head[:4], *extra, *head[4:]), cells, range(2, 8 + len(extra)))
+    return Table.of((*head[:4], *extra, *head[4:]), cells, range(2, 8 + len(extra)))
 
 
 def _decoder_cells(row: Latency) -> tuple[str, str]:
@@ -196,7 +241,7 @@ def candidates(found: Sequence[GraphChoice]) -> Table:
         rows.append(
             (one.candidate, proven if one.built else "not built", "yes" if one.ships else "no", one.reason or "")
         )
-    return table(("Graph", "Certificate", "Ships", "Reason"), rows)
+    return Table.of(("Graph", "Certificate", "Ships", "Reason"), rows)
 
 
 def treatments(rows: Sequence[Treatment]) -> Table:
@@ -209,7 +254,7 @@ def treatments(rows: Sequence[Treatment]) -> Table:
         ratios = (_interval(ratio) for ratio in (row.deletion, row.on_dense, row.on_slim, row.whole))
         verdict = f"{row.verdict}: {row.reason}" if row.reason else row.verdict
         cells.append((row.treatment, fmt.shape_text(row.shape), setting, *ratios, verdict))
-    return table(head, cells, {3, 4, 5, 6})
+    return Table.of(head, cells, {3, 4, 5, 6})
 
 
 def predictions(rows: Sequence[Prediction]) -> Table:
@@ -220,12 +265,12 @@ def predictions(rows: Sequence[Prediction]) -> Table:
         place = (fmt.shape_text(row.shape), wording.setting(row))
         predicted = fmt.ratio(row.speedup) if row.speedup is not None else "not counted"
         if row.low is not None and row.high is not None:
-            predicted = Cell(predicted, f"{row.low:.2f} to {row.high:.2f}")
+            predicted = Cell(predicted, fmt.span(row.low, row.high, 2))
         measured = fmt.ratio(row.measured) if row.measured is not None else "inconclusive"
         error = fmt.signed_percent(row.error) if row.error is not None else ""
         by = "latency table" if row.source == "table" else "FLOPs"
         cells.append((*place, by, predicted, measured, error, row.reason or ""))
-    return table(head, cells, {3, 4, 5})
+    return Table.of(head, cells, {3, 4, 5})
 
 
 def gates(found: Sequence[GateResult]) -> Table:
@@ -235,55 +280,7 @@ def gates(found: Sequence[GateResult]) -> Table:
         measured = fmt.figures(gate.measured) if gate.measured is not None else NONE
         result = ("met" if gate.met else "NOT MET") + (f": {gate.reason}" if gate.reason else "")
         rows.append((gate.gate, f"{gate.limit:g}", measured, result))
-    return table(("Gate", "Limit", "Measured", "Result"), rows, {1, 2})
-
-
-def stages(report: Report) -> Table:
-    """Time and peak memory of each stage."""
-    rows = [
-        (
-            stage.stage,
-            fmt.seconds(stage.seconds),
-            f"{fmt.whole(stage.peak_rss_mb)} MB",
-            "reused" if stage.reused else "ran",
-        )
-        for stage in report.stages
-    ]
-    rows.append(("whole run", fmt.seconds(report.seconds), f"{fmt.whole(report.peak_rss_mb)} MB", ""))
-    return table(("Stage", "Time", "Peak memory", "Status"), rows, {1, 2})
-
-
-def environment_table(report: Report) -> Table:
-    """Software, hardware and session options."""
-    env, hidden = report.environment, "not readable on this system"
-    load = " ".join(f"{value:.2f}" for value in env.load_average) if env.load_average else hidden
-    clock = f"{fmt.whole(env.cpu_frequency_mhz)} MHz at the start" if env.cpu_frequency_mhz else hidden
-    clock += f", at most {fmt.whole(env.cpu_frequency_max_mhz)} MHz" if env.cpu_frequency_max_mhz else ""
-    boost = hidden if env.cpu_boost is None else "allowed" if env.cpu_boost else "off"
-    cores = ", ".join(
-        f"{count or 'unknown'} {kind}"
-        for count, kind in ((env.cores_physical, "physical"), (env.cores_logical, "logical"))
-    )
-    memory = f"{env.memory_bytes / GIB:.1f} GiB, {env.memory_available_bytes / GIB:.1f} GiB free at the start"
-    rows = [("slimheads", env.slimheads), ("Python", env.python)]
-    rows += [(name, version or "not installed") for name, version in env.packages.items()]
-    rows += [
-        ("Platform", env.platform),
-        ("CPU", env.cpu),
-        ("CPU features", hidden if env.cpu_features is None else ", ".join(env.cpu_features)),
-        ("Cores", f"{cores}, {env.cores_usable:g} usable"),
-        ("CPU governor", env.cpu_governor or hidden),
-    ]
-    rows += [("CPU clock", clock), ("Clock boost", boost), ("Memory", memory), ("Load, 1, 5, 15 min", load)]
-    rows += [("Providers", ", ".join(env.providers) or "none")]
-    gpus = [f"{gpu.name}, driver {gpu.driver}, {gpu.memory}" for gpu in env.gpus or ()]
-    rows += [("GPU", "; ".join(gpus) or str(env.gpu_reason))] if env.gpus or "cuda" in env.session_options else []
-    rows += [
-        (f"Session, {provider}: {key}", str(value or "none") if isinstance(value, dict | list) else str(value))
-        for provider, options in env.session_options.items()
-        for key, value in options.items()
-    ]
-    return table(("What", "Value"), rows)
+    return Table.of(("Gate", "Limit", "Measured", "Result"), rows, {1, 2})
 
 
 def _whole(number: float | None) -> str:
@@ -307,7 +304,7 @@ def _timing(timing: Timing | None) -> str:
 def _interval(interval: Interval | None) -> str:
     if interval is None:
         return NONE
-    estimate, low, high = wording.span(interval)
+    estimate, low, high = wording.interval_texts(interval)
     return Cell(f"{estimate}x", f"{low} to {high}")
 
 
@@ -316,14 +313,6 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "markdown_table": markdown_table,
     "figure_and_note": figure_and_note,
     "verbatim": Verbatim,
-    "largest": largest,
-    "tolerance": fmt.tolerance,
-    "allowed": allowed,
-    "percent": fmt.percent,
-    "seconds": fmt.seconds,
+    "capitalized": fmt.capitalized,
     "whole": fmt.whole,
-    "listing": fmt.listing,
-    "shape": fmt.shape_text,
-    "plural": fmt.plural,
-    "sample_size": wording.sample_size,
 }

@@ -63,7 +63,10 @@ def write_timeline(rows: Sequence[Latency], path: Path, names: tuple[str, str] =
         UsageError: the file cannot be written.
     """
     measured = [row for row in rows if row.samples]
-    said = "; ".join(wording.latency_text(row) for row in measured) or "nothing was measured"
+    said = (
+        "; ".join(f"{wording.latency_setup(row)}: {wording.latency_text(row)}" for row in measured)
+        or "nothing was measured"
+    )
     title = f"Samples of {names[0]}, {names[1]} and the control over time. {said}."
     with matplotlib.rc_context(_STYLE):
         count = max(1, len(measured))
@@ -120,5 +123,5 @@ def _found(row: Latency) -> str:
 
 
 def _span(interval: Interval) -> str:
-    estimate, low, high = wording.span(interval)
+    estimate, low, high = wording.interval_texts(interval)
     return f"{estimate}x ({low} to {high})"

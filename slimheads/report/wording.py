@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slimheads.formatting import (
-    apart,
+    decimals_apart,
     listing,
     percent,
     plural,
     ratio,
     shape_text,
     signed_percent,
+    span,
     whole,
 )
 from slimheads.latency.head_counts import Selection
@@ -29,7 +30,7 @@ FIGURE_NAMES = {
 }
 
 
-def span(interval: Interval) -> tuple[str, str, str]:
+def interval_texts(interval: Interval) -> tuple[str, str, str]:
     """Estimate, low and high with as many decimals as tell them from 1: a bound of 1.003 never reads 1.00."""
     values = (interval.estimate, interval.low, interval.high)
     digits = next((d for d in range(2, 6) if all(float(f"{v:.{d}f}") != 1 or v == 1 for v in values)), 6)
@@ -37,14 +38,14 @@ def span(interval: Interval) -> tuple[str, str, str]:
     return estimate, low, high
 
 
-def latency_text(row: Latency, *, setup: bool = True) -> str:
+def latency_text(row: Latency) -> str:
     """One measurement: the speedup with its interval, and the share of the FLOP-ratio speedup that it reaches."""
-    place = f"at {latency_place(row)} ({latency_setup(row)})" if setup else f"at {latency_place(row)}"
+    place = f"at {latency_place(row)}"
     if row.verdict == "not measured" or row.speedup is None:
         return f"not measured {place}: {row.reason}"
     if row.verdict == "inconclusive":
         return f"inconclusive {place}: {row.reason or 'the control does not hold'}"
-    estimate, low, high = span(row.speedup)
+    estimate, low, high = interval_texts(row.speedup)
     interval = f"95% interval {low} to {high}"
     if row.verdict == "no difference shown":
         return f"no difference shown {place}: {estimate}x, {interval}"
@@ -102,7 +103,7 @@ def selection_text(selection: Selection, unit: str) -> str:
     more = f", with {selection.kept_more} {unit} more kept" if selection.kept_more else ""
     if selection.reason:
         return f"{chose}: {selection.reason}{more}"
-    estimate, low, high = span(selection.predicted_gain)
+    estimate, low, high = interval_texts(selection.predicted_gain)
     return f"{chose}: predicted {estimate}x vs. no step ({low} to {high} by the latency table){more}"
 
 
@@ -115,11 +116,8 @@ def against_random(drift: Drift) -> tuple[str, str, str, int] | None:
     if slim is None or None in control:
         return None
     low, high = min(control), max(control)
-    nearest = min((low, high), key=lambda end: abs(end - slim))
-    written, _ = apart(slim, nearest)
-    digits = len(written.partition(".")[2])
-    spread = f"{low:.{digits}f}" if low == high else f"{low:.{digits}f} to {high:.{digits}f}"
-    return FIGURE_NAMES[drift.headline], written, spread, len(control)
+    decimals = decimals_apart(slim, min((low, high), key=lambda end: abs(end - slim)))
+    return FIGURE_NAMES[drift.headline], f"{slim:.{decimals}f}", span(low, high, decimals), len(control)
 
 
 def sample_size(drift: Drift) -> str:

@@ -64,7 +64,7 @@ class Link(BaseModel):
         """What failed, at which case, and by how much."""
         case = f" at {self.worst_case}" if self.worst_case else ""
         reason = self.reason or "beyond the tolerance"
-        if self.max_abs is not None and f"differs by {self.max_abs:.3g}" not in reason:
+        if self.max_abs is not None:
             reason += f", largest difference {self.max_abs:.3g}"
         return f"{self.name} failed{case}: {reason}"
 

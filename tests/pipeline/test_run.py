@@ -352,7 +352,7 @@ def test_a_failed_certificate_ends_the_run_with_its_report_and_retracts_slim(
     assert report.verdict.reasons[0].startswith(
         "link 1 (model.safetensors): gated dense torch == slim torch failed at batch"
     )
-    assert "differs by" in report.verdict.reasons[0]
+    assert "differs beyond" in report.verdict.reasons[0]
     assert visible(mine / "out") == {
         "dense", "recipe.yaml", "scores.json", "plan.json", "report.json", "report.md", "report.html",
     }  # fmt: skip

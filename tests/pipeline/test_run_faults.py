@@ -153,7 +153,7 @@ def test_a_corrupted_slim_model_is_never_published(tmp_path: Path, monkeypatch: 
         ended = slimheads("run", recipe, "--out", out, "--from", "prune", "--json")
     line = failed(ended, 4)
     assert line.startswith("slimheads: link 1 (model.safetensors): gated dense torch == slim torch failed at batch")
-    assert "differs by" in line
+    assert "differs beyond" in line
     assert ended.json["verdict"]["exit_code"] == report_of(out)["verdict"]["exit_code"] == 4
     assert not (out / "slim").exists()
     # Without the corruption's cause the stored stage is as corrupt as before, and is not taken for proven.

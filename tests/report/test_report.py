@@ -23,7 +23,7 @@ from slimheads.data.metrics import Figures
 from slimheads.latency.records import CacheBytes, Interval, Latency, Timing
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.scores import ScoreTable
-from slimheads.report import plots, tables
+from slimheads.report import conditions, plots, tables
 from slimheads.report.headline import headline
 from slimheads.report.model import Report
 from slimheads.report.render import (
@@ -435,9 +435,9 @@ def test_headline_names_inconclusive_no_difference_slower_and_not_measured() -> 
     ]
     text = "\n".join(lines_of(make_report(latency=rows)))
     assert "no difference shown at 1x8" in text
-    assert re.search(r"inconclusive at 1x16 .*the control reads 1.05 to 1.09", text)
+    assert re.search(r"inconclusive at 1x16: the control reads 1.05 to 1.09", text)
     assert "slower, 0.90x" in text
-    assert re.search(r"not measured at 1x128 .*cuda.*no CUDAExecutionProvider", text)
+    assert re.search(r"Latency, fp32, cuda, 2 threads: not measured at 1x128: no CUDAExecutionProvider", text)
     assert "faster" not in text
 
 
@@ -483,6 +483,18 @@ def test_markdown_tables_have_equal_columns_and_blank_lines_around(fields: dict[
             assert all(line.startswith("|") for line in lines), block
             assert len({len(cells(line)) for line in lines}) == 1, block
             assert len(lines) >= 3
+
+
+@pytest.mark.parametrize("report", [REPORT, FAILED], ids=["passed", "failed"])
+def test_markdown_has_the_certificate_as_a_heading_and_a_table(report: Report) -> None:
+    lines = render_markdown(report).splitlines()
+    start = lines.index("## Certificate")
+    rows = [cells(line) for line in lines[start:] if line.startswith("| ")]
+    assert [row[0].strip() for row in rows[: 2 + len(report.certificate)]] == [
+        "Link",
+        "---",
+        *(str(link.link) for link in report.certificate),
+    ]
 
 
 def test_names_cannot_break_out_of_any_page() -> None:
@@ -672,16 +684,29 @@ def test_what_only_decoders_have_is_a_column_only_where_there_is_one() -> None:
 
 def test_the_environment_shows_each_provider_s_options_and_the_gpus_of_a_run_on_cuda() -> None:
     report = make_report()
-    rows = dict(tables.environment_table(report).rows)
+    rows = dict(conditions.environment(report.environment).rows)
     assert rows["Session, cpu: intra_op_num_threads"] == "2" and "GPU" not in rows
     assert rows["Clock boost"] == "not readable on this system"
-    options = {"cuda": {"provider_options": {"device_id": "0"}}}
+    assert rows["Memory"] == "16.0 GiB, 9.0 GiB free at the start"
+    options = {"cuda": {"provider_options": {"device_id": "0", "arena": {}}, "provider_reason": None}}
     gpu = Gpu(name="Some GPU", driver="570.1", memory="80000 MiB")
     for found, said in (
         ({"gpus": (gpu,)}, "Some GPU, driver 570.1, 80000 MiB"),
         ({"gpu_reason": "no tool"}, "no tool"),
     ):
         env = report.environment.model_copy(update={"session_options": options, "cpu_boost": True} | found)
-        rows = dict(tables.environment_table(report.model_copy(update={"environment": env})).rows)
+        rows = dict(conditions.environment(env).rows)
         assert rows["GPU"] == said and rows["Clock boost"] == "allowed"
-        assert rows["Session, cuda: provider_options"] == "{'device_id': '0'}"
+        assert rows["Session, cuda: provider_options"] == "device_id=0, arena=none"
+        assert "Session, cuda: provider_reason" not in rows
+
+
+def test_the_certificate_is_in_order_and_each_step_has_its_figures() -> None:
+    report = make_report(certificate=[make_link(4), make_link(2), make_link(1, passed=False, worst_case="batch 4")])
+    assert [step.number for step in tables.chain(report)] == [1, 2, 3, 4, 5]
+    assert [row[0] for row in tables.links(report.certificate).rows] == ["1", "2", "4"]
+    first, second, third, fourth, _ = tables.chain(report)
+    assert (first.state, first.tone, first.fault) == ("FAILED", "bad", "beyond the tolerance; worst case: batch 4")
+    assert second.figures == ("3.6e-06", "allowed 1e-4 + 1e-4 relative", "12 cases") and not second.fault
+    assert (third.tone, third.name) == ("skipped", "the recipe asks for no further graphs")
+    assert fourth.figures == ("structure only", "12 cases")
