@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,10 +226,12 @@ def test_an_interrupted_run_publishes_nothing_and_is_taken_up_again(
         seen = []
         for line in process.stderr:
             seen.append(line)
-            if line.startswith(f"  {stage}:"):
+            if line.startswith(f"{stage:<8} starts"):
                 break
         else:
             pytest.fail(f"the run ended before the stage {stage}: {seen}")
+        while not list((out / ".slimheads").glob("tmp-*")):  # the stage's folder comes right after its line
+            time.sleep(0.01)
         process.send_signal(number)
         told, rest = process.communicate()
     finally:
