@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from slimheads.data.inputs import read_inputs
 from slimheads.data.texts import read_texts
 from slimheads.errors import UsageError
+from slimheads.exporting.precisions import PRECISIONS
 from slimheads.families.config_facts import NOUNS, inputs_kind, text_config
 from slimheads.families.limits import require_fit
 from slimheads.intake.json_files import read_json_as
@@ -40,7 +41,7 @@ def require_target(recipe: Recipe) -> None:
     Raises:
         EnvironmentLackError: with the recipe's line.
     """
-    if "int8" in recipe.export.precisions:
+    if any(PRECISIONS[precision].for_cpus for precision in recipe.export.precisions):
         require_int8_target(recipe.export.int8_for)
 
 
