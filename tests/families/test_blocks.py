@@ -45,7 +45,7 @@ def test_labels_pick_the_slices_of_each_neuron(tiny: Tiny, variety: str) -> None
         inputs = [p for p in site.projections if not p.divides_inputs]
         for index, own in enumerate(neurons[site.name]):
             [column] = slices(model, site.output, index)
-            assert torch.equal(column, own.column)
+            assert torch.equal(column, own.output)
             found = [row for projection in inputs for row in slices(model, projection, index)]
             assert same_tensors(found, [tensor for tensor in (own.row, own.gate) if tensor is not None])
 

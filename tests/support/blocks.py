@@ -99,13 +99,13 @@ class NeuronTensors:
 
     row: torch.Tensor  # of the input matrix
     gate: torch.Tensor | None
-    column: torch.Tensor  # of the output matrix
+    output: torch.Tensor  # its column of the output matrix
     biases: tuple[torch.Tensor, ...]
 
     @property
     def weights(self) -> tuple[torch.Tensor, ...]:
         """Its slices of the matrices."""
-        return (self.row, self.column) if self.gate is None else (self.row, self.gate, self.column)
+        return (self.row, self.output) if self.gate is None else (self.row, self.gate, self.output)
 
     @property
     def elements(self) -> int:

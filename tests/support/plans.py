@@ -1,14 +1,17 @@
-"""Random plans for a model, over heads, neurons and layers at once."""
+"""Random plans for a model, over heads, neurons and layers at once, and what they do to names."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
+from blocks import neuron_tensors
+from layouts import unit_tensors
 from transformers import PreTrainedModel
 
 from slimheads.errors import UsageError
-from slimheads.families.family import family_of
+from slimheads.families.family import Family, family_of
 from slimheads.families.sites import Site, find_sites, of_kind
 from slimheads.names import SiteKind
 from slimheads.pruning.layers import require_same_layers
@@ -79,9 +82,33 @@ def _some_layers(model: PreTrainedModel, layers: Sequence[Site], draw: random.Ra
     return [site.name for site in gone]
 
 
-def _may_go(model: PreTrainedModel, family: object, layers: Sequence[Site]) -> bool:
+def _may_go(model: PreTrainedModel, family: Family, layers: Sequence[Site]) -> bool:
     try:
         require_same_layers(model, family, layers)
     except UsageError:
         return False
     return True
+
+
+def renamed(name: str, plan: Plan) -> str | None:
+    """What a module or tensor of a model is called once the plan's layers are gone; None if it goes with one."""
+    gone = [site.site for site in plan.sites if not site.kept]
+    if any(is_in(name, layer) for layer in gone):
+        return None
+    for stack in {layer.rpartition(".")[0] for layer in gone}:
+        if name.startswith(f"{stack}."):
+            index, *rest = name.removeprefix(f"{stack}.").split(".")
+            before = [layer for layer in gone if layer in {f"{stack}.{i}" for i in range(int(index))}]
+            return ".".join((stack, str(int(index) - len(before)), *rest))
+    return name
+
+
+def units_by_site(model: PreTrainedModel, plan: Plan | None = None) -> dict[tuple[str, str], list[Any]]:
+    """The tensors of every head or KV group, and of every neuron, by kind and site.
+
+    `plan` is the one that made a slim model: some layouts depend on which heads are left.
+    """
+    kept = plan and [site.kept for site in plan.sites if site.kind == "attention"]
+    sites = [site.key for site in of_kind(find_sites(model), "attention")]
+    heads = dict(zip(sites, unit_tensors(model, kept), strict=True))
+    return heads | {("feed_forward", name): block for name, block in neuron_tensors(model).items()}
