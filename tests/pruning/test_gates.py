@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from plans import units_by_site
-from tiny import DECODERS, ENCODERS, default_dtype
-from torch.overrides import TorchFunctionMode
+from tiny import DECODERS, ENCODERS, InFloat64Throughout, default_dtype
 from transformers import PreTrainedModel
 
 from slimheads.errors import UsageError
@@ -94,18 +93,6 @@ def test_gradients_of_gates_and_kept_weights_equal_finite_differences(
             assert not any(tensor.any() for tensor in gradients[gone].weights)
         alive = [all(tensor.any() for tensor in gradients[unit].weights[-2:]) for unit in site.kept]
         assert all(alive) if kind == "attention" else any(alive)  # a rectified neuron may be silent
-
-
-class InFloat64Throughout(TorchFunctionMode):
-    """Norms, softmax and scores round to float32 whatever the model's dtype, which would drown a finite difference."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def wide(value: Any) -> Any:
-            return torch.float64 if value is torch.float32 else value
-
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        return func(*map(wide, args), **{key: wide(value) for key, value in (kwargs or {}).items()})
 
 
 def gradient_units(model: PreTrainedModel) -> Any:

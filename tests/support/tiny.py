@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from slimheads.models.tasks import auto_classes
@@ -274,6 +275,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deberta-absolute": ("deberta", {"relative_attention": False, "pos_att_type": None}),
     "deberta-v2-shared": ("deberta-v2", {"share_att_key": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm"}),
     "deberta-v2-c2p": ("deberta-v2", {"pos_att_type": ["c2p"]}),
+    "deberta-v2-conv": ("deberta-v2", {"conv_kernel_size": 3, "conv_act": "gelu"}),
     "deberta-v2-absolute": ("deberta-v2", {"relative_attention": False, "pos_att_type": None}),
     "dinov2-gated": ("dinov2", {"use_swiglu_ffn": True}),
     "gpt2-inner": ("gpt2", {"n_inner": 48}),
@@ -378,3 +380,15 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+class InFloat64Throughout(TorchFunctionMode):
+    """Norms, softmax and scores round to float32 whatever the model's dtype, which would drown a finite difference."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        return func(*map(wide, args), **{key: wide(value) for key, value in (kwargs or {}).items()})
