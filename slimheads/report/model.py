@@ -202,8 +202,8 @@ class Report(_Part):
 
     @model_validator(mode="after")
     def _plan_fits_scores(self) -> Self:
-        scored = [(site.site, len(site.scores)) for site in self.scores.sites]
-        planned = [(site.site, site.total) for site in self.plan.sites]
+        scored = [((site.kind, site.site), len(site.scores)) for site in self.scores.sites if site.kind != "layer"]
+        planned = [(site.key, site.total) for site in self.plan.sites if site.kind != "layer"]
         if scored != planned:
             raise ValueError("scores and plan do not have the same sites and units")
         return self
