@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveFloat, Pos
 from transformers import PreTrainedModel
 
 from slimheads.errors import UsageError
-from slimheads.families.sites import Site, find_sites, linear_features
+from slimheads.families.sites import Site, find_sites, linear_features, of_kind
 from slimheads.latency.records import Interval
 from slimheads.latency.statistics import control_fault
 from slimheads.names import Unit
@@ -153,7 +153,7 @@ def kinds_of(model: PreTrainedModel, within_groups: bool = False) -> tuple[Kind,
         within_groups: count query heads where they share KV heads, one of each group at a time.
     """
     alike: dict[tuple[object, ...], list[Site]] = {}
-    for site in find_sites(model):
+    for site in of_kind(find_sites(model), "attention"):
         own = site.name + "."
         projections = tuple(
             (p.module.removeprefix(own), *linear_features(model.get_submodule(p.module))) for p in site.projections

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal, Self, get_args
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, JsonValue, computed_field, model_validator
 
@@ -75,6 +75,12 @@ class KindCount(_Part):
     total: int
     kept: int
     removed: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> KindCount:
+        """Of a plan of one kind."""
+        total, removed = plan.total, plan.removed
+        return cls(unit=plan.sites[0].unit, sites=len(plan.sites), total=total, kept=total - removed, removed=removed)
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
@@ -229,11 +235,10 @@ class Report(_Part):
 
     @model_validator(mode="after")
     def _plan_fits_scores(self) -> Self:
-        scored = {(site.kind, site.site): len(site.scores) for site in self.scores.sites}
-        kinds = {kind for kind, _ in scored}
-        for site in self.plan.sites:
-            if site.kind in kinds and scored.get((site.kind, site.site)) != site.total:
-                raise ValueError(f"scores and plan do not have the same units at {site.site} ({site.kind})")
+        scored = [((site.kind, site.site), len(site.scores)) for site in self.scores.sites if site.kind != "layer"]
+        planned = [(site.key, site.total) for site in self.plan.sites if site.kind != "layer"]
+        if scored != planned:
+            raise ValueError("scores and plan do not have the same sites and units")
         if self.model.kinds != count_kinds(self.plan):
             raise ValueError("model.kinds does not count what the plan says")
         return self
@@ -262,12 +267,7 @@ class Report(_Part):
 
 def count_kinds(plan: Plan) -> dict[SiteKind, KindCount]:
     """The units of each kind that the plan names."""
-    counts = {}
-    for kind in get_args(SiteKind):
-        if own := [site for site in plan.sites if site.kind == kind]:
-            total, kept = sum(site.total for site in own), sum(len(site.kept) for site in own)
-            counts[kind] = KindCount(unit=own[0].unit, sites=len(own), total=total, kept=kept, removed=total - kept)
-    return counts
+    return {kind: KindCount.of(plan.of_kind(kind)) for kind in plan.kinds}
 
 
 def _need_reason(part: Size | GateResult | Prediction, figures: tuple[str, ...]) -> None:

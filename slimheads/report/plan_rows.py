@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from slimheads.pruning.plan import Plan, SitePlan
+from slimheads.pruning.plan import Plan
 from slimheads.pruning.scores import ScoreTable
 
 MOST_BARS = 64  # with more feed-forward sites than this, those of one layer are added up
@@ -14,7 +14,7 @@ MOST_BARS = 64  # with more feed-forward sites than this, those of one layer are
 
 @dataclass(frozen=True)
 class HeadRow:
-    """The scores of an attention site and the units that it keeps; `index` counts the attention sites with scores."""
+    """The scores of an attention site and the units that it keeps; `index` counts the plan's attention sites."""
 
     index: int
     site: str
@@ -43,13 +43,13 @@ class Row:
 
 def plan_rows(scores: ScoreTable, plan: Plan) -> list[Row]:
     """The rows in the model's order. Sites of two kinds stand side by side where they belong to the same layer."""
-    layers = {site.site: not site.kept for site in plan.sites if site.kind == "layer"}
-    planned = {site.site: site for site in plan.sites if site.kind == "attention"}
+    layers = {site.site: not site.kept for site in plan.of_kind("layer").sites}
+    scored = {(site.kind, site.site): site.scores for site in scores.sites}
     heads = [
-        HeadRow(index, site.site, site.scores, _kept(planned.get(site.site), len(site.scores)))
-        for index, site in enumerate(site for site in scores.sites if site.kind == "attention")
+        HeadRow(index, site.site, scored[site.key], frozenset(site.kept))
+        for index, site in enumerate(plan.of_kind("attention").sites)
     ]
-    widths = [WidthRow(s.site, len(s.kept), s.total) for s in plan.sites if s.kind == "feed_forward"]
+    widths = [WidthRow(s.site, len(s.kept), s.total) for s in plan.of_kind("feed_forward").sites]
     near_heads = _numbered([*layers, *(row.site for row in widths)])
     near_widths = _numbered([*layers, *(row.site for row in heads)])
     blocks: dict[str, tuple[list[HeadRow], list[WidthRow]]] = {layer: ([], []) for layer in layers}
@@ -64,10 +64,6 @@ def plan_rows(scores: ScoreTable, plan: Plan) -> list[Row]:
         else:
             rows += _block_rows(block, own_heads, _added_up(block, own_widths, len(widths)))
     return rows
-
-
-def _kept(planned: SitePlan | None, total: int) -> frozenset[int]:
-    return frozenset(planned.kept if planned else range(total))
 
 
 def _added_up(block: str, widths: Sequence[WidthRow], all_widths: int) -> Sequence[WidthRow]:

@@ -60,18 +60,6 @@ def make_tables(layers: int, units: int, removed: int, unit: Unit = "head") -> t
     return Scores("magnitude", tuple(scores)).table(), Plan(tuple(plan))
 
 
-def make_joint(kept: Sequence[int], dropped: Container[int] = (), width: int = 1536) -> tuple[ScoreTable, Plan]:
-    """A plan for a model of BERT's names whose layers keep that many neurons; some of them are dropped."""
-    scores, heads = make_tables(len(kept), 12, 3 * len(kept))
-    stay = [layer for layer in range(len(kept)) if layer not in dropped]
-    name = "encoder.layer.{}".format
-    sites = [heads.sites[layer] for layer in stay]
-    sites += [SitePlan(name(at), "neuron", width, tuple(range(kept[at])), "feed_forward") for at in stay]
-    if dropped:
-        sites += [SitePlan(name(at), "layer", 1, (0,) if at in stay else (), "layer") for at in range(len(kept))]
-    return scores, Plan(tuple(sites))
-
-
 def make_latency(
     shape: tuple[int, ...], dense_ms: float, estimate: float, verdict: str = "faster", **more: Any
 ) -> Latency:
@@ -345,7 +333,7 @@ def test_numbers_that_json_lacks_are_refused_wherever_they_hide(bad: float) -> N
         {"model": make_model(slim={"parameters": 1, "bytes": 1, "flops": None})},
         {"verdict": {"ok": False, "exit_code": 7, "reasons": []}},
         {"verdict": {"ok": True, "exit_code": 7, "reasons": ["a gate"]}},
-        {"plan": make_tables(6, 11, 3)[1]},
+        {"plan": make_tables(5, 12, 3)[1]},
         {"model": make_model(make_tables(6, 12, 17)[1])},
         {"predictions": [], "predictions_reason": None},
         {"predictions": [make_prediction((1, 16), 1.1, 1.1, measured=None, error=None)]},
