@@ -20,29 +20,53 @@ from slimheads.report.svg import RAMP_STEPS, Drawing, text_width
 
 _ABOVE, _BELOW = 34.0, 52.0  # px, for the headings and the legend
 _KEPT = 62.0  # px, for the column of kept heads
-_HEIGHT = 620  # px, of all rows together, as far as rows of 4 px allow
+_HEIGHT = 620  # px, of all rows together, as far as the least height of a row allows
+_READABLE = 13.0  # px, of a row with a text of its own
 _DROPPED = "dropped"
 
 
 @dataclass(frozen=True)
-class _Panel:
-    """Rows of equal height with a label each, and where their drawings start and end, px."""
+class _Listed:
+    """The rows of one panel, their labels, and what those count."""
 
-    drawing: Drawing
     rows: Sequence[Row]
     labels: Sequence[str]
     axis: str
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], names: Sequence[str], width: int) -> _Listed:
+        labels, axis = wording.site_labels(names)
+        if max(map(text_width, labels)) > width * 0.35:  # long names would leave no room to draw: number the rows
+            labels = [str(row) for row in range(len(rows))]
+        return cls(rows, labels, axis)
+
+    @property
+    def left(self) -> float:
+        """Where the labels end, px."""
+        return 14 + max(map(text_width, [*self.labels, self.axis]))
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """Rows of equal height, and where what is drawn in them starts and ends, px."""
+
+    drawing: Drawing
+    listed: _Listed
     left: float
     right: float
     top: float
     row_h: float
 
     @property
+    def rows(self) -> Sequence[Row]:
+        return self.listed.rows
+
+    @property
     def bottom(self) -> float:
         return self.top + len(self.rows) * self.row_h
 
     def labelled(self, index: int) -> bool:
-        return index % _stride(self.row_h, 13) == 0
+        return index % _stride(self.row_h, _READABLE) == 0
 
     def middle(self, index: int) -> float:
         return self.top + (index + 0.5) * self.row_h
@@ -50,50 +74,43 @@ class _Panel:
 
 def plan_picture(scores: ScoreTable, plan: Plan, *, width: int, name: str) -> str:
     """Head scores as tiles, one row per attention site and one column per unit; a deleted unit has a dot on its tile.
-    Beside it, or below it on a phone, the share of each feed-forward block's neurons that stays, as a bar. A dropped
-    layer is an empty row.
+    Beside it, the share of each feed-forward block's neurons that stays, as a bar; below it on a phone, and where a
+    layer has more such blocks than attention sites. A dropped layer is an empty row.
 
     Each deleted head's dot has the id `NAME-deleted-SITE-UNIT`, both counted from 0.
     """
     rows = plan_rows(scores, plan)
-    heads = [row.heads for row in rows if row.heads]
-    widths = [row.width for row in rows if row.width]
-    labels, axis = wording.site_labels([row.name for row in rows])
-    if max(map(text_width, labels)) > width * 0.35:  # long names would leave no room for tiles: number the rows
-        labels = [str(row) for row in range(len(rows))]
-    left = 14 + max(map(text_width, [*labels, axis]))
-    beside = bool(widths) and width > 600
-    end = left + (width - left) * 0.52 if beside else float(width)
+    heads, widths = [row.heads for row in rows if row.heads], [row.width for row in rows if row.width]
+    beside = bool(widths) and width > 600 and all(row.heads or row.dropped for row in rows)
+    upper = [row for row in rows if row.heads or row.dropped]
+    above = _Listed.of(upper, [row.heads.name if row.heads else row.name for row in upper], width)
+    end = above.left + (width - above.left) * 0.52 if beside else float(width)
     columns = max(len(row.scores) for row in heads)
-    cell_w = min(64.0, (end - left - _KEPT) / columns)
-    upper = [index for index, row in enumerate(rows) if beside or row.heads or row.dropped]
-    row_h = _row_height(len(upper), max(cell_w, 16.0 if beside else 4.0))
-    lower = [index for index, row in enumerate(rows) if row.width or row.dropped] if widths and not beside else []
-    lower_h = _row_height(len(lower), 20.0)
+    cell_w = min(64.0, (end - above.left - _KEPT) / columns)
+    row_h = _row_height(len(upper), max(cell_w, 20.0), _READABLE) if beside else _row_height(len(upper), cell_w, 4.0)
     bottom = _ABOVE + len(upper) * row_h + _BELOW
-    drawing = Drawing(width, bottom + (len(lower) * lower_h + _ABOVE + _BELOW if lower else 0), name)
-
-    def panel(shown: list[int], start: float, stop: float, top: float, height: float) -> _Panel:
-        own = ([rows[index] for index in shown], [labels[index] for index in shown])
-        return _Panel(drawing, *own, axis, start, stop, top + _ABOVE, height)
-
-    _heat_map(panel(upper, left, left + columns * cell_w, 0, row_h), heads, plan.sites[0].unit)
+    lower = [row for row in rows if row.width or row.dropped] if widths and not beside else []
+    lower_h = _row_height(len(lower), 20.0, _READABLE)
+    drawing = Drawing(width, bottom + (_ABOVE + len(lower) * lower_h + _BELOW if lower else 0), name)
+    tiles = _Panel(drawing, above, above.left, above.left + columns * cell_w, _ABOVE, row_h)
+    _heat_map(tiles, heads, count_kinds(plan)["attention"].unit)
     if beside:
-        _bars(panel(upper, end + 28, float(width), 0, row_h), widths)
+        _bars(replace(tiles, left=end + 28, right=float(width)), widths)
     elif lower:
-        below = panel(lower, left, float(width), bottom, lower_h)
-        _row_labels(below)
-        _bars(below, widths)
+        below = _Listed.of(lower, [row.width.name if row.width else row.name for row in lower], width)
+        panel = _Panel(drawing, below, below.left, float(width), bottom + _ABOVE, lower_h)
+        _row_labels(panel)
+        _bars(panel, widths)
     return drawing.svg(_description(scores.method, heads, widths, plan))
 
 
-def _row_height(rows: int, wanted: float) -> float:
-    return min(28.0, wanted, max(4.0, _HEIGHT / rows)) if rows else 0.0
+def _row_height(rows: int, wanted: float, least: float) -> float:
+    return max(least, min(28.0, wanted, _HEIGHT / rows)) if rows else 0.0
 
 
 def _row_labels(panel: _Panel) -> None:
-    panel.drawing.text(panel.left - 10, panel.top - 10, panel.axis, align="right", colour="muted")
-    for index, label in enumerate(panel.labels):
+    panel.drawing.text(panel.left - 10, panel.top - 10, panel.listed.axis, align="right", colour="muted")
+    for index, label in enumerate(panel.listed.labels):
         if panel.labelled(index):
             panel.drawing.text(panel.left - 10, panel.middle(index), label, align="right", colour="muted")
 
@@ -105,7 +122,7 @@ def _dropped_rows(panel: _Panel) -> None:
             continue
         y, h = panel.top + index * panel.row_h, panel.row_h
         panel.drawing.rect(panel.left + 1, y + 1, panel.right - panel.left - 2, h - 2, fill="panel")
-        if h >= 13 or index == 0 or not panel.rows[index - 1].dropped:
+        if h >= _READABLE or index == 0 or not panel.rows[index - 1].dropped:
             panel.drawing.text(panel.left + 10, y + h / 2, _DROPPED, colour="muted")
 
 
@@ -192,7 +209,7 @@ def _description(method: str, heads: Sequence[HeadRow], widths: Sequence[WidthRo
     low, high = _range(heads)
     columns, kinds = max(len(row.scores) for row in heads), count_kinds(plan)
     total, kept = sum(len(row.scores) for row in heads), sum(len(row.kept) for row in heads)
-    unit = wording.units(plan.sites[0].unit, 1)
+    unit = wording.units(kinds["attention"].unit, 1)
     text = (
         f"Heat map of {method} scores: {len(heads)} attention blocks with up to {columns} {unit}s each, scores from "
         f"{fmt.figures(low)} to {fmt.figures(high)}; {total - kept} of {total} {unit}s are marked as removed."

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import TypeVar
 
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.scores import ScoreTable
@@ -14,10 +15,10 @@ MOST_BARS = 64  # with more feed-forward sites than this, those of one layer are
 
 @dataclass(frozen=True)
 class HeadRow:
-    """The scores of an attention site and the units that it keeps; `index` counts the plan's attention sites."""
+    """The scores of an attention site and the units that it keeps."""
 
-    index: int
-    site: str
+    name: str  # of the layer, where it has no other attention site
+    index: int  # among the plan's attention sites
     scores: tuple[float, ...]
     kept: frozenset[int]
 
@@ -26,7 +27,7 @@ class HeadRow:
 class WidthRow:
     """The neurons of a feed-forward site, or of several in one layer."""
 
-    site: str
+    name: str  # of the layer, where it has no other feed-forward site
     kept: int
     total: int
 
@@ -35,10 +36,13 @@ class WidthRow:
 class Row:
     """One row; a dropped layer has neither heads nor a width."""
 
-    name: str
+    name: str  # of the layer
     heads: HeadRow | None = None
     width: WidthRow | None = None
     dropped: bool = False
+
+
+_NamedRow = TypeVar("_NamedRow", HeadRow, WidthRow)
 
 
 def plan_rows(scores: ScoreTable, plan: Plan) -> list[Row]:
@@ -46,37 +50,31 @@ def plan_rows(scores: ScoreTable, plan: Plan) -> list[Row]:
     layers = {site.site: not site.kept for site in plan.of_kind("layer").sites}
     scored = {(site.kind, site.site): site.scores for site in scores.sites}
     heads = [
-        HeadRow(index, site.site, scored[site.key], frozenset(site.kept))
+        HeadRow(site.site, index, scored[site.key], frozenset(site.kept))
         for index, site in enumerate(plan.of_kind("attention").sites)
     ]
     widths = [WidthRow(s.site, len(s.kept), s.total) for s in plan.of_kind("feed_forward").sites]
-    near_heads = _numbered([*layers, *(row.site for row in widths)])
-    near_widths = _numbered([*layers, *(row.site for row in heads)])
+    near_heads = _numbered([*layers, *(row.name for row in widths)])
+    near_widths = _numbered([*layers, *(row.name for row in heads)])
     blocks: dict[str, tuple[list[HeadRow], list[WidthRow]]] = {layer: ([], []) for layer in layers}
     for head_row in heads:
-        blocks.setdefault(_block(head_row.site, layers, near_heads), ([], []))[0].append(head_row)
+        blocks.setdefault(_block(head_row.name, layers, near_heads), ([], []))[0].append(head_row)
     for width_row in widths:
-        blocks.setdefault(_block(width_row.site, layers, near_widths), ([], []))[1].append(width_row)
+        blocks.setdefault(_block(width_row.name, layers, near_widths), ([], []))[1].append(width_row)
     rows = []
     for block, (own_heads, own_widths) in blocks.items():
         if layers.get(block):
             rows.append(Row(block, dropped=True))
-        else:
-            rows += _block_rows(block, own_heads, _added_up(block, own_widths, len(widths)))
+            continue
+        if len(own_widths) > 1 and len(widths) > MOST_BARS:
+            own_widths = [WidthRow(block, sum(row.kept for row in own_widths), sum(row.total for row in own_widths))]
+        pairs = zip_longest(_sole(own_heads, block), _sole(own_widths, block))
+        rows += [Row(block, head_row, width_row) for head_row, width_row in pairs]
     return rows
 
 
-def _added_up(block: str, widths: Sequence[WidthRow], all_widths: int) -> Sequence[WidthRow]:
-    if len(widths) < 2 or all_widths <= MOST_BARS:
-        return widths
-    return [WidthRow(block, sum(row.kept for row in widths), sum(row.total for row in widths))]
-
-
-def _block_rows(block: str, heads: Sequence[HeadRow], widths: Sequence[WidthRow]) -> list[Row]:
-    pairs = list(zip_longest(heads, widths))
-    if len(pairs) == 1:
-        return [Row(block, *pairs[0])]
-    return [Row((head_row or width_row).site, head_row, width_row) for head_row, width_row in pairs]
+def _sole(rows: list[_NamedRow], block: str) -> list[_NamedRow]:
+    return [replace(rows[0], name=block)] if len(rows) == 1 else rows
 
 
 def _block(site: str, layers: Iterable[str], near: set[str]) -> str:
