@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,16 +14,11 @@ from slimheads.names import SiteKind
 from slimheads.report import card, conditions, wording
 from slimheads.report.markdown import Cell, Table, Verbatim, fenced, figure_and_note, markdown_table
 from slimheads.report.model import GateResult, KindCount, Prediction, Report
+from slimheads.report.plan_rows import MOST_BARS
 from slimheads.verification.certificate import Link
 from slimheads.verification.drift import Drift
 
 NONE = "not measured"
-
-
-_PLAN_NOTES: dict[SiteKind, str] = {
-    "feed_forward": "A bar is the share of a feed-forward block's neurons that was kept.",
-    "layer": "An empty row is a layer that was dropped whole.",
-}
 
 
 @dataclass(frozen=True)
@@ -87,11 +82,23 @@ def tables(report: Report) -> dict[str, Any]:
         "loader": card.loader(model),
         "preparer": card.preparer(model),
         "unit": wording.units(model.unit, 1),
-        "plan_notes": [note for kind, note in _PLAN_NOTES.items() if kind in model.kinds],
+        "plan_notes": plan_notes(model.kinds),
         "removed_units": wording.removed_units(model.kinds),
         "removed_counts": wording.removed_counts(model.kinds, _removed),
         "static_axes": card.static_axes(report),
     }
+
+
+def plan_notes(kinds: Mapping[SiteKind, KindCount]) -> list[str]:
+    """What the picture shows beside heads."""
+    notes = []
+    if blocks := kinds.get("feed_forward"):
+        notes.append("A bar is the share of a feed-forward block's neurons that was kept.")
+        if blocks.sites > MOST_BARS:
+            notes.append(f"As there are more than {MOST_BARS} such blocks, those of one layer are added up.")
+    if "layer" in kinds:
+        notes.append("An empty row is a layer that was dropped whole.")
+    return notes
 
 
 def key_figures(report: Report) -> list[KeyFigure]:
