@@ -19,7 +19,8 @@ Task = Literal[
     "audio-classification",
     "automatic-speech-recognition",
 ]
-Unit = Literal["head", "kv_group"]  # what can be deleted alone
+SiteKind = Literal["attention", "feed_forward", "layer"]
+Unit = Literal["head", "kv_group", "neuron", "layer"]  # what can be deleted alone
 ScoreMethod = Literal["magnitude"]
 Scope = Literal["global", "layer"]  # among which units a score is ranked
 Normalize = Literal["none", "layer"]

@@ -305,10 +305,10 @@ ADAPTERS: Mapping[str, Adapter] = MappingProxyType(
 @contextmanager
 def opened(model: torch.nn.Module, sites: Sequence[Site]) -> Iterator[None]:
     """Inside the context, closed attention blocks call their projections' modules, so that hooks on them work."""
-    closed = [site for site in sites if site.closed and not hasattr(_attention(model, site), "kept_heads")]
+    closed = [site for site in sites if site.row.closed and not hasattr(_attention(model, site), "kept_heads")]
     stock = [(module, type(module)) for module in (_attention(model, site) for site in closed)]
     for site in closed:
-        ADAPTERS[str(site.adapter)](model, [(site, tuple(range(site.total)))])
+        ADAPTERS[str(site.row.adapter)](model, [(site, tuple(range(site.total)))])
     try:
         yield
     finally:

@@ -15,16 +15,20 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from transformers import PretrainedConfig
 
 from slimheads.errors import ModelRefusedError
-from slimheads.families.layout import blocks_of
+from slimheads.families.layout import OUTPUTS, Block, blocks_of
+from slimheads.names import SiteKind
 from slimheads.strict_yaml import read_yaml, validate
 
 Reload = Literal["pruned_heads", "head_counts"]
 Counted = Literal["units", "heads", "members", "width"]
+PerLayer = Literal["list", "repeats"]  # "repeats" is [[entries, times], ...]
+Conditions = Mapping[str, bool | int | str]
 Inputs = Literal["text", "image", "text and image", "unpadded text and image", "waveform", "spectrogram"]
 PLAN_KEY = "slimheads"  # the key of the plan in config.json
 
 _FOLDER = cast(Path, files("slimheads") / "families")
 _REFUSED = _FOLDER / "refused.yaml"
+_NEURON_ROLES = frozenset({"expand", "gate", "contract"})
 
 
 class _Strict(BaseModel):
@@ -44,9 +48,19 @@ class ProjectionRow(_Strict):
         blocks_of(layout)
         return layout
 
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The parsed layout."""
+        return blocks_of(self.layout)
+
+    @property
+    def divides_inputs(self) -> bool:
+        """Whether this is the output projection, whose input features are divided."""
+        return self.blocks[0].roles[0] in OUTPUTS
+
 
 class TableRow(_Strict):
-    """A parameter or buffer of a site that is divided among its query heads along one axis."""
+    """A parameter or buffer of an attention block that is divided among its query heads along one axis."""
 
     tensor: str
     axis: int
@@ -75,32 +89,70 @@ class RefusedTable(_Strict):
     refused: tuple[RefusedTypes, ...]
 
 
+class Stays(_Strict):
+    """Layers that cannot be dropped, and why."""
+
+    which: Literal["first", "all"]
+    because: str
+    when: Conditions = Field(default_factory=dict, description="values that the configuration must have")
+
+
 class SiteRow(_Strict):
-    """A kind of attention block: the modules whose name ends in `match`, `*` standing for an index.
+    """The sites of one kind that are the modules whose name ends in `match`, `*` standing for an index.
 
     Config keys may be dotted, to reach into a part's own configuration. A list is taken by the first index (head
     counts) or added up (`count`); `a * b` is a product.
     """
 
+    kind: SiteKind = "attention"
     match: str
-    when: Mapping[str, bool | int | str] = Field(
+    when: Conditions = Field(
         default_factory=dict, description="values that the configuration must have for the row to apply"
     )
-    count: str = Field(description="config key with the number of such sites")
+    count: str | None = Field(
+        default=None, description="config key with the number of such sites; of layers, it becomes smaller with them"
+    )
+    projections: tuple[ProjectionRow, ...] = ()
+    keep: tuple[str, ...] = Field(default=(), description="tensors inside that belong to no unit")
+    attributes: Mapping[str, Counted] = Field(default_factory=dict)
+    # Of attention:
     units: str | int | None = Field(
         default=None, description="if different from the family's; 1 in a multi-query block without a key for it"
     )
     heads: str | None = Field(default=None, description="if different from the family's, or from the row's units")
-    projections: tuple[ProjectionRow, ...]
     tables: tuple[TableRow, ...] = ()
-    keep: tuple[str, ...] = ()
-    attributes: Mapping[str, Counted] = Field(default_factory=dict)
     adapter: str | None = Field(
         default=None, description="a function of slimheads.families.adapters, for what data cannot describe"
     )
     closed: bool = Field(
         default=False, description="whether the stock forward reads weights without calling their modules"
     )
+    # Of feed-forward blocks:
+    width: str | None = Field(default=None, description="config key of the width, and of nothing else")
+    # Of layers:
+    same: tuple[str, ...] = Field(default=(), description="further config keys that hold the number of layers")
+    per_layer: Mapping[str, PerLayer] = Field(
+        default_factory=dict, description="config lists with an entry per layer, and their form"
+    )
+    stays: tuple[Stays, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> SiteRow:
+        roles = {role for projection in self.projections for block in projection.blocks for role in block.roles}
+        outputs = [projection for projection in self.projections if projection.divides_inputs]
+        if self.kind == "layer":
+            right = not self.projections and self.count is not None
+        else:
+            neurons = self.kind == "feed_forward"
+            right = len(outputs) == 1 and all((role in _NEURON_ROLES) == neurons for role in roles)
+        if not right:
+            raise ValueError(f"the projections or the count of '{self.match}' are not those of kind {self.kind}")
+        return self
+
+    @property
+    def layer_keys(self) -> tuple[str, ...]:
+        """The config keys that hold the number of these layers; none where it is in a list or a product."""
+        return (self.count, *self.same) if self.count and " * " not in self.count else ()
 
 
 class Positions(_Strict):
@@ -130,15 +182,15 @@ class Family(_Strict):
 
     @model_validator(mode="after")
     def _names_units(self) -> Family:
-        if self.units is None and any(row.units is None for row in self.sites):
+        if self.units is None and any(row.kind == "attention" and row.units is None for row in self.sites):
             raise ValueError("neither the family nor each of its sites names units")
         if self.heads is not None and self.units is None:
             raise ValueError("heads of the family belong to units of the family, and it names none")
         return self
 
-    def rows(self, config: PretrainedConfig) -> tuple[SiteRow, ...]:
-        """The rows that apply to a configuration."""
-        return tuple(row for row in self.sites if all(_has(config, key, value) for key, value in row.when.items()))
+    def rows(self, config: PretrainedConfig, kind: SiteKind | None = None) -> tuple[SiteRow, ...]:
+        """The rows, of all kinds or of one, that apply to a configuration."""
+        return tuple(row for row in self.sites if kind in (None, row.kind) and holds(config, row.when))
 
     def keys(self, row: SiteRow) -> tuple[str | int, str | int]:
         """The config keys (or numbers) for a row's units (heads or KV heads) and for its query heads."""
@@ -146,14 +198,19 @@ class Family(_Strict):
         return units, row.heads or (None if row.units else self.heads) or units
 
     @property
-    def count_keys(self) -> tuple[str, ...]:
-        """Every config key that holds a number of heads, sorted."""
-        return tuple(sorted({key for row in self.sites for key in self.keys(row) if isinstance(key, str)}))
+    def head_keys(self) -> tuple[str, ...]:
+        """The config keys of head counts that a slim configuration overwrites, sorted."""
+        if self.reload != "head_counts":
+            return ()
+        attention = (row for row in self.sites if row.kind == "attention")
+        return tuple(sorted({key for row in attention for key in self.keys(row) if isinstance(key, str)}))
 
     @property
-    def recorded_keys(self) -> tuple[str, ...]:
-        """The keys that a slim configuration overwrites, so that their dense values are recorded."""
-        return self.count_keys if self.reload == "head_counts" else ()
+    def recorded_keys(self) -> frozenset[str]:
+        """The config keys that a slim configuration may overwrite, so that their dense values are recorded."""
+        widths = (row.width for row in self.sites if row.width)
+        layers = (key for row in self.sites if row.kind == "layer" for key in (*row.layer_keys, *row.per_layer))
+        return frozenset((*self.head_keys, *widths, *layers))
 
 
 @cache
@@ -206,7 +263,7 @@ def family_of(config: PretrainedConfig) -> tuple[str, Family]:
     """
     name, family = family_named(str(config.model_type))
     for refusal in family.refuse:
-        if _has(config, refusal.key, refusal.value):
+        if holds(config, {refusal.key: refusal.value}):
             raise ModelRefusedError(
                 f"{refusal.key}: {refusal.value} is refused because {refusal.reason}",
                 where=f"config.json ({config.model_type})",
@@ -230,9 +287,9 @@ def site_pattern(row: SiteRow) -> re.Pattern[str]:
     return re.compile(r"(?:.*\.)?" + re.escape(row.match).replace(r"\*", r"(\d+)"))
 
 
-def site_count(config: PretrainedConfig, row: SiteRow) -> int:
-    """The number of sites of a row's kind, by the configuration."""
-    factors = (_lookup(config, key.strip()) for key in row.count.split(" * "))
+def site_count(config: PretrainedConfig, count: str) -> int:
+    """The number of sites by the `count` of a row."""
+    factors = (lookup(config, key.strip()) for key in count.split(" * "))
     return math.prod(sum(factor) if isinstance(factor, list | tuple) else int(factor) for factor in factors)
 
 
@@ -247,19 +304,29 @@ def dense_value(config: PretrainedConfig, key: str | int) -> Any:
     if isinstance(key, int):
         return key
     recorded = getattr(config, PLAN_KEY, None) or {}
-    return recorded["dense"][key] if key in recorded.get("dense", {}) else _lookup(config, key)
+    return recorded["dense"][key] if key in recorded.get("dense", {}) else lookup(config, key)
 
 
-def _has(config: PretrainedConfig, key: str, value: bool | int | str) -> bool:
-    """Whether a configuration has this value; a missing or empty key counts as false."""
-    found = getattr(config, key, None)
-    return bool((bool(found) if isinstance(value, bool) else found) == value)
+def holds(config: PretrainedConfig, conditions: Conditions) -> bool:
+    """Whether a configuration has these values; a missing or empty key counts as false."""
+    found = {key: getattr(config, key, None) for key in conditions}
+    return all(
+        bool((bool(found[key]) if isinstance(value, bool) else found[key]) == value)
+        for key, value in conditions.items()
+    )
 
 
-def _lookup(config: Any, key: str) -> Any:
+def lookup(config: Any, key: str) -> Any:
+    """The value of a config key, which may be dotted."""
     for part in key.split("."):
         config = getattr(config, part)
     return config
+
+
+def assign(config: Any, key: str, value: Any) -> None:
+    """Sets a config key, which may be dotted."""
+    owner, _, name = key.rpartition(".")
+    setattr(lookup(config, owner) if owner else config, name, value)
 
 
 def check_head_counts(config: PretrainedConfig, family: Family) -> None:
@@ -272,7 +339,7 @@ def check_head_counts(config: PretrainedConfig, family: Family) -> None:
     def refuse(what: str) -> None:
         raise ModelRefusedError(what, where="config.json", hint="correct it, or use the config.json of these weights")
 
-    for row in family.rows(config):
+    for row in family.rows(config, "attention"):
         units_key, heads_key = family.keys(row)
         for key in (units_key, heads_key):
             for value in _each(dense_value(config, key)):
@@ -284,7 +351,7 @@ def check_head_counts(config: PretrainedConfig, family: Family) -> None:
                 refuse(f"{heads} query heads cannot share {units} key-value heads evenly")
         heads = dense_value(config, heads_key)
         part = str(heads_key).rpartition(".")[0]
-        owner = _lookup(config, part) if part else config
+        owner = lookup(config, part) if part else config
         hidden = getattr(owner, "hidden_size", None)
         fixed = getattr(owner, "head_dim", None)
         if isinstance(heads, int) and hidden is not None and not fixed and hidden % heads:

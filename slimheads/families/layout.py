@@ -1,4 +1,4 @@
-"""The layout language of the family files: how the features of a projection are divided among heads.
+"""The layout language of the family files: how the features of a projection are divided among heads or neurons.
 
 `query(unit dim) | key(unit dim) | value(unit dim)`: three blocks one after the other, each a run of units, each unit a
 run of head_dim features.
@@ -7,8 +7,11 @@ run of head_dim features.
 so a unit is all its queries, then its key and its value.
 `4 [query value key] unit dim`: four equal shares of the units, each with its queries, then its values, then its keys.
 
-Input projections are divided along their output features, `output(...)` along its input features. `position(...)`
-features belong to a head but not to its score.
+`expand(unit)`, `gate(unit)`: a feed-forward block's input projections, one feature per neuron; `gate(unit) |
+expand(unit)` is a fused one. `contract(unit)`: its output projection.
+
+Input projections are divided along their output features, `output(...)` and `contract(...)` along their input features.
+`position(...)` features belong to a head but not to its score.
 """
 
 from __future__ import annotations
@@ -21,10 +24,12 @@ from typing import Any, Literal, cast
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-Role = Literal["query", "key", "value", "output", "position"]
+Role = Literal["query", "key", "value", "output", "position", "expand", "gate", "contract"]
+OUTPUTS: frozenset[Role] = frozenset({"output", "contract"})  # roles of projections whose input features are divided
 
 _BLOCK = re.compile(
-    r"(?P<role>query|key|value|output|position)\((?P<dims>(?:unit|member|dim)(?: (?:unit|member|dim))*)\)"
+    r"(?P<role>query|key|value|output|position|expand|gate|contract)"
+    r"\((?P<dims>(?:unit|member|dim)(?: (?:unit|member|dim))*)\)"
 )
 _ROLES = r"\[(?P<roles>(?:query|key|value)(?: (?:query|key|value))*)\]"
 _INTERLEAVED = re.compile(rf"unit {_ROLES} dim")

@@ -1,16 +1,19 @@
-"""Finds a model's attention blocks ("sites"): which rows and columns of which tensors belong to which head.
+"""Finds a model's sites: which rows and columns of which tensors belong to which head or neuron, and which module is
+which layer.
 
 The family file describes them. Every feature of a projection gets a label: its unit and its role. Scores, gates and
 deletion use only labels, so they do not depend on the family.
 
-The units of a site with grouped queries are KV groups by default. They can also be query heads; then keys and values
-belong to all heads of their group and are deleted with the last of them. The units of a multi-query site, whose heads
-share one KV head, are always query heads.
+The units of an attention site with grouped queries are KV groups by default. They can also be query heads; then keys
+and values belong to all heads of their group and are deleted with the last of them. The units of a multi-query site,
+whose heads share one KV head, are always query heads. The units of a feed-forward site are neurons. A layer is one
+unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -23,7 +26,6 @@ from transformers.pytorch_utils import Conv1D
 
 from slimheads.errors import ModelRefusedError
 from slimheads.families.family import (
-    PLAN_KEY,
     Counted,
     Family,
     ProjectionRow,
@@ -31,11 +33,16 @@ from slimheads.families.family import (
     check_head_counts,
     family_of,
     head_count,
+    holds,
     site_count,
     site_pattern,
 )
-from slimheads.families.layout import Block, blocks_of
-from slimheads.names import Unit
+from slimheads.families.layout import OUTPUTS, Block
+from slimheads.families.record import kind_of, out_of_ranges, recorded_renumbering, recorded_sites
+from slimheads.names import SiteKind, Unit
+
+_Labels = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # the last four fields of a Projection
+SiteKey = tuple[SiteKind, str]  # a site's kind and name: a feed-forward block may be the layer itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +61,7 @@ class Projection:
     @property
     def divides_inputs(self) -> bool:
         """Whether this is the output projection, whose input features are divided and whose bias is not."""
-        return bool(self.role_of[0] == "output")
+        return bool(self.role_of[0] in OUTPUTS)
 
     def kept_features(self, kept: tuple[int, ...]) -> np.ndarray:
         """Indices (int64, ascending) of the features that are kept when the units `kept` are."""
@@ -86,19 +93,31 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One attention block of a model in its current state."""
+    """One attention block, feed-forward block or layer of a model in its current state."""
 
     name: str
-    layer: int  # its index among the sites of its kind
+    kind: SiteKind
+    row: SiteRow
     unit: Unit
     total: int  # current number of units
-    members: int  # query heads that share one KV head
-    head_dim: int
-    projections: tuple[Projection, ...]
-    attributes: tuple[tuple[str, str, Counted], ...]  # (qualified module, attribute, what it counts)
+    projections: tuple[Projection, ...] = ()
+    attributes: tuple[tuple[str, str, Counted], ...] = ()  # (qualified module, attribute, what it counts)
+    # Of attention:
+    members: int = 1  # query heads that share one KV head
+    head_dim: int = 1
     tables: tuple[Table, ...] = ()
-    adapter: str | None = None
-    closed: bool = False  # its stock forward does not call its projections' modules (see `adapters.opened`)
+    # Of layers:
+    stays: str | None = None  # why it cannot be dropped
+
+    @property
+    def key(self) -> SiteKey:
+        """Kind and name."""
+        return self.kind, self.name
+
+    @property
+    def stack(self) -> str:
+        """The qualified name of the list of layers that a layer is in."""
+        return self.name.rpartition(".")[0]
 
     @property
     def output(self) -> Projection:
@@ -111,99 +130,163 @@ class Site:
         return self.members if self.unit == "kv_group" else 1
 
     def by_head(self) -> Site:
-        """The same block with query heads as units; itself if they are already."""
-        if self.unit == "head":
+        """The same block with query heads as units; itself where there are no KV groups."""
+        if self.unit != "kv_group":
             return self
         projections = tuple(p.by_head(self.members) for p in self.projections)
         return replace(self, unit="head", total=self.total * self.members, projections=projections)
 
     def kept_heads(self, kept: tuple[int, ...]) -> tuple[int, ...]:
-        """The query heads that are kept when the units `kept` are."""
+        """The query heads (or neurons) that are kept when the units `kept` are."""
         width = self.heads_per_unit
         return tuple(unit * width + member for unit in kept for member in range(width))
 
     def kept_per_group(self, kept: tuple[int, ...]) -> dict[int, int]:
         """The number of kept query heads in each KV group that keeps any."""
-        groups = [head // self.members for head in self.kept_heads(kept)]
-        return {group: groups.count(group) for group in groups}
+        return dict(Counter(head // self.members for head in self.kept_heads(kept)))
 
     def counted(self, what: Counted, kept: tuple[int, ...]) -> int:
-        """A counting attribute after keeping `kept`: KV heads, query heads, query heads per KV head, or query width."""
+        """A counting attribute after keeping `kept`: KV heads (or neurons), query heads, query heads per KV head, or
+        query width.
+        """
         heads, groups = len(self.kept_heads(kept)), len(self.kept_per_group(kept))
         return {"units": groups, "heads": heads, "members": heads // groups, "width": heads * self.head_dim}[what]
 
 
 def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
-    """Every attention block of a dense or slim model, in the order of its family's rows and of its modules.
+    """Every site of a dense or slim model, in the order of its family's rows and of its modules.
 
     Raises:
         ModelRefusedError: the family is not covered, a tensor of its file is missing or has another size, a tensor
-            of an attention block is in no row of the file, or the number of blocks is not the configured one.
+            of a block or layer is in no row of the file, or the number of blocks or layers is not the configured one.
     """
     _, family = family_of(model.config)
     check_head_counts(model.config, family)
     modules = dict(model.named_modules())
+    left = _left_of_attention(model.config)
     sites: list[Site] = []
     for row in family.rows(model.config):
         pattern = site_pattern(row)
         found = [(name, int(m[1])) for name in modules if (m := pattern.fullmatch(name))]
-        expected = site_count(model.config, row)
+        expected = site_count(model.config, row.count) if row.count else len(found)
         if len(found) != expected:
             raise ModelRefusedError(
                 f"{len(found)} modules match '{row.match}', but {row.count} gives {expected}",
                 where=model.config.model_type,
                 hint="the family file does not describe this model",
             )
-        for layer, (name, index) in enumerate(found):
-            sites.append(_read_site(model.config, family, row, modules, _Place(name, layer, index)))
+        for name, index in found:
+            if row.kind == "attention":
+                sites.append(_read_attention(model.config, family, row, modules, name, index, left.get(name)))
+            elif row.kind == "feed_forward":
+                sites += _read_feed_forward(row, modules, name)
+            else:
+                sites.append(_read_layer(model.config, row, name))
+    _refuse_undescribed_tensors(model, sites)
     _refuse_undescribed_blocks(family, modules, [site.name for site in sites])
     return tuple(sites)
 
 
-@dataclass(frozen=True)
-class _Place:
-    site: str
-    layer: int
-    index: int  # the first index in its name
+def of_kind(sites: Iterable[Site], kind: SiteKind) -> tuple[Site, ...]:
+    """The sites of one kind."""
+    return tuple(site for site in sites if site.kind == kind)
 
 
-def _read_site(
-    config: PretrainedConfig, family: Family, row: SiteRow, modules: Mapping[str, torch.nn.Module], place: _Place
+def _left_of_attention(config: PretrainedConfig) -> dict[str, tuple[Unit, tuple[int, ...]]]:
+    """What the recorded plan left of the dense model's attention sites, by their present names."""
+    layers = recorded_renumbering(config)
+    return {
+        layers.new_name(s["site"]): (s["unit"], tuple(out_of_ranges(s["kept"], s["total"])))
+        for s in recorded_sites(config)
+        if kind_of(s) == "attention"
+    }
+
+
+def _read_attention(
+    config: PretrainedConfig,
+    family: Family,
+    row: SiteRow,
+    modules: Mapping[str, torch.nn.Module],
+    name: str,
+    index: int,
+    recorded: tuple[Unit, tuple[int, ...]] | None,
 ) -> Site:
-    name = place.site
-    dense_units, dense_heads = (head_count(config, key, place.index) for key in family.keys(row))
+    """`index` is the first one in the site's name."""
+    dense_units, dense_heads = (head_count(config, key, index) for key in family.keys(row))
     members = dense_heads // dense_units
-    left = _heads_left(config, name, dense_heads, members)
+    left = _heads_left(recorded, dense_heads, members)
     units = len({head // members for head in left})
     sizes = {"unit": dense_units, "member": members}
-    present = [p for p in row.projections if not (p.optional and f"{name}.{p.module}" not in modules)]
+    present = _present(row, modules, name)
     projections = tuple(_read_projection(p, modules, name, sizes, left) for p in present)
-    _refuse_undescribed_tensors(row, modules[name], name)
     site = Site(
         name=name,
-        layer=place.layer,
+        kind="attention",
+        row=row,
         unit="head" if dense_units == dense_heads else "kv_group",
         total=units,
         members=len(left) // units,
         head_dim=sizes["dim"],
         projections=projections,
-        attributes=tuple((*_split(f"{name}.{path}"), what) for path, what in row.attributes.items()),
+        attributes=_attributes(row, name),
         tables=tuple(_read_tables(row, modules, name, len(left), sizes["dim"])),
-        adapter=row.adapter,
-        closed=row.closed,
     )
     return site.by_head() if dense_units == 1 else site
 
 
-def _heads_left(config: PretrainedConfig, site: str, heads: int, members: int) -> tuple[int, ...]:
+def _present(row: SiteRow, modules: Mapping[str, torch.nn.Module], name: str) -> list[ProjectionRow]:
+    return [p for p in row.projections if not (p.optional and f"{name}.{p.module}" not in modules)]
+
+
+def _attributes(row: SiteRow, name: str) -> tuple[tuple[str, str, Counted], ...]:
+    return tuple((*_split(f"{name}.{path}"), what) for path, what in row.attributes.items())
+
+
+def _heads_left(recorded: tuple[Unit, tuple[int, ...]] | None, heads: int, members: int) -> tuple[int, ...]:
     """The dense model's query heads that are left in a site by the recorded plan; `members` per KV head."""
-    recorded = getattr(config, PLAN_KEY, None) or {"sites": []}
-    own = next((s for s in recorded["sites"] if s["site"] == site), None)
-    if own is None:
-        return tuple(range(heads))
-    if own["unit"] == "head":
-        return tuple(own["kept"])
-    return tuple(group * members + member for group in own["kept"] for member in range(members))
+    unit, kept = recorded or ("head", tuple(range(heads)))
+    if unit == "head":
+        return kept
+    return tuple(group * members + member for group in kept for member in range(members))
+
+
+def _read_feed_forward(row: SiteRow, modules: Mapping[str, torch.nn.Module], name: str) -> list[Site]:
+    """The site; none where the module is another block, without an optional output projection."""
+    present = _present(row, modules, name)
+    output = next((p for p in present if p.divides_inputs), None)
+    if output is None:
+        return []
+    width = linear_features(_linear(modules, f"{name}.{output.module}"))[0]
+    projections = []
+    for projection in present:
+        qualified = f"{name}.{projection.module}"
+        features = linear_features(_linear(modules, qualified))[0 if projection.divides_inputs else 1]
+        labelled = Projection(qualified, *_neuron_labels(projection.blocks, width))
+        if len(labelled.unit_of) != features:
+            raise ModelRefusedError(
+                f"{features} features cannot be {projection.layout} of {width} neurons",
+                where=f"{qualified}.weight",
+                hint="use the config.json that was saved with these weights",
+            )
+        projections.append(labelled)
+    return [Site(name, "feed_forward", row, "neuron", width, tuple(projections), _attributes(row, name))]
+
+
+def _read_layer(config: PretrainedConfig, row: SiteRow, name: str) -> Site:
+    first = name.endswith(".0")
+    reasons = (s.because for s in row.stays if holds(config, s.when) and (s.which == "all" or first))
+    return Site(name, "layer", row, "layer", 1, stays=next(reasons, None))
+
+
+def _linear(modules: Mapping[str, torch.nn.Module], qualified: str) -> torch.nn.Linear | Conv1D:
+    module = modules.get(qualified)
+    if not isinstance(module, torch.nn.Linear | Conv1D):
+        raise ModelRefusedError(
+            f"expected a linear layer, found {type(module).__name__ if module else 'nothing'}",
+            where=qualified,
+            hint="the family file does not describe this model",
+        )
+    return module
 
 
 def _read_projection(
@@ -214,17 +297,9 @@ def _read_projection(
     left: tuple[int, ...],
 ) -> Projection:
     qualified = f"{site}.{projection.module}"
-    module = modules.get(qualified)
-    if not isinstance(module, torch.nn.Linear | Conv1D):
-        raise ModelRefusedError(
-            f"expected a linear layer, found {type(module).__name__ if module else 'nothing'}",
-            where=qualified,
-            hint="the family file does not describe this model",
-        )
-    blocks = blocks_of(projection.layout)
-    features = linear_features(module)[0 if blocks[0].roles == ("output",) else 1]
+    features = linear_features(_linear(modules, qualified))[0 if projection.divides_inputs else 1]
     # head_dim comes from the first projection and must fit all others.
-    per_dim = len(_labelled(qualified, blocks, {**sizes, "dim": 1}, left).unit_of)
+    per_dim = len(_labelled(qualified, projection.blocks, {**sizes, "dim": 1}, left).unit_of)
     sizes.setdefault("dim", features // per_dim)
     if per_dim * sizes["dim"] != features:
         raise ModelRefusedError(
@@ -232,7 +307,7 @@ def _read_projection(
             where=f"{qualified}.weight",
             hint="use the config.json that was saved with these weights",
         )
-    return _labelled(qualified, blocks, sizes, left)
+    return _labelled(qualified, projection.blocks, sizes, left)
 
 
 def _labelled(module: str, blocks: tuple[Block, ...], sizes: Mapping[str, int], left: tuple[int, ...]) -> Projection:
@@ -240,14 +315,9 @@ def _labelled(module: str, blocks: tuple[Block, ...], sizes: Mapping[str, int], 
 
 
 @lru_cache(maxsize=64)  # most layers of a model have the same labels
-def _labels(
-    blocks: tuple[Block, ...], units: int, members: int, dim: int, left: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _labels(blocks: tuple[Block, ...], units: int, members: int, dim: int, left: tuple[int, ...]) -> _Labels:
     """Labels of the features that are left of the dense model's, with units and members renumbered."""
-    sizes = {"unit": units, "member": members, "dim": dim}
-    unit_of, member_of, role_of = (
-        np.concatenate(parts) for parts in zip(*(b.labels(sizes) for b in blocks), strict=True)
-    )
+    unit_of, member_of, role_of = _of_blocks(blocks, {"unit": units, "member": members, "dim": dim})
     dense = Projection("", unit_of, member_of, role_of, np.ones_like(unit_of))
     groups = sorted({head // members for head in left})
     here = dense.by_head(members).kept_features(left)
@@ -259,8 +329,27 @@ def _labels(
         role_of[here],
         np.ones_like(unit_of),
     )
+    return _shared(labels)
+
+
+@lru_cache(maxsize=64)
+def _neuron_labels(blocks: tuple[Block, ...], width: int) -> _Labels:
+    """Labels of `width` neurons. Neurons are all alike, so those that are left of the dense model's count from 0."""
+    unit_of, member_of, role_of = _of_blocks(blocks, {"unit": width, "member": 1, "dim": 1})
+    return _shared((unit_of, member_of, role_of, np.ones_like(unit_of)))
+
+
+def _of_blocks(blocks: tuple[Block, ...], sizes: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    unit_of, member_of, role_of = (
+        np.concatenate(parts) for parts in zip(*(b.labels(sizes) for b in blocks), strict=True)
+    )
+    return unit_of, member_of, role_of
+
+
+def _shared(labels: _Labels) -> _Labels:
+    """Read-only, because every projection of a layout has the same arrays."""
     for array in labels:
-        array.flags.writeable = False  # shared by every projection of this layout
+        array.flags.writeable = False
     return labels
 
 
@@ -310,15 +399,24 @@ def linear_features(module: torch.nn.Module) -> tuple[int, int]:
     return (first, second) if isinstance(module, Conv1D) else (second, first)
 
 
-def _refuse_undescribed_tensors(row: SiteRow, site: torch.nn.Module, name: str) -> None:
-    owned = (*(p.module for p in row.projections), *(t.tensor for t in row.tables), *row.keep)
-    for parameter, _ in site.named_parameters():
-        if not any(parameter == own or parameter.startswith(f"{own}.") for own in owned):
-            raise ModelRefusedError(
-                "the family file does not describe this tensor",
-                where=f"{name}.{parameter}",
-                hint="list it under projections, tables or keep",
-            )
+def _refuse_undescribed_tensors(model: torch.nn.Module, sites: Sequence[Site]) -> None:
+    """Refuses a parameter in a layer or block that no row of any kind describes: nobody knows what it belongs to."""
+    names, owned = {site.name for site in sites}, set()
+    for site in sites:
+        row = site.row
+        owned |= {
+            f"{site.name}.{own}"
+            for own in (*(p.module for p in row.projections), *(t.tensor for t in row.tables), *row.keep)
+        }
+    for parameter, _ in model.named_parameters():
+        around = list(_parents(parameter))
+        if names.isdisjoint(around) or not owned.isdisjoint((parameter, *around)):
+            continue
+        raise ModelRefusedError(
+            "the family file does not describe this tensor",
+            where=parameter,
+            hint="list it under projections, tables or keep",
+        )
 
 
 def _split(path: str) -> tuple[str, Any]:

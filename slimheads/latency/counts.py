@@ -56,6 +56,12 @@ class Selection(BaseModel):
     candidates: tuple[StepOption, ...] = ()
     feed_forward: Selection | None = None  # beside the step of heads, that of neurons; null where none are deleted
 
+    @property
+    def steps(self) -> dict[str, int]:
+        """The steps by their keys in a recipe."""
+        own = {"multiple_of": self.multiple_of}
+        return own | {"ffn_multiple_of": self.feed_forward.multiple_of} if self.feed_forward else own
+
 
 @dataclass(frozen=True)
 class _Option:
@@ -92,7 +98,7 @@ def choose_steps(scores: Scores, rules: Mapping[str, Any], tables: Sequence[Late
         auto = asked == "auto"
         found[kind] = _best_step(scores, settled, tables, kind) if auto else Selection(asked=asked, multiple_of=asked)
         settled[key] = found[kind].multiple_of
-    neurons = found["feed_forward"] if rules["ffn_ratio"] else None
+    neurons = found["feed_forward"] if rules["ffn_ratio"] or rules["ffn_multiple_of"] == "auto" else None
     return select(scores, **settled), found["attention"].model_copy(update={"feed_forward": neurons})
 
 

@@ -9,7 +9,8 @@ Which counts are measured, and which of them a count between is interpolated fro
    interpolated alone.
 2. Neurons: about twelve widths, in even steps. In wide blocks there are also two widths each that are a multiple of 16
    but not of 32, of 8 but not of 16, and not of 8. Each of these alignments is interpolated alone.
-3. Layers: with a quarter, half and three quarters of them dropped.
+3. Layers: with a quarter, half and three quarters of them dropped, the last ones. Then no layer that stays gets another
+   number, by which some architectures tell what a layer does.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from collections.abc import Iterable, Sequence
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from transformers import PreTrainedModel
 
+from slimheads.errors import UsageError
+from slimheads.families.family import family_of
 from slimheads.families.sites import Site, find_sites, linear_features
 from slimheads.names import SiteKind, Unit
+from slimheads.pruning.layers import require_same_layers
 from slimheads.pruning.plan import Plan, SitePlan
 
 HEAD_COUNTS = 16  # about so many counts of heads are measured, or all where there are fewer
@@ -62,11 +66,8 @@ class Kind(Stored):
     def plan(self, count: int) -> Plan:
         """The plan of a point: this kind has the count, and all other sites are whole."""
         if self.kind == "layer":
-            gone = self.total - count
-            dropped = {(2 * place + 1) * self.total // (2 * gone) for place in range(gone)}  # spread evenly
-            kept: list[tuple[int, ...]] = [() if layer in dropped else (0,) for layer in range(self.total)]
-            plans = zip(self.sites, kept, strict=True)
-            return Plan(tuple(SitePlan(site, self.unit, 1, own, self.kind) for site, own in plans))
+            layers = enumerate(self.sites)
+            return Plan(tuple(SitePlan(s, "layer", 1, (0,) if place < count else (), "layer") for place, s in layers))
         own = self.keeping(count)
         return Plan(tuple(SitePlan(site, self.unit, self.total, own, self.kind) for site in self.sites))
 
@@ -158,13 +159,13 @@ def kinds_of(
     """
     wanted = set(kinds)
     sites = [site for site in find_sites(model) if site.kind in wanted]
-    stacks = [_stack(site) for site in sites if site.kind == "layer"]
+    stacks = [site.stack for site in sites if site.kind == "layer"]
     alike: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
         likeness = _layer_likeness(model, site) if site.kind == "layer" else _block_likeness(model, site)
         alike.setdefault((site.kind, _pattern(site), *likeness), []).append(site)
     return tuple(
-        _layers(own, stacks.count(_stack(own[0]))) if own[0].kind == "layer" else _blocks(own, within_groups)
+        _layers(model, own, stacks.count(own[0].stack)) if own[0].kind == "layer" else _blocks(own, within_groups)
         for own in alike.values()
     )
 
@@ -180,11 +181,7 @@ def _block_likeness(model: PreTrainedModel, site: Site) -> tuple[object, ...]:
 
 def _layer_likeness(model: PreTrainedModel, site: Site) -> tuple[object, ...]:
     weights = model.get_submodule(site.name).named_parameters()
-    return (_stack(site), site.stays is None, tuple((name, tuple(weight.shape)) for name, weight in weights))
-
-
-def _stack(site: Site) -> str:
-    return site.name.rpartition(".")[0]
+    return (site.stack, site.stays is None, tuple((name, tuple(weight.shape)) for name, weight in weights))
 
 
 def _pattern(site: Site) -> str:
@@ -201,11 +198,15 @@ def _blocks(sites: Sequence[Site], within_groups: bool) -> Kind:
     )
 
 
-def _layers(sites: Sequence[Site], in_stack: int) -> Kind:
-    """A stack is not dropped whole, and layers that cannot be dropped stay."""
-    first, total = sites[0], len(sites)
-    least = total if first.stays else int(total == in_stack)
+def _layers(model: PreTrainedModel, sites: Sequence[Site], in_stack: int) -> Kind:
+    """A stack is not dropped whole; layers stay that cannot be dropped, or whose points transformers cannot rebuild."""
+    total = len(sites)
+    least = total if sites[0].stays else int(total == in_stack)
+    _, family = family_of(model.config)
+    try:
+        for count in measured_layers(total, least):
+            require_same_layers(model, family, sites[count:])
+    except UsageError:
+        least = total
     names = tuple(site.name for site in sites)
-    return Kind(
-        kind="layer", name=_pattern(first), unit="layer", total=total, step=1, least=least, sites=names
-    )  # fmt: skip
+    return Kind(kind="layer", name=_pattern(sites[0]), unit="layer", total=total, step=1, least=least, sites=names)

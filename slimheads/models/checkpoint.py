@@ -91,14 +91,14 @@ def describe(source: Source) -> list[str]:
     config = read_config(source.folder)
     _, family = family_of(config)
     blocks: dict[str, int] = {}
-    for row in family.rows(config):
+    for row in family.rows(config, "attention"):
         units, heads = (dense_value(config, key) for key in family.keys(row))
         words = f"{heads} heads" if isinstance(heads, int) else f"{', '.join(map(str, heads))} heads by stage"
         if units == 1 and heads != 1:
             words += ", one KV head for all, which is kept"
         elif heads != units:
             words += f", {units} KV heads: {heads // units} query heads are deleted together"
-        blocks[words] = blocks.get(words, 0) + site_count(config, row)
+        blocks[words] = blocks.get(words, 0) + site_count(config, str(row.count))
     lines = [f"{count} attention blocks of {words}" for words, count in blocks.items()]
     return [f"{source.architecture} of the {family.title} family, used for {source.task}", *lines]
 

@@ -7,7 +7,7 @@ than completed with random numbers.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from slimheads.errors import ModelRefusedError, UsageError
-from slimheads.families.family import PLAN_KEY, family_of
-from slimheads.families.sites import Site, find_sites
+from slimheads.families.family import PLAN_KEY, assign, family_of
+from slimheads.families.sites import Site, find_sites, of_kind
 from slimheads.files import new_folder, remove
 from slimheads.intake.side_json import strip_code
 from slimheads.models.checkpoint import Source, find, read_config, weight_files
@@ -56,7 +56,7 @@ def load(source: str | Path, task: str = "auto", *, attn_implementation: str | N
     build = _load_slim if hasattr(config, PLAN_KEY) else _from_pretrained
     model = build(getattr(transformers, found.architecture), found, config, attn_implementation)
     # Raises here, not later, if the family file does not describe this model.
-    for site in find_sites(model):
+    for site in of_kind(find_sites(model), "attention"):
         dtype = model.get_submodule(site.output.module).get_parameter("weight").dtype
         for table in site.tables:  # DeBERTa declares its tables as float32, which fails in half precision
             tensor = getattr(model.get_submodule(table.module), table.name)
@@ -166,7 +166,7 @@ def _load_slim(
     _, family = family_of(config)
     plan = recorded_plan(config, family) or Plan(())
     for key, value in getattr(config, PLAN_KEY)["dense"].items():
-        setattr(config, key, value)
+        assign(config, key, value)
     delattr(config, PLAN_KEY)
     config.pruned_heads = {}
 
@@ -195,10 +195,18 @@ def _load_slim(
 
 def _for_class(plan: Plan, sites: tuple[Site, ...]) -> Plan:
     """Renames a plan's sites for another task class: `h.0.attn` of the body is `transformer.h.0.attn` under a head."""
+    named = {s.name for s in sites}
+    ends = {end: name for name in named for end in _ends(name)}
 
     def name(planned: str) -> str:
-        return next(
-            (s.name for s in sites if f".{s.name}".endswith(f".{planned}") or planned.endswith(f".{s.name}")), planned
-        )
+        return ends.get(planned) or next((end for end in _ends(planned) if end in named), planned)
 
     return Plan(tuple(replace(site, site=name(site.site)) for site in plan.sites))
+
+
+def _ends(name: str) -> Iterator[str]:
+    """A qualified name, and what is left of it without its first parts."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from slimheads.errors import first_line
 from slimheads.families.sites import find_sites
 from slimheads.models.tasks import auto_classes
+from slimheads.pruning.layers import POSITIONS
 from slimheads.runtime.quiet import quiet_transformers
 
 Tier = Literal["stock", "slimheads"]
@@ -33,7 +34,7 @@ def reload_tier(folder: Path, model: PreTrainedModel, task: str) -> tuple[Tier, 
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         return (
             "slimheads",
-            f"Plain transformers does not rebuild these head counts ({first_line(error)[:120]}): use slimheads.load.",
+            f"Plain transformers does not rebuild these sizes ({first_line(error)[:120]}): use slimheads.load.",
         )
     by = f"Plain transformers ({transformers.__version__}) reloads it with {auto}.from_pretrained"
     extra = stock.state_dict().keys() - model.state_dict().keys()
@@ -42,7 +43,7 @@ def reload_tier(folder: Path, model: PreTrainedModel, task: str) -> tuple[Tier, 
         by += ", all but the pooler, which is in no file and is random unless add_pooling_layer=False is given"
     if same_weights(stock, model) and same_attributes(stock, model):
         return "stock", f"{by}."
-    return "slimheads", "Plain transformers loads it with other weights or head counts: use slimheads.load."
+    return "slimheads", "Plain transformers loads it with other weights, sizes or layers: use slimheads.load."
 
 
 def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
@@ -52,11 +53,18 @@ def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
 
 
 def same_attributes(one: PreTrainedModel, other: PreTrainedModel) -> bool:
-    """Whether the head counts in the attributes of every attention block agree. A stale count gives wrong outputs."""
+    """Whether the head counts and widths in the attributes of every block agree, and the layers' own numbers.
+
+    A stale count gives wrong outputs.
+    """
     with contextlib.suppress(AttributeError):
         return all(
             getattr(one.get_submodule(module), name) == getattr(other.get_submodule(module), name)
             for site in find_sites(other)
             for module, name, _ in site.attributes
+        ) and all(
+            getattr(one.get_submodule(name), position, None) == getattr(module, position, None)
+            for name, module in other.named_modules()
+            for position in POSITIONS
         )
     return False

@@ -204,7 +204,7 @@ def _uncounted(model: PreTrainedModel, key: str, folder: Path) -> ModelRefusedEr
             hint="use the config.json that was saved with these weights: it turns such biases on",
         )
     return ModelRefusedError(
-        f"the checkpoint has more attention blocks than config.json says: {key}",
+        f"the checkpoint has more blocks than config.json says: {key}",
         where=str(folder / "config.json"),
         hint="use the config.json that was saved with these weights",
     )

@@ -22,7 +22,7 @@ def contents(recipe: Recipe, scored: Scored | None, selected: Selected | None) -
     """The recipe as resolved, and the scores and the plan so far."""
     wanted: dict[str, Source] = {"recipe.yaml": recipe.resolved_yaml().encode()}
     if scored:
-        scores = scored.scores.in_units(selected.plan.units) if selected else scored.scores
+        scores = scored.scores.behind(selected.plan) if selected else scored.scores.of_kinds(*recipe.select.kinds)
         wanted["scores.json"] = _json(scores.table().model_dump(mode="json"))
     if selected:
         wanted["plan.json"] = _json(selected.plan.to_json())

@@ -39,7 +39,7 @@ class Finished:
     @property
     def score_table(self) -> ScoreTable:
         """One score for each unit of the plan."""
-        return self.scored.scores.in_units(self.selected.plan.units).table()
+        return self.scored.scores.behind(self.selected.plan).table()
 
     @property
     def precisions(self) -> list[Precision]:

@@ -1,4 +1,4 @@
-"""What a recipe would delete, without writing weights: units, parameters, FLOPs and bytes, and predicted latency."""
+"""What a recipe would delete, without writing weights: heads, parameters, FLOPs and bytes, and predicted latency."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict
 
 from slimheads.errors import about_keys
 from slimheads.families.config_facts import measured_shapes
-from slimheads.families.sites import find_sites
 from slimheads.latency.counts import Selection
 from slimheads.latency.records import Interval
 from slimheads.latency.table import LatencyTable, predict
@@ -29,9 +28,7 @@ class Cost(BaseModel):
     """One model: `bytes` are those of its weights in their own dtype, `flops` those of one run at `Preview.shape`."""
 
     model_config = ConfigDict(frozen=True)
-    heads: int  # units of attention: heads, or KV groups
-    neurons: int
-    layers: int
+    heads: int  # units: heads, or KV groups
     parameters: int
     flops: int
     bytes: int
@@ -68,7 +65,7 @@ class Preview(BaseModel):
 def preview(recipe: Recipe, note: Callable[[str], None] = lambda line: None) -> Preview:
     """Scores the model, chooses, deletes in memory to count what is left, and looks its latency up.
 
-    A latency table is measured only where a step that is `auto` cannot be chosen without it; it is stored for later runs.
+    A latency table is measured only where a step that is auto cannot be chosen without it; it is stored for later runs.
 
     Args:
         note: called with a line of text while a table is measured.
@@ -85,7 +82,7 @@ def _preview(recipe: Recipe, note: Callable[[str], None]) -> Preview:
     require_usable(recipe, source)
     recipe_tables = RecipeTables(recipe, source)
     tables: Mapping[Shape, LatencyTable] = {}
-    if "auto" in (recipe.select.multiple_of, recipe.select.ffn_multiple_of):
+    if recipe.select.auto_steps:
         tables = recipe_tables.measured(note)
     elif not read_config(source.folder).is_encoder_decoder:
         tables = recipe_tables.stored()
@@ -94,26 +91,22 @@ def _preview(recipe: Recipe, note: Callable[[str], None]) -> Preview:
     shape = measured_shapes(model.config, recipe.bench.shapes)[-1]
 
     @about_keys("bench.shapes")
-    def cost() -> Cost:
-        sites = [site.by_head() if recipe.select.within_groups else site for site in find_sites(model)]
-        units = {kind: sum(site.total for site in of_kind(sites, kind)) for kind in ALL_KINDS}
+    def cost(units: int) -> Cost:
         return Cost(
-            heads=units["attention"],
-            neurons=units["feed_forward"],
-            layers=units["layer"],
+            heads=units,
             parameters=flops.parameters(model),
             flops=flops.flops(model, *shape),
             bytes=flops.weight_bytes(model),
         )
 
-    dense = cost()
+    dense = cost(plan.total)
     prune(model, plan)
     return Preview(
         model=source.given,
         task=source.task,
         shape=shape,
         dense=dense,
-        slim=cost(),
+        slim=cost(plan.total - plan.removed),
         plan=plan,
         selection=selection,
         predicted=tuple(_predicted(table, plan) for table in tables.values()) or None,

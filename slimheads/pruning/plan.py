@@ -3,68 +3,128 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic import (
+    Field,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from slimheads.errors import UsageError
-from slimheads.families.sites import Site
-from slimheads.names import Unit
+from slimheads.families.record import Range, Renumbering, in_ranges, out_of_ranges
+from slimheads.families.sites import Site, SiteKey
+from slimheads.names import SiteKind, Unit
+
+UNITS: Mapping[SiteKind, tuple[Unit, ...]] = {
+    "attention": ("head", "kv_group"),
+    "feed_forward": ("neuron",),
+    "layer": ("layer",),
+}
+Total = Annotated[int, Field(strict=True, ge=1, le=2**24)]  # the bound keeps a forged plan's ranges from filling memory
 
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What one site keeps: ascending indices into its `total` units."""
+    """What one site keeps: ascending indices into its `total` units. Of a layer that goes, nothing."""
 
     site: StrictStr
     unit: Unit
-    total: StrictInt
+    total: Total
     kept: tuple[StrictInt, ...]
+    kind: SiteKind = "attention"
+
+    @field_validator("kept", mode="before")
+    @classmethod
+    def _without_ranges(cls, kept: Any, info: ValidationInfo) -> Any:
+        if not isinstance(kept, list | tuple) or not any(isinstance(item, list | tuple) for item in kept):
+            return kept
+        return tuple(out_of_ranges(kept, info.data.get("total", 0)))
 
     def __post_init__(self) -> None:
-        in_range = all(0 <= unit < self.total for unit in self.kept)
-        if not self.kept or list(self.kept) != sorted(set(self.kept)) or not in_range:
+        if self.unit not in UNITS[self.kind]:
+            what = f"a site of kind {self.kind} has no units of {self.unit}"
+            raise UsageError(what, where=self.site, hint=f"its units are {' or '.join(UNITS[self.kind])}s")
+        in_range = not self.kept or (self.kept[0] >= 0 and self.kept[-1] < self.total)
+        ascending = all(a < b for a, b in zip(self.kept, self.kept[1:], strict=False))
+        if not (ascending and in_range) or not (self.kept or self.kind == "layer"):
             raise UsageError(
-                f"kept {list(self.kept)} of {self.total} units",
+                f"kept {in_ranges(self.kept)} of {self.total} units",
                 where=self.site,
-                hint="a plan keeps at least one unit per site, in ascending order, without repeats",
+                hint="a plan keeps at least one unit per block, in ascending order, without repeats",
             )
+
+    @property
+    def key(self) -> SiteKey:
+        """Kind and name."""
+        return self.kind, self.site
 
     @property
     def removed(self) -> tuple[int, ...]:
         """The deleted units, ascending."""
-        return tuple(unit for unit in range(self.total) if unit not in self.kept)
+        kept = set(self.kept)
+        return tuple(unit for unit in range(self.total) if unit not in kept)
+
+    @field_serializer("kept")
+    def _in_ranges(self, kept: tuple[int, ...]) -> list[Range]:
+        """Neurons are many, so they are written as ranges."""
+        return in_ranges(kept) if self.unit == "neuron" else list(kept)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The kept units of every site, in the model's order: the contents of plan.json."""
+    """The kept units of the sites that it names, in the model's order: the contents of plan.json.
 
-    format: Literal[1] = field(default=1, kw_only=True)
+    A site that a plan does not name is untouched, unless it is in a layer that the plan drops.
+    """
+
+    format: Literal[2] = field(default=2, kw_only=True)
     sites: tuple[SitePlan, ...]
 
     def __post_init__(self) -> None:
-        names = [site.site for site in self.sites]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
+        keys = [site.key for site in self.sites]
+        if len(set(keys)) < len(keys):
+            twice = next(name for key in keys if keys.count(key) > 1 for name in key[1:])
             raise UsageError("the site is planned twice", where=twice, hint="a plan names every site once")
+        inside = next((s for s in self.sites if s.kind != "layer" and self.renumbering.drops(s.site)), None)
+        if inside:
+            raise UsageError(
+                "the site is in a layer that the plan drops",
+                where=inside.site,
+                hint="name the layer alone: what is inside goes with it",
+            )
+
+    @property
+    def renumbering(self) -> Renumbering:
+        """How the layers that stay are renumbered."""
+        return Renumbering.without(s.site for s in self.sites if s.kind == "layer" and not s.kept)
 
     @property
     def total(self) -> int:
-        """Units before."""
+        """Units before, of all kinds."""
         return sum(site.total for site in self.sites)
 
     @property
     def removed(self) -> int:
-        """Deleted units."""
-        return sum(len(site.removed) for site in self.sites)
+        """Deleted units, of all kinds."""
+        return sum(site.total - len(site.kept) for site in self.sites)
 
     @property
-    def units(self) -> dict[str, Unit]:
-        """The kind of unit of each site."""
-        return {site.site: site.unit for site in self.sites}
+    def kinds(self) -> tuple[SiteKind, ...]:
+        """The kinds of the sites that it names."""
+        return tuple(dict.fromkeys(site.kind for site in self.sites))
+
+    def of_kind(self, kind: SiteKind) -> Plan:
+        """What it says of the sites of one kind."""
+        return Plan(tuple(site for site in self.sites if site.kind == kind))
 
     def to_json(self) -> dict[str, Any]:
         """The contents of plan.json."""
@@ -72,14 +132,13 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: object) -> Plan:
-        """Reads what `to_json` wrote.
+        """Reads what `to_json` wrote, or a plan of format 1, which has attention alone and no `kind`.
 
         Raises:
-            UsageError: the data are not a plan of format 1.
+            UsageError: the data are not a plan of format 1 or 2.
         """
         try:
-            # A format that is not stated is none: the default is for plans made in memory.
-            return _PLAN.validate_python({"format": None, **data} if isinstance(data, Mapping) else data)
+            return _PLAN.validate_python(_as_format_2(data))
         except ValidationError as error:
             first = error.errors()[0]
             what = f"{'.'.join(map(str, first['loc'])) or 'plan'}: {first['msg']}"
@@ -89,36 +148,89 @@ class Plan:
 _PLAN = TypeAdapter(Plan)
 
 
-def match_plan(sites: Sequence[Site], plan: Plan) -> list[tuple[Site, tuple[int, ...]]]:
-    """Pairs every site with its kept units. A site of KV groups that is planned by head is given by head.
+def _as_format_2(data: object) -> object:
+    """A format that is not stated is none, and a site of format 2 without a kind has none: the defaults of the classes
+    are for plans made in memory.
+    """
+    if not isinstance(data, Mapping):
+        return data
+    sites, old = data.get("sites"), type(data.get("format")) is int and data.get("format") == 1
+    if isinstance(sites, list | tuple) and all(isinstance(site, Mapping) for site in sites):
+        if old and any("kind" in site for site in sites):
+            return {**data, "format": "1 with kinds"}
+        sites = [{"kind": "attention" if old else None, **site} for site in sites]
+    return {"format": None, **data, "sites": sites} | ({"format": 2} if old else {})
+
+
+@plain_dataclass(frozen=True)
+class Matched:
+    """A plan beside the sites of the model that it was made for."""
+
+    pairs: tuple[tuple[Site, tuple[int, ...]], ...]  # attention and feed-forward sites that stay, and their kept units
+    dropped: tuple[Site, ...]  # layers
+    renumbering: Renumbering
+
+    def of_attention(self) -> list[tuple[Site, tuple[int, ...]]]:
+        """The pairs of attention sites."""
+        return [pair for pair in self.pairs if pair[0].kind == "attention"]
+
+
+def match_plan(sites: Sequence[Site], plan: Plan) -> Matched:
+    """Pairs every site with its kept units: all where the plan does not name it.
+
+    A site of KV groups that is planned by head is given by head.
 
     Raises:
-        UsageError: the plan and the model name different sites, a site has another number of units, or its KV groups
-            would keep different numbers of query heads.
+        UsageError: the plan names a site that the model does not have, a site has another number of units, its KV
+            groups would keep different numbers of query heads, or a layer cannot be dropped.
     """
-    planned = {s.site: s for s in plan.sites}
-    unknown = planned.keys() ^ {site.name for site in sites}
+    planned = {s.key: s for s in plan.sites}
+    unknown = planned.keys() - {site.key for site in sites}
     if unknown:
         raise UsageError(
-            "the plan and the model do not have the same sites",
-            where=min(unknown),
+            f"the model has no such site of kind {min(unknown)[0]}",
+            where=min(unknown)[1],
             hint="make the plan from this model",
         )
-    pairs = []
+    pairs, dropped = [], []
     for site in sites:
-        own = planned[site.name]
-        seen = site.by_head() if own.unit == "head" else site
-        if (own.total, own.unit) != (seen.total, seen.unit):
+        seen, kept = _kept_of(site, planned.get(site.key))
+        if site.kind != "layer":
+            pairs.append((seen, kept))
+        elif not kept:
+            dropped.append(site)
+    _require_droppable(dropped, sites)
+    staying = tuple(pair for pair in pairs if not plan.renumbering.drops(pair[0].name))
+    return Matched(staying, tuple(dropped), plan.renumbering)
+
+
+def _kept_of(site: Site, planned: SitePlan | None) -> tuple[Site, tuple[int, ...]]:
+    if planned is None:
+        return site, tuple(range(site.total))
+    seen = site.by_head() if planned.unit == "head" else site
+    if (planned.total, planned.unit) != (seen.total, seen.unit):
+        raise UsageError(
+            f"the plan counts {planned.total} units ({planned.unit}), the model has {seen.total} ({seen.unit})",
+            where=site.name,
+            hint="make the plan from this model",
+        )
+    if site.kind == "attention" and len(set(seen.kept_per_group(planned.kept).values())) > 1:
+        raise UsageError(
+            f"the plan keeps heads {list(planned.kept)}: not as many in each KV group",
+            where=site.name,
+            hint="keep the same number of query heads for every KV head",
+        )
+    return seen, planned.kept
+
+
+def _require_droppable(dropped: Sequence[Site], sites: Sequence[Site]) -> None:
+    for site in dropped:
+        if site.stays:
             raise UsageError(
-                f"the plan counts {own.total} units ({own.unit}), the model has {seen.total} ({seen.unit})",
-                where=site.name,
-                hint="make the plan from this model",
+                f"the layer cannot be dropped, because {site.stays}", where=site.name, hint="drop another layer"
             )
-        if len(set(seen.kept_per_group(own.kept).values())) > 1:
+        alike = [other for other in sites if other.kind == "layer" and other.stack == site.stack]
+        if len(alike) == sum(other.stack == site.stack for other in dropped):
             raise UsageError(
-                f"the plan keeps heads {list(own.kept)}: not as many in each KV group",
-                where=site.name,
-                hint="keep the same number of query heads for every KV head",
+                f"the plan drops all {len(alike)} layers", where=site.stack, hint="at least one layer stays"
             )
-        pairs.append((seen, own.kept))
-    return pairs

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.dataclasses import dataclass
 
-from slimheads.names import Unit
+from slimheads.families.sites import SiteKey
+from slimheads.names import SiteKind, Unit
+from slimheads.pruning.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,16 @@ class SiteScores:
     unit: Unit
     scores: tuple[float, ...]
     query_heads: tuple[tuple[float, ...], ...] = ()
+    kind: SiteKind = "attention"
+
+    @property
+    def key(self) -> SiteKey:
+        """Kind and name."""
+        return self.kind, self.site
 
     def by_head(self) -> SiteScores:
-        """The scores of the query heads alone; itself where the units are heads already."""
-        if self.unit == "head":
+        """The scores of the query heads alone; itself where there are no KV groups."""
+        if self.unit != "kv_group":
             return self
         return SiteScores(self.site, "head", tuple(score for group in self.query_heads for score in group))
 
@@ -38,13 +44,20 @@ class Scores:
     method: str
     sites: tuple[SiteScores, ...]
 
-    def in_units(self, units: Mapping[str, Unit]) -> Scores:
-        """The same with the scores of the query heads at those sites that are planned by head."""
-        return replace(self, sites=tuple(s.by_head() if units[s.site] == "head" else s for s in self.sites))
+    def of_kinds(self, *kinds: SiteKind) -> Scores:
+        """Those of the sites of some kinds."""
+        return Scores(self.method, tuple(site for site in self.sites if site.kind in kinds))
+
+    def behind(self, plan: Plan) -> Scores:
+        """Those of the sites that a plan names, of its units: of query heads where it is by head."""
+        units = {site.key: site.unit for site in plan.sites}
+        own = (site for site in self.sites if site.key in units)
+        return Scores(self.method, tuple(s.by_head() if units[s.key] == "head" else s for s in own))
 
     def table(self) -> ScoreTable:
         """The contents of scores.json."""
-        return ScoreTable(method=self.method, sites=tuple(SiteRow(site=s.site, scores=s.scores) for s in self.sites))
+        rows = (SiteRow(site=s.site, kind=s.kind, unit=s.unit, scores=s.scores) for s in self.sites)
+        return ScoreTable(method=self.method, sites=tuple(rows))
 
 
 class SiteRow(BaseModel):
@@ -52,13 +65,15 @@ class SiteRow(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     site: str
+    kind: SiteKind
+    unit: Unit
     scores: tuple[float, ...]
 
 
 class ScoreTable(BaseModel):
-    """The contents of scores.json, format 1."""
+    """The contents of scores.json, format 2."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     method: str
     sites: tuple[SiteRow, ...]

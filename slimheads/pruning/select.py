@@ -1,91 +1,38 @@
 """Selection: from scores to a plan. A pure function; no model is needed.
 
 Rules, in order:
-1. A site may keep any number of units that is a multiple of `multiple_of` and at least `keep_at_least` (never below 1),
+1. Layers go first: the `drop_layers` with the lowest scores. At least one stays in every stack of layers. What is
+   inside a layer that goes is neither ranked nor counted below.
+2. Heads (or KV groups) and neurons are ranked apart: heads by `ratio`, `keep_at_least` and `multiple_of`, neurons by
+   `ffn_ratio` and `ffn_multiple_of`, which is also the fewest neurons that a feed-forward block keeps.
+3. A site may keep any number of units that is a multiple of its `multiple_of` and at least its floor (never below 1),
    or all of them.
-2. So units are removed from a site in chunks: lowest score first, ties broken by the unit's index. With
+4. So units are removed from a site in chunks: lowest score first, ties broken by the unit's index. With
    `multiple_of: 1` a chunk is one unit.
-3. The chunks of all sites are removed in ascending order of their mean score (ties: the site's place in the model),
+5. The chunks of all sites are removed in ascending order of their mean score (ties: the site's place in the model),
    until floor(ratio x units) units are removed or the next chunk would exceed that number.
-4. `scope: layer` ranks each site alone. `counts: equal` also removes the same number of units from every site.
-5. `within_groups` removes query heads instead of KV groups: each step removes the lowest head of each group of a site.
-6. Sites whose name does not match the glob `sites` lose nothing and are not counted.
+6. `scope: layer` ranks each site alone. `counts: equal` also removes the same number of units from every site.
+7. `within_groups` removes query heads instead of KV groups: each step removes the lowest head of each group of a site.
+8. Sites whose name does not match the glob `sites` lose nothing and are not counted.
 
 So plans are nested: a larger ratio removes all that a smaller one removes.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from fractions import Fraction
-from itertools import accumulate, count, pairwise
+from functools import partial
 from typing import Any, get_args
 
 from slimheads.errors import UsageError, require_known
-from slimheads.names import Counts, Normalize, Scope, Unit
+from slimheads.families.record import Renumbering
+from slimheads.names import Counts, Normalize, Scope, SiteKind
 from slimheads.pruning.plan import Plan, SitePlan
+from slimheads.pruning.ranking import Removable, Rules, removed_units
 from slimheads.pruning.scores import Scores, SiteScores
-
-_FLOORS_TOO_HIGH = "lower keep_at_least or multiple_of, which allow no removal at any ratio, or use ratio 0"
-_ONE_HEAD_PER_BLOCK = "every attention block has one head, which is kept: use ratio 0"
-
-
-@dataclass(frozen=True)
-class _Removable:
-    """A site, the order in which its units would be removed, and how many are removed in one step."""
-
-    index: int
-    site: str
-    unit: Unit
-    scores: tuple[float, ...]
-    order: tuple[int, ...]
-    step: int
-
-    @property
-    def total(self) -> int:
-        return len(self.scores)
-
-    @classmethod
-    def of(cls, index: int, site: SiteScores, within_groups: bool) -> _Removable:
-        if not (within_groups and site.query_heads):
-            order = _ascending(site.scores)
-            return cls(index, site.site, site.unit, site.scores, tuple(order), 1)
-        members = len(site.query_heads[0])
-        ranked = [[g * members + m for m in _ascending(group)] for g, group in enumerate(site.query_heads)]
-        order = [unit for step in zip(*ranked, strict=True) for unit in step]
-        return cls(index, site.site, "head", site.by_head().scores, tuple(order), len(ranked))
-
-
-def _ascending(scores: Sequence[float]) -> list[int]:
-    return sorted(range(len(scores)), key=lambda unit: (scores[unit], unit))
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    cost: float
-    site: int
-    units: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Ranking:
-    """Chunks of `total` units that compete with each other, in the order of their removal."""
-
-    site: str | None  # None: all sites together
-    total: int
-    chunks: tuple[_Chunk, ...]
-
-    @property
-    def removable(self) -> int:
-        return sum(len(chunk.units) for chunk in self.chunks)
-
-    def target(self, ratio: float | Fraction) -> int:
-        # The ratio as the decimal in the recipe: 0.29 of 100 is 29, but 28.999... in floating point.
-        return math.floor(Fraction(str(ratio)) * self.total)
 
 
 def select(
@@ -98,43 +45,52 @@ def select(
     counts: Counts = "any",
     within_groups: bool = False,
     sites: str = "*",
+    ffn_ratio: float = 0.0,
+    ffn_multiple_of: int = 32,
+    drop_layers: int = 0,
 ) -> Plan:
-    """Chooses the units to keep.
+    """Chooses the units to keep. The plan names every attention site, and those of other kinds that it touches.
 
     Args:
         scores: one score per unit; the lowest are removed first.
-        ratio: share of all units to remove, 0 <= ratio < 1; floor(ratio x units) are removed.
-        scope: rank all units together, or the units of each site alone.
+        ratio: share of all heads (or KV groups) to remove, 0 <= ratio < 1; floor(ratio x units) are removed.
+        scope: rank all units of a kind together, or the units of each site alone.
         normalize: "layer" divides a site's scores by their mean before ranking (no effect within one site).
-        keep_at_least: the fewest units a site keeps.
-        multiple_of: every site that loses units keeps a multiple of this.
-        counts: "equal" removes the same number from every site (all sites must have equally many).
+        keep_at_least: the fewest heads a site keeps.
+        multiple_of: every attention site that loses heads keeps a multiple of this.
+        counts: "equal" removes the same number from every site of a kind (all must have equally many).
         within_groups: if query heads share KV heads, remove the same number of query heads from each group.
-        sites: a glob for the names of the sites that may lose units; the ratio is a share of their units.
+        sites: a glob for the names of the sites that may lose units; the ratios are shares of their units.
+        ffn_ratio: share of all feed-forward neurons to remove, as `ratio`.
+        ffn_multiple_of: every feed-forward block that loses neurons keeps a multiple of this, and at least this many.
+        drop_layers: how many layers to remove.
 
     Raises:
-        UsageError: the ratio cannot be reached with these floors, or is above 0 and would remove nothing; no site
-            matches; `within_groups` is set and no site has groups.
+        UsageError: a ratio cannot be reached with these floors, or is above 0 and would remove nothing; no site
+            matches; `within_groups` is set and no site has groups; layers have no scores, or not so many can go.
     """
-    _require_rules(ratio, scope, normalize, keep_at_least, multiple_of, counts)
-    candidates = _candidates(scores, within_groups)
-    eligible = _eligible(candidates, sites)
-    chunks = [_chunks(candidate, normalize, keep_at_least, multiple_of) for candidate in eligible]
-    rankings = _rankings(eligible, chunks, scope, counts)
-    floors = _floors(keep_at_least, multiple_of)
-    removed = {unit for ranking in rankings for unit in _removed(ranking, ratio, rankings, floors)}
-    if ratio > 0 and not removed:
-        raise _removes_nothing(ratio, eligible, rankings, floors)
-    return Plan(
-        tuple(
-            SitePlan(c.site, c.unit, c.total, tuple(u for u in range(c.total) if (c.index, u) not in removed))
-            for c in candidates
-        )
-    )
+    _require_rules(ratio, scope, normalize, counts, drop_layers, ffn_ratio, keep_at_least, multiple_of, ffn_multiple_of)
+    layers = _layer_plans(scores, drop_layers, sites)
+    gone = Renumbering.without(layer.site for layer in layers if not layer.kept)
+    rules = partial(Rules, scope=scope, normalize=normalize, counts=counts)
+    floors = ("select.keep_at_least", "select.multiple_of")
+    floors = floors if keep_at_least >= multiple_of else floors[::-1]
+    heads = rules(ratio, "select.ratio", keep_at_least=keep_at_least, multiple_of=multiple_of, floor_keys=floors)
+    step, ffn_floors = ffn_multiple_of, ("select.ffn_multiple_of",)
+    neurons = rules(ffn_ratio, "select.ffn_ratio", keep_at_least=step, multiple_of=step, floor_keys=ffn_floors)
+    if within_groups and not any(site.query_heads for site in scores.sites):
+        hint = "remove within_groups: single heads are deleted in this model"
+        what = "within_groups has no effect: no site has KV groups of several query heads"
+        raise UsageError(what, keys=("select.within_groups",), hint=hint)
+    staying = [site for site in scores.sites if not gone.drops(site.site)]
+    plans = _plans(staying, "attention", heads, sites, within_groups)
+    if ffn_ratio > 0:
+        plans += _plans(staying, "feed_forward", neurons, sites)
+    return Plan((*plans, *layers))
 
 
 def _require_rules(
-    ratio: float, scope: str, normalize: str, keep_at_least: int, multiple_of: int | str, counts: str
+    ratio: float, scope: str, normalize: str, counts: str, drop_layers: int, ffn_ratio: float, *floors: int | str
 ) -> None:
     """Refuses rules that are wrong for any scores.
 
@@ -143,64 +99,70 @@ def _require_rules(
     """
     for key, value, known in (("scope", scope, Scope), ("normalize", normalize, Normalize), ("counts", counts, Counts)):
         require_known(f"select.{key}", value, get_args(known))
-    if not 0 <= ratio < 1:
-        hint = "every site keeps at least one unit"
-        raise UsageError(f"ratio {ratio} is not in [0, 1)", keys=("select.ratio",), hint=hint)
-    if isinstance(multiple_of, str):
-        what = f"multiple_of {multiple_of!r} needs a latency table"
-        hint = "give a number here; a run measures the table if the recipe says multiple_of: auto"
-        raise UsageError(what, keys=("select.multiple_of",), hint=hint)
-    for key, floor in (("keep_at_least", keep_at_least), ("multiple_of", multiple_of)):
+    for key, share in (("ratio", ratio), ("ffn_ratio", ffn_ratio)):
+        if not 0 <= share < 1:
+            hint = "every site keeps at least one unit"
+            raise UsageError(f"{key} {share} is not in [0, 1)", keys=(f"select.{key}",), hint=hint)
+    if drop_layers < 0:
+        what = f"drop_layers is {drop_layers}, but must be at least 0"
+        raise UsageError(what, keys=("select.drop_layers",), hint="use 0 to keep every layer")
+    for key, floor in zip(("keep_at_least", "multiple_of", "ffn_multiple_of"), floors, strict=True):
+        if isinstance(floor, str):
+            what = f"{key} {floor!r} needs a latency table"
+            hint = f"give a number here; a run measures the table if the recipe says {key}: auto"
+            raise UsageError(what, keys=(f"select.{key}",), hint=hint)
         if floor < 1:
             hint = "every site keeps at least one unit"
             raise UsageError(f"{key} is {floor}, but must be at least 1", keys=(f"select.{key}",), hint=hint)
 
 
-def _floors(keep_at_least: int, multiple_of: int) -> tuple[str, ...]:
-    """The keys of the two floors, the stricter one first."""
-    keys = ("select.keep_at_least", "select.multiple_of")
-    return keys if keep_at_least >= multiple_of else keys[::-1]
+def _plans(
+    scored: Sequence[SiteScores], kind: SiteKind, rules: Rules, sites: str, within_groups: bool = False
+) -> list[SitePlan]:
+    """Every site of a kind, and what it keeps."""
+    candidates = [Removable.of(site, within_groups) for site in scored if site.kind == kind]
+    if not candidates and kind == "feed_forward":
+        hint = f"set {rules.ratio_key}: 0, or score the model again"
+        raise UsageError("no feed-forward block of this model has scores", keys=(rules.ratio_key,), hint=hint)
+    removed = removed_units(_matching(candidates, sites, kind), rules)
+    return [
+        SitePlan(c.site, c.unit, c.total, tuple(u for u in range(c.total) if (c.site, u) not in removed), kind)
+        for c in candidates
+    ]
 
 
-def _candidates(scores: Scores, within_groups: bool) -> list[_Removable]:
-    if within_groups and not any(site.query_heads for site in scores.sites):
-        hint = "remove within_groups: single heads are deleted in this model"
-        what = "within_groups has no effect: no site has KV groups of several query heads"
-        raise UsageError(what, keys=("select.within_groups",), hint=hint)
-    return [_Removable.of(index, site, within_groups) for index, site in enumerate(scores.sites)]
-
-
-def _eligible(candidates: Sequence[_Removable], sites: str) -> list[_Removable]:
-    found = [c for c in candidates if fnmatchcase(c.site, sites)]
+def _matching(candidates: Sequence[Any], sites: str, kind: SiteKind) -> list[Any]:
+    found = [candidate for candidate in candidates if fnmatchcase(candidate.site, sites)]
     if not found:
         hint = f"the first site is {candidates[0].site}, and * stands for any text"
-        raise UsageError(f"no site matches '{sites}'", keys=("select.sites",), hint=hint)
+        raise UsageError(f"no {kind.replace('_', '-')} site matches '{sites}'", keys=("select.sites",), hint=hint)
     return found
 
 
-def _rankings(
-    eligible: Sequence[_Removable], chunks: Sequence[list[_Chunk]], scope: Scope, counts: Counts
-) -> list[_Ranking]:
-    totals = [candidate.total for candidate in eligible]
-    if counts == "equal" and len(set(totals)) > 1:
-        what = "counts: equal needs the same number of units in every site"
-        raise UsageError(what, keys=("select.counts",), hint="use counts: any")
-    if scope == "layer" or counts == "equal":
-        return [_Ranking(site.site, site.total, tuple(own)) for site, own in zip(eligible, chunks, strict=True)]
-    ranked = sorted((chunk for own in chunks for chunk in own), key=lambda c: (c.cost, c.site))
-    return [_Ranking(None, sum(totals), tuple(ranked))]
+def _layer_plans(scores: Scores, count: int, sites: str) -> list[SitePlan]:
+    """Every scored layer, kept or not; none where no layer is to go."""
+    layers = scores.of_kinds("layer").sites
+    if not count:
+        return []
+    if not layers:
+        raise UsageError(
+            f"drop_layers: layers have no score by {scores.method}",
+            keys=("select.drop_layers", "score.method"),
+            hint="set drop_layers: 0; which layers go can be said in Python, with a Plan of your own",
+        )
+    dropped: set[str] = set()
+    for layer in sorted(_matching(layers, sites, "layer"), key=lambda site: site.scores):
+        alike = {other.site for other in layers if _stack(other) == _stack(layer)}
+        if len(dropped) < count and len(alike - dropped) > 1:
+            dropped.add(layer.site)
+    if len(dropped) < count:
+        what = f"drop_layers {count}, but only {len(dropped)} can go: one of each stack stays"
+        raise UsageError(what, keys=("select.drop_layers",), hint=f"use at most {len(dropped)}")
+    return [SitePlan(s.site, "layer", 1, () if s.site in dropped else (0,), "layer") for s in layers]
 
 
-def _removes_nothing(
-    ratio: float, eligible: Sequence[_Removable], rankings: Sequence[_Ranking], floors: tuple[str, ...]
-) -> UsageError:
-    works, one_head = _working_ratios(rankings), max(site.total for site in eligible) == 1
-    hint = _ONE_HEAD_PER_BLOCK if one_head else _FLOORS_TOO_HIGH
-    return UsageError(
-        f"ratio {ratio} removes nothing here",
-        keys=("select.ratio", *floors) if works or one_head else floors,
-        hint=f"the smallest ratio that removes a unit is {works[0]}; use 0 to change nothing" if works else hint,
-    )
+def _stack(layer: SiteScores) -> str:
+    return layer.site.rpartition(".")[0]
 
 
 def random_plan(scores: Scores, seed: int, ratio: float, **rules: Any) -> Plan:
@@ -221,59 +183,3 @@ def random_plan(scores: Scores, seed: int, ratio: float, **rules: Any) -> Plan:
         for site in scores.sites
     )
     return select(Scores("random", tuple(drawn)), ratio, **rules)
-
-
-def _chunks(site: _Removable, normalize: Normalize, keep_at_least: int, multiple_of: int) -> list[_Chunk]:
-    total = site.total
-    mean = math.fsum(site.scores) / total
-    scale = mean if normalize == "layer" and mean > 0 else 1.0
-    floor = math.ceil(keep_at_least / multiple_of) * multiple_of
-    steps = range(total - site.step, 0, -site.step)
-    stops = [total, *(kept for kept in steps if kept % multiple_of == 0 and kept >= floor)]
-    chunks: list[_Chunk] = []
-    for before, after in pairwise(stops):
-        units = site.order[total - before : total - after]
-        mean_score = math.fsum(site.scores[u] for u in units) / len(units) / scale
-        # Never below the previous chunk, because the mean of equal scores can round to less than the score.
-        cost = max(mean_score, chunks[-1].cost) if chunks else mean_score
-        chunks.append(_Chunk(cost, site.index, tuple(units)))
-    return chunks
-
-
-def _removed(
-    ranking: _Ranking, ratio: float, rankings: Sequence[_Ranking], floors: tuple[str, ...]
-) -> set[tuple[int, int]]:
-    target = ranking.target(ratio)
-    if target > ranking.removable:
-        works = _working_ratios(rankings)
-        units = f"{ranking.total} units" + (f" of {ranking.site}" if ranking.site else "")
-        raise UsageError(
-            f"ratio {ratio} means {target} of {units}, but the floors allow the removal of only {ranking.removable}",
-            keys=("select.ratio", *floors) if works else floors,
-            hint=f"use a ratio of at most {works[-1]}, or lower the floors" if works else _FLOORS_TOO_HIGH,
-        )
-    removed: set[tuple[int, int]] = set()
-    for chunk in ranking.chunks:
-        if len(removed) + len(chunk.units) > target:
-            break
-        removed |= {(chunk.site, unit) for unit in chunk.units}
-    return removed
-
-
-def _working_ratios(rankings: Sequence[_Ranking]) -> list[float]:
-    """The ratios at which one more chunk is removed and every floor still holds, ascending."""
-    steps = {
-        _decimal(removed, ranking.total)
-        for ranking in rankings
-        for removed in accumulate(len(chunk.units) for chunk in ranking.chunks)
-    }
-    return sorted(step for step in steps if all(r.target(step) <= r.removable for r in rankings))
-
-
-def _decimal(units: int, total: int) -> float:
-    """The shortest decimal ratio with at least four digits that gives `units` of `total`."""
-    for digits in count(4):
-        ratio = Fraction(math.ceil(Fraction(units, total) * 10**digits), 10**digits)
-        if math.floor(ratio * total) == units:
-            return float(ratio)
-    raise AssertionError("unreachable: some number of digits is enough")

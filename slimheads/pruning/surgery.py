@@ -1,11 +1,13 @@
-"""Surgery: deletes the rows and columns of the units that a plan does not keep. Module objects stay the same.
+"""Surgery: deletes the rows and columns of the units that a plan does not keep, and whole layers. Module objects that
+stay are the same.
 
 Rules:
 1. Nothing changes until the whole plan has been matched with the whole model.
 2. Input projections lose output features (and bias entries); the output projection loses input features, never bias.
 3. head_dim and the attention scale do not change. Attributes that count heads are updated.
 4. Tensors with one entry per head (e.g. position biases) lose the same heads; a family's adapter does the rest.
-5. The configuration records the plan relative to the dense model; the plans of repeated prunings are combined.
+5. Layers that stay are renumbered, as stock transformers would number them.
+6. The configuration records the plan relative to the dense model; the plans of repeated prunings are combined.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from slimheads.families.adapters import ADAPTERS
 from slimheads.families.family import family_of
 from slimheads.families.sites import Projection, Site, Table, find_sites
+from slimheads.pruning.layers import drop_layers, require_same_layers
 from slimheads.pruning.plan import Plan, match_plan
 from slimheads.pruning.plan_record import record_plan
 
@@ -33,6 +36,7 @@ def prune(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """
     _, family = family_of(model.config)
     sites = find_sites(model)
+    require_same_layers(model, family, match_plan(sites, plan).dropped)
     shrink(model, sites, plan)
     record_plan(model.config, family, sites, plan)
     return model
@@ -40,8 +44,8 @@ def prune(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 def shrink(model: torch.nn.Module, sites: Sequence[Site], plan: Plan) -> None:
     """The deletion itself, on real or meta tensors; the configuration does not change."""
-    pairs = match_plan(sites, plan)
-    for site, kept in pairs:
+    matched = match_plan(sites, plan)
+    for site, kept in matched.pairs:
         if len(kept) == site.total:
             continue
         for projection in site.projections:
@@ -50,9 +54,11 @@ def shrink(model: torch.nn.Module, sites: Sequence[Site], plan: Plan) -> None:
             _keep_entries(model.get_submodule(table.module), table, site.kept_heads(kept))
         for module, attribute, what in site.attributes:
             setattr(model.get_submodule(module), attribute, site.counted(what, kept))
-    if plan.removed:
-        for name in dict.fromkeys(site.adapter for site in sites if site.adapter):
-            ADAPTERS[name](model, [pair for pair in pairs if pair[0].adapter == name])
+    attention = matched.of_attention()
+    if any(len(kept) < site.total for site, kept in attention):
+        for name in dict.fromkeys(site.row.adapter for site, _ in attention if site.row.adapter):
+            ADAPTERS[name](model, [pair for pair in attention if pair[0].row.adapter == name])
+    drop_layers(model, matched.dropped)
 
 
 def _keep_features(module: torch.nn.Module, projection: Projection, kept: tuple[int, ...]) -> None:

@@ -9,6 +9,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PlainValidator,
     PositiveFloat,
     PositiveInt,
@@ -28,6 +29,7 @@ from slimheads.names import (
     Provider,
     Scope,
     ScoreMethod,
+    SiteKind,
 )
 
 Item = TypeVar("Item")
@@ -104,7 +106,7 @@ class Score(Section):
 
 
 class Select(Section):
-    """Which heads are deleted."""
+    """Which heads, feed-forward neurons and layers are deleted."""
 
     ratio: float = Field(
         0.25,
@@ -123,8 +125,26 @@ class Select(Section):
         False, description="true: where query heads share KV heads, delete query heads and keep every KV head"
     )
     sites: Annotated[str, Field(min_length=1)] = Field(
-        "*", description="glob of the attention blocks to prune; the ratio is a fraction of their heads"
+        "*", description="glob of the blocks and layers to prune; the ratios are fractions of their units"
     )
+    ffn_ratio: float = Field(0.0, ge=0, lt=1, description="fraction of feed-forward neurons to delete, as ratio")
+    ffn_multiple_of: Multiple = Field(
+        32,
+        description="kept neurons per feed-forward block are a multiple of this, and at least this many; auto: chosen "
+        "from measured latency",
+    )
+    drop_layers: NonNegativeInt = Field(0, description="whole layers to drop; takes a score.method that scores layers")
+
+    @property
+    def kinds(self) -> tuple[SiteKind, ...]:
+        """The kinds of sites that the plan names."""
+        asked: tuple[tuple[SiteKind, float], ...] = (("feed_forward", self.ffn_ratio), ("layer", self.drop_layers))
+        return ("attention", *(kind for kind, much in asked if much > 0))
+
+    @property
+    def auto_steps(self) -> tuple[str, ...]:
+        """The keys of the steps that are chosen from measured latency."""
+        return tuple(key for key in ("multiple_of", "ffn_multiple_of") if getattr(self, key) == "auto")
 
 
 class Recover(Section):

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
 
 from slimheads.families.family import Inputs
 from slimheads.latency.attribution import Treatment
+from slimheads.latency.counts import Selection
 from slimheads.latency.graph_choice import GraphChoice
-from slimheads.latency.head_counts import Selection
 from slimheads.latency.records import Latency
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.scores import ScoreTable
@@ -202,8 +202,8 @@ class Report(_Part):
 
     @model_validator(mode="after")
     def _plan_fits_scores(self) -> Self:
-        scored = [(site.site, len(site.scores)) for site in self.scores.sites]
-        planned = [(site.site, site.total) for site in self.plan.sites]
+        scored = [((site.kind, site.site), len(site.scores)) for site in self.scores.sites if site.kind != "layer"]
+        planned = [(site.key, site.total) for site in self.plan.sites if site.kind != "layer"]
         if scored != planned:
             raise ValueError("scores and plan do not have the same sites and units")
         return self

@@ -23,7 +23,7 @@ def heat_map(scores: ScoreTable, plan: Plan, *, width: int, name: str) -> str:
 
     Each deleted unit's dot has the id `NAME-deleted-SITE-UNIT`, both counted from 0.
     """
-    kept = [set(site.kept) for site in plan.sites]
+    kept = [set(site.kept) for site in plan.of_kind("attention").sites]
     rows, columns = len(scores.sites), max(len(site.scores) for site in scores.sites)
     labels, axis = wording.site_labels([site.site for site in scores.sites])
     if max(map(text_width, labels)) > width * 0.35:  # long names would leave no room for tiles: number the rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -34,34 +34,39 @@ def graph_faults(dense: Path, slim: Path, sites: Sequence[Site], plan: Plan, *, 
         sites: the dense model's, or those that are in the graph.
         cached: whether keys and values may come from the cache alone, without projections in either graph.
     """
-    before, after = _Graph(dense), _Graph(slim)
-    for site, kept in match_plan(sites, plan):
+    before, after, matched = _Graph(dense), _Graph(slim), match_plan(sites, plan)
+    new_name = matched.renumbering.new_name
+    for site, kept in matched.pairs:
         for projection in site.projections:
-            features = len(projection.kept_features(kept))
-            old, new = before.shapes_in(projection.module), after.shapes_in(projection.module)
+            features, module = len(projection.kept_features(kept)), new_name(projection.module)
+            old, new = before.shapes_in(projection.module), after.shapes_in(module)
             expected = Counter(_shrunk(shape, projection, features) for shape in old)
             if cached and not old and not new and set(projection.role_of) <= {"key", "value"}:
                 continue
             if not old or not any(len(shape) == 2 for shape in old):
                 yield f"{projection.module}: the dense graph has no weight under this name"
             elif Counter(new) != expected:
-                yield f"{projection.module}: tensors {sizes_text(new)} where the plan says {sizes_text(expected)}"
+                yield f"{module}: tensors {sizes_text(new)} where the plan says {sizes_text(expected)}"
         if site.tables:
-            yield from _table_faults(before, after, site, kept)
-    targeted = [projection.module for site in sites for projection in site.projections]
-    targeted += [site.name for site in sites if site.tables]  # these were compared site by site
-    others = before.shapes_outside(targeted), after.shapes_outside(targeted)
+            yield from _table_faults(before, after, site, kept, new_name)
+    targeted = [projection.module for site, _ in matched.pairs for projection in site.projections]
+    targeted += [site.name for site, _ in matched.pairs if site.tables]  # these were compared site by site
+    gone = [site.name for site in matched.dropped]
+    others = before.shapes_outside([*targeted, *gone]), after.shapes_outside([new_name(name) for name in targeted])
     if others[0] != others[1]:
-        gone, new_ones = others[0] - others[1], others[1] - others[0]
-        yield f"tensors outside the plan changed: {sizes_text(gone)} became {sizes_text(new_ones)}"
+        lost, new_ones = others[0] - others[1], others[1] - others[0]
+        yield f"tensors outside the plan changed: {sizes_text(lost)} became {sizes_text(new_ones)}"
     yield from fused_faults(slim, sites, plan)
 
 
-def _table_faults(before: _Graph, after: _Graph, site: Site, kept: tuple[int, ...]) -> Iterator[str]:
+def _table_faults(
+    before: _Graph, after: _Graph, site: Site, kept: tuple[int, ...], new_name: Callable[[str], str]
+) -> Iterator[str]:
     """A site's tables, which may be folded into other shapes: each must lose the same heads as the projections."""
     dense, slim = (len(site.kept_heads(units)) for units in (tuple(range(site.total)), kept))
     modules = [projection.module for projection in site.projections]
-    old, new = (graph.shapes_outside(modules, within=site.name) for graph in (before, after))
+    old = before.shapes_outside(modules, within=site.name)
+    new = after.shapes_outside([new_name(module) for module in modules], within=new_name(site.name))
     changed, unmatched = list((old - new).elements()), list((new - old).elements())
     for shape in changed:
         divided = (
@@ -87,10 +92,13 @@ def fused_faults(path: Path, sites: Sequence[Site], plan: Plan) -> Iterator[str]
     """
     graph = _Graph(path)
     nodes = [node for node in graph.nodes if node.op_type in _FUSED]
-    pairs = match_plan(sites, plan) if nodes else []
+    if not nodes:
+        return
+    matched = match_plan(sites, plan)
+    new_name, pairs = matched.renumbering.new_name, matched.of_attention()
     for node in nodes:
         name = node.name or node.op_type
-        owner = next((pair for pair in pairs if graph.feeds(node, pair[0].output.module)), None)
+        owner = next((pair for pair in pairs if graph.feeds(node, new_name(pair[0].output.module))), None)
         if owner is None:
             yield f"{path.name}: no site's output projection reads {name}"
             continue

@@ -19,7 +19,7 @@ from slimheads.exporting.clients import greedy_tokens, seq2seq_greedy_tokens
 from slimheads.exporting.precisions import PRECISIONS
 from slimheads.exporting.quantize import SIXTEEN_BITS
 from slimheads.families.limits import decoder_start, position_limit
-from slimheads.families.sites import Site, find_sites
+from slimheads.families.sites import Site, find_sites, of_kind
 from slimheads.models.generation import greedy_options, seq2seq_generate
 from slimheads.models.kv_shapes import kv_shapes
 from slimheads.names import Int8For, Precision
@@ -222,9 +222,9 @@ class OneFile:
     def fused(self) -> list[Structure]:
         """In both files: whether each fused attention node has the head count of its own layer."""
         sites, plan = find_sites(self._shipped.dense), self._shipped.plan
-        whole = Plan(tuple(replace(site, kept=tuple(range(site.total))) for site in plan.sites))
-        graphs = ((self._shipped.dense_graph(), whole), (self._shipped.graph(), plan))
-        return [Structure(path, len(sites), partial(fused_faults, path, sites, kept)) for path, kept in graphs]
+        graphs = ((self._shipped.dense_graph(), Plan(())), (self._shipped.graph(), plan))
+        attention = len(of_kind(sites, "attention"))
+        return [Structure(path, attention, partial(fused_faults, path, sites, kept)) for path, kept in graphs]
 
     def structures(self, further: Sequence[Precision]) -> list[Structure]:
         shipped = self._shipped
@@ -330,14 +330,14 @@ class _FourFiles:
 
     def structures(self, further: Sequence[Precision]) -> list[Structure]:
         encoder = seq2seq.encoder_sites(self._shipped.dense)
-        decoder = tuple(site for site in find_sites(self._shipped.dense) if site.name not in {s.name for s in encoder})
+        decoder = tuple(site for site in find_sites(self._shipped.dense) if site.key not in {s.key for s in encoder})
         own = {ENCODER: encoder, FIRST_DECODER: decoder, NEXT_DECODER: decoder}
         structures = [self._structure(part, sites, further) for part, sites in own.items()] + [self._merged(further)]
         return structures + [structure for part in own for structure in self._shipped.sums(part, further)]
 
     def _structure(self, part: str, sites: tuple[Site, ...], further: Sequence[Precision]) -> Structure:
-        names = {site.name for site in sites}
-        plan = Plan(tuple(site for site in self._shipped.plan.sites if site.site in names))
+        keys = {site.key for site in sites}
+        plan = Plan(tuple(site for site in self._shipped.plan.sites if site.key in keys))
         before, after = self._shipped.dense_graph(part), self._shipped.graph("fp32", part)
 
         def faults() -> Iterator[str]:

@@ -3,6 +3,7 @@
 M(l, h) = ||W_Q||_F + ||W_K||_F + ||W_V||_F + ||W_O||_F over the slices of head h in layer l, without biases.
 For a KV group: the norms of its K and V slices, of all its query slices together and of all its output slices together.
 Each query head of a group has a score as well: its own query and output slices, and the K and V slices that it reads.
+For a neuron: the norms of its input row, its gate row if there is one, and its output column. A layer has no magnitude.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ from slimheads.errors import ModelRefusedError
 from slimheads.families.sites import Projection, Site, find_sites
 from slimheads.pruning.scores import SiteScores
 
-ROLES = ("query", "key", "value", "output")
+ROLES = ("query", "key", "value", "output", "expand", "gate", "contract")
 CACHED = 2**17  # elements that each thread converts to float32 at a time: 512 KiB
 
 
 def magnitude(model: PreTrainedModel) -> tuple[SiteScores, ...]:
-    """The scores of every site, in the model's order.
+    """The scores of every attention and feed-forward site, in the model's order.
 
     Reads each weight once; works in any dtype, accumulating in float32 and float64.
 
     Raises:
         ModelRefusedError: the model's family is not covered, or a weight holds NaN or infinity (the tensor is named).
     """
-    modules, sites = dict(model.named_modules()), find_sites(model)
+    modules, sites = dict(model.named_modules()), [site for site in find_sites(model) if site.kind != "layer"]
     alike: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:  # sites with the same labels are scored together
         key = (site.unit, site.total, site.members, *(id(p.unit_of) for p in site.projections))
         alike.setdefault(key, []).append(site)
-    scored = {scores.site: scores for group in alike.values() for scores in _score_alike(modules, group)}
-    return tuple(scored[site.name] for site in sites)
+    scored = {scores.key: scores for group in alike.values() for scores in _score_alike(modules, group)}
+    return tuple(scored[site.key] for site in sites)
 
 
 def _score_alike(modules: Mapping[str, torch.nn.Module], sites: Sequence[Site]) -> Iterator[SiteScores]:
@@ -53,7 +54,7 @@ def _score_alike(modules: Mapping[str, torch.nn.Module], sites: Sequence[Site]) 
     by_head = _magnitudes(runs.by_head(), sums) if runs.unit == "kv_group" else [()] * len(sites)
     for site, scores, heads in zip(sites, _magnitudes(runs, sums), by_head, strict=True):
         groups = tuple(heads[start : start + site.members] for start in range(0, len(heads), site.members))
-        yield SiteScores(site.name, site.unit, scores, groups)
+        yield SiteScores(site.name, site.unit, scores, groups, site.kind)
 
 
 def _in_runs(projection: Projection) -> Projection:

@@ -18,7 +18,7 @@ METHODS: Mapping[ScoreMethod, Callable[[PreTrainedModel], tuple[SiteScores, ...]
 
 
 def score(model: PreTrainedModel, method: ScoreMethod = "magnitude") -> Scores:
-    """Scores every unit of every site of a model that `slimheads.load` covers, dense or slim.
+    """Scores the units of a model that `slimheads.load` covers, dense or slim: heads or KV groups, and neurons.
 
     Raises:
         UsageError: the method is not known.
