@@ -50,7 +50,7 @@ def config_of(layout: str, size: str) -> Any:
 
 
 def model_of(layout: str, size: str, dtype: torch.dtype, *, all_weights: bool = False) -> PreTrainedModel:
-    """A model with random attention weights, made quickly: nothing is initialized that is not read.
+    """A model with random weights in its blocks, made quickly: nothing is initialized that is not read.
 
     The other weights are memory that was never touched, and takes none, unless `all_weights` asks for numbers there.
     """
@@ -66,8 +66,8 @@ def model_of(layout: str, size: str, dtype: torch.dtype, *, all_weights: bool = 
     return model.eval()
 
 
-def attention_weights(model: PreTrainedModel) -> list[torch.Tensor]:
-    """The weights that are scored and cut."""
+def block_weights(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The weights that are scored and cut: those of attention and of feed-forward blocks."""
     projections = (p for site in find_sites(model) for p in site.projections)
     return [model.get_submodule(p.module).get_parameter("weight").detach() for p in projections]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from common import DTYPES, arguments, attention_weights, bytes_of, model_of, paired, show, slope
+from common import DTYPES, arguments, block_weights, bytes_of, model_of, paired, show, slope
 
 from slimheads.latency.statistics import ratio_interval
 from slimheads.pruning.scoring.score import score
@@ -18,7 +18,7 @@ from slimheads.pruning.scoring.score import score
 def measure(layout: str, size: str, dtype: str, sets: int, rounds: int) -> dict[str, object]:
     """One row of the table."""
     model = model_of(layout, size, DTYPES[dtype])
-    weights = attention_weights(model)
+    weights = block_weights(model)
 
     def plain(_: None) -> list[torch.Tensor]:
         return [torch.linalg.vector_norm(weight) for weight in weights]

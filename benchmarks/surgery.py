@@ -11,7 +11,7 @@ import functools
 
 import numpy as np
 import torch
-from common import DTYPES, arguments, attention_weights, bytes_of, model_of, paired, show, slope
+from common import DTYPES, arguments, block_weights, bytes_of, model_of, paired, show, slope
 from transformers import PreTrainedModel
 
 from slimheads.latency.statistics import ratio_interval
@@ -25,12 +25,14 @@ def same_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-def measure(layout: str, size: str, dtype: str, ratio: float, sets: int, rounds: int) -> dict[str, object]:
+def measure(
+    layout: str, size: str, dtype: str, ratios: tuple[float, float], sets: int, rounds: int
+) -> dict[str, object]:
     """One row of the table."""
     model = model_of(layout, size, DTYPES[dtype])
-    plan = select(score(model), ratio=ratio)
-    kept = attention_weights(prune(same_weights(model), plan))
-    stretches = [dense.flatten()[: slim.numel()] for dense, slim in zip(attention_weights(model), kept, strict=True)]
+    plan = select(score(model), ratio=ratios[0], ffn_ratio=ratios[1])
+    kept = block_weights(prune(same_weights(model), plan))
+    stretches = [dense.flatten()[: slim.numel()] for dense, slim in zip(block_weights(model), kept, strict=True)]
     kept_bytes, parameters = bytes_of(kept), sum(p.numel() for p in model.parameters())
     del kept
 
@@ -61,6 +63,7 @@ def main() -> None:
         layouts=["llama", "gpt2", "bert", "gpt_neox"],
         dtypes=["float32", "bfloat16"],
         ratio=0.25,
+        ffn_ratio=0.4,
         sets=10,
         rounds=3,
         threads=2,
@@ -69,7 +72,11 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     cases = [(given.layouts[0], size) for size in given.sizes]
     cases += [(layout, given.sizes[:2][-1]) for layout in given.layouts[1:]]
-    rows = [measure(*case, dtype, given.ratio, given.sets, given.rounds) for dtype in given.dtypes for case in cases]
+    rows = [
+        measure(*case, dtype, (given.ratio, given.ffn_ratio), given.sets, given.rounds)
+        for dtype in given.dtypes
+        for case in cases
+    ]
     slopes = {}
     for dtype in given.dtypes if len(given.sizes) > 1 else ():
         line = [r for r in rows if (r["layout"], r["dtype"]) == (given.layouts[0], dtype)]

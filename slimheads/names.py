@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 Task = Literal[
@@ -38,3 +40,6 @@ KvShape = tuple[int, int, int]  # of one layer: KV heads, head_dim of keys, head
 Shape = tuple[int, ...]  # [batch], [batch, length] or [batch, length, past]
 GIB = 2**30  # bytes
 PLAIN: GraphForm = "plain"
+UNITS: Mapping[SiteKind, tuple[Unit, ...]] = MappingProxyType(
+    {"attention": ("head", "kv_group"), "feed_forward": ("neuron",), "layer": ("layer",)}
+)

@@ -41,7 +41,7 @@ class LinkProof(Proof):
 
 
 class CertificateProof(Proof):
-    """A certificate whose links all held, with a different number of heads in every attention block."""
+    """A certificate whose links all held, with a different number of units in every block. `units` were deleted."""
 
     task: str
     variant: str = ""  # what differs from the plain test model, e.g. "head_dim: 6"
@@ -66,7 +66,7 @@ class TaskProof(Proof):
 
 
 class ReloadProof(Proof):
-    """Which library reloads a slim folder to the same weights, head counts and outputs."""
+    """Which library reloads a slim folder to the same weights, sizes and outputs."""
 
     counts: Literal["ragged", "equal"]
     tier: Literal["stock", "slimheads"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import get_args
 
 from pydantic import BaseModel, ConfigDict
 
 from slimheads.families.evidence import SECTIONS, TypeEvidence, digest, evidence
 from slimheads.families.family import Family, Inputs, SiteRow, families
-from slimheads.names import Unit
+from slimheads.names import UNITS, SiteKind, Unit
 
 _NEEDED = SECTIONS.keys() - {"tokens"}  # only some models generate
 _LAYOUTS = ("separate", "fused in blocks", "fused by head")
@@ -22,11 +23,12 @@ class _Result(BaseModel):
 
 
 class SiteSupport(_Result):
-    """A kind of attention block: the module name it matches, what can be deleted, how its projections are stored."""
+    """One row of a family file: the module name it matches, what can be deleted, how its projections are stored."""
 
     match: str
+    kind: SiteKind
     unit: Unit
-    layout: str
+    layout: str | None  # null for layers
 
 
 class TypeSupport(_Result):
@@ -36,6 +38,7 @@ class TypeSupport(_Result):
     there is no difference to state.
     """
 
+    deleted: tuple[Unit, ...]  # what the certificates deleted
     links: Mapping[str, float | None]
     gated: Mapping[str, float]  # by dtype
     scores: Mapping[str, float]  # by dtype
@@ -68,6 +71,8 @@ def shortfall(model_type: str, family: Family) -> str | None:
     if found.digest != digest(family):
         return "its family file changed since"
     missing = sorted(section for section in _NEEDED if not getattr(found, section))
+    lacking = {kind for kind in _kinds(family, model_type) if not _deleted(found).intersection(UNITS[kind])}
+    missing += sorted(f"deleted {UNITS[kind][0]}s" for kind in lacking)
     return f"no proof of {', '.join(missing)}" if missing else None
 
 
@@ -79,7 +84,7 @@ def supported_families() -> tuple[FamilySupport, ...]:
 def _row(name: str, family: Family) -> FamilySupport:
     reasons = {model_type: shortfall(model_type, family) for model_type in family.model_types}
     proven = {t: evidence().model_types[t] for t, reason in reasons.items() if reason is None}
-    sites = tuple(SiteSupport(match=row.match, unit=_unit(family, row), layout=_layout(row)) for row in family.sites)
+    sites = tuple(_site(family, row) for row in family.sites if not _always_stays(row))
     return FamilySupport(
         family=name,
         title=family.title,
@@ -87,7 +92,7 @@ def _row(name: str, family: Family) -> FamilySupport:
         inputs=family.inputs,
         sites=sites,
         unit=_joined(site.unit for site in sites),
-        layout=_joined(site.layout for site in sites),
+        layout=_joined(site.layout for site in sites if site.kind == "attention" and site.layout),
         tasks=tuple(sorted({proof.task for found in proven.values() for proof in found.tasks})),
         reload=_joined(_reload(found) for found in proven.values()) or None,
         variants={t: variants for t, found in proven.items() if (variants := _variants(found))},
@@ -100,7 +105,29 @@ def _joined(words: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(words))
 
 
+def _site(family: Family, row: SiteRow) -> SiteSupport:
+    layout = None if row.kind == "layer" else _layout(row)
+    return SiteSupport(match=row.match, kind=row.kind, unit=_unit(family, row), layout=layout)
+
+
+def _always_stays(row: SiteRow) -> bool:
+    """Whether the row is of layers none of which can ever be dropped."""
+    return any(stays.which == "all" and not stays.when for stays in row.stays)
+
+
+def _kinds(family: Family, model_type: str) -> set[SiteKind]:
+    """The kinds of sites that lose units in models of a type."""
+    rows = (row for row in family.sites if row.when.get("model_type", model_type) == model_type)
+    return {row.kind for row in rows if not _always_stays(row)}
+
+
+def _deleted(found: TypeEvidence) -> set[Unit]:
+    return {unit for proof in found.certificate for unit in proof.units}
+
+
 def _unit(family: Family, row: SiteRow) -> Unit:
+    if row.kind != "attention":
+        return UNITS[row.kind][0]
     units, heads = family.keys(row)
     multi_query = isinstance(units, int)  # its one KV head stays, and query heads are deleted
     return "head" if units == heads or multi_query else "kv_group"
@@ -129,6 +156,7 @@ def _largest_differences(found: TypeEvidence) -> TypeSupport:
     for proof in found.gated:
         gated[proof.dtype] = max(gated.get(proof.dtype, 0.0), proof.max_abs)
     return TypeSupport(
+        deleted=tuple(sorted(_deleted(found), key=get_args(Unit).index)),
         links=_links(found),
         gated=gated,
         scores={proof.dtype: proof.max_rel for proof in found.scores},

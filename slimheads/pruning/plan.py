@@ -22,13 +22,8 @@ from pydantic.dataclasses import dataclass
 from slimheads.errors import UsageError
 from slimheads.families.record import Range, Renumbering, in_ranges, out_of_ranges
 from slimheads.families.sites import Site, SiteKey
-from slimheads.names import SiteKind, Unit
+from slimheads.names import UNITS, SiteKind, Unit
 
-UNITS: Mapping[SiteKind, tuple[Unit, ...]] = {
-    "attention": ("head", "kv_group"),
-    "feed_forward": ("neuron",),
-    "layer": ("layer",),
-}
 Total = Annotated[int, Field(strict=True, ge=1, le=2**24)]  # the bound keeps a forged plan's ranges from filling memory
 
 
