@@ -186,8 +186,8 @@ def profile(
     kinds: Annotated[
         str,
         typer.Option(
-            help="Sites to measure. For each kind of block, attention takes up to about 16 slim models, feed_forward up "
-            "to 18 and layer 3; each is exported and timed."
+            help="Sites to measure. For each kind of block, attention takes up to about 16 slim models, feed_forward "
+            "up to 18 and layer 3; each is exported and timed."
         ),
     ] = "attention,feed_forward,layer",
     min_seconds: Annotated[float, typer.Option(help="Seconds to measure each count and shape for.")] = 1.0,

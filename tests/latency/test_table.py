@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -265,8 +266,12 @@ def test_sites_of_a_kind_lose_the_same_arithmetic(variety: str, tiny: Tiny) -> N
         if kind.least == kind.total:
             continue
         units, kept = (1, ()) if kind.kind == "layer" else (kind.total, kind.keeping(1))
-        plans = [Plan((SitePlan(site, kind.unit, units, kept, kind.kind),)) for site in kind.sites]
-        left = {flops(prune(copy.deepcopy(dense), plan), *shape) for plan in plans}
+        left = set()
+        for site in kind.sites:
+            # in some architectures only some layers can go alone, because a layer's number says what it does
+            with suppress(UsageError) if kind.kind == "layer" else nullcontext():
+                plan = Plan((SitePlan(site, kind.unit, units, kept, kind.kind),))
+                left.add(flops(prune(copy.deepcopy(dense), plan), *shape))
         assert len(left) == 1 and max(left) < flops(dense, *shape)
 
 
