@@ -178,7 +178,7 @@ def shipped(
 
 @pytest.fixture(scope="session")
 def equal() -> Callable[..., Plan]:
-    """`equal(model, heads, neurons=None)`: a plan with the same counts in every site (`plans.equal_plan`)."""
+    """`equal(model, heads=None, neurons=None)`: a plan with the same counts in every site (`plans.equal_plan`)."""
     return equal_plan
 
 

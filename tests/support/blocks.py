@@ -25,6 +25,9 @@ BERT_LIKE_LAYERS = BERT_LIKE | VIT_LIKE | BEIT_LIKE | {"deberta", "deberta-v2", 
 UNGATED_LLAMAS = {"arcee", "nemotron"}
 FUSED = {"glm", "phi3"}
 
+# Their configuration has no key from which transformers builds the width of their feed-forward blocks alone.
+WITHOUT_WIDTH = {"bloom", "dinov2", "mpt"} | SWIN_LIKE
+
 
 @dataclass(frozen=True)
 class Matrices:

@@ -37,8 +37,8 @@ def ragged_plan(model: PreTrainedModel, seed: int = 0, kinds: Sequence[SiteKind]
     return Plan(tuple(planned))
 
 
-def equal_plan(model: PreTrainedModel, heads: int, neurons: int | None = None) -> Plan:
-    """The first unit and the last ones of every attention site, and of every feed-forward block if `neurons` is given."""
+def equal_plan(model: PreTrainedModel, heads: int | None = None, neurons: int | None = None) -> Plan:
+    """The first unit and the last ones of every attention site and every feed-forward block, whichever are given."""
     counts = {"attention": heads, "feed_forward": neurons}
     return Plan(
         tuple(
