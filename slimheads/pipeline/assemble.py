@@ -100,7 +100,7 @@ def _no_drift(run: Finished) -> tuple[str, str]:
 
 
 def _facts(run: Finished) -> ModelFacts:
-    source, plan, config = run.source, run.selected.plan.of_kind("attention"), read_config(run.source.folder)
+    source, plan, config = run.source, run.selected.plan, read_config(run.source.folder)
     counted, family = run.benched.flops if run.benched else None, families()[run.source.family]
 
     def size(side: Side, parameters: int) -> Size:
