@@ -83,6 +83,9 @@ def _print_prediction(console: Console, found: Preview) -> None:
     if found.selection.asked == "auto":
         unit = wording.units(found.kinds["attention"].unit, found.selection.kept_more)
         console.print(f"Head counts: {wording.selection_text(found.selection, unit)}", markup=False, soft_wrap=True)
+    if (neurons := found.selection.feed_forward) and neurons.asked == "auto":
+        text = wording.selection_text(neurons, "neurons", "ffn_multiple_of")
+        console.print(f"Neuron counts: {text}", markup=False, soft_wrap=True)
     if found.predicted:
         table = Table("predicted at", "dense", "slim", "speedup (by the latency table)", box=None, pad_edge=False)
         for row in found.predicted:
@@ -104,16 +107,18 @@ def print_profiles(profiles: Sequence[Profile]) -> None:
         table, how = made.table, "reused" if made.reused else "measured"
         place = f"{fmt.shape_text(table.shape)}, {table.provider}, {fmt.plural(table.threads, 'thread')}"
         console.print(f"{place}: dense {fmt.milliseconds(table.dense_ms)}; {how}, {made.path}", soft_wrap=True)
-        rows = Table("sites", "keep", "share of dense latency (95% interval)", box=None, pad_edge=False)
-        rows.add_column("saved per deleted unit and site", justify="right")
+        rows = Table("kind", "sites", "keep", "share of dense latency (95% interval)", box=None, pad_edge=False)
+        rows.add_column("saved per deleted unit", justify="right")
         rows.add_column("")
         for point in table.points:
             kind = table.kinds[point.kind]
-            each = (1 - point.share.estimate) / (kind.total - point.kept) / len(kind.sites)
+            sites = 1 if kind.kind == "layer" else len(kind.sites)  # that delete so many units
+            each = (1 - point.share.estimate) / (kind.total - point.kept) / sites
             interval = f"{point.share.estimate:.3f} ({point.share.low:.3f} to {point.share.high:.3f})"
-            saved = f"{each:.2%}, {1000 * each * table.dense_ms:.3g} µs"
+            saved = f"{each:.3%}, {1000 * each * table.dense_ms:.3g} µs"
             noise = f"noisy: {point.noise}" if point.noise else ""
-            rows.add_row(f"{len(kind.sites)} {kind.name}", f"{point.kept} of {kind.total}", interval, saved, noise)
+            named = f"{len(kind.sites)} {kind.name}"
+            rows.add_row(kind.kind.replace("_", " "), named, f"{point.kept} of {kind.total}", interval, saved, noise)
         console.print(rows)
         if table.noisy_points:
             console.print(f"{_noisy(table.noisy_points)}: {_AGAIN}", soft_wrap=True)

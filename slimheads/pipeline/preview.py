@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from slimheads.errors import about_keys
 from slimheads.families.config_facts import measured_shapes
-from slimheads.latency.head_counts import Selection
+from slimheads.latency.counts import Selection
 from slimheads.latency.records import Interval
 from slimheads.latency.table import LatencyTable, predict
 from slimheads.models import flops
@@ -67,7 +67,7 @@ class Preview(BaseModel):
 def preview(recipe: Recipe, note: Callable[[str], None] = lambda line: None) -> Preview:
     """Scores the model, chooses, deletes in memory to count what is left, and looks its latency up.
 
-    A latency table is measured only where `multiple_of: auto` cannot choose without it; it is stored for later runs.
+    A latency table is measured only where a step that is auto cannot be chosen without it; it is stored for later runs.
 
     Args:
         note: called with a line of text while a table is measured.
@@ -84,7 +84,7 @@ def _preview(recipe: Recipe, note: Callable[[str], None]) -> Preview:
     require_usable(recipe, source)
     recipe_tables = RecipeTables(recipe, source)
     tables: Mapping[Shape, LatencyTable] = {}
-    if recipe.select.multiple_of == "auto":
+    if recipe.select.auto_steps:
         tables = recipe_tables.measured(note)
     elif not read_config(source.folder).is_encoder_decoder:
         tables = recipe_tables.stored()

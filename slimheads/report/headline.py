@@ -68,6 +68,8 @@ def headline(report: Report) -> Headline:
     if report.selection.asked == "auto":
         unit = units(report.model.unit, report.selection.kept_more)
         findings.append(Finding.of("Head counts", selection_text(report.selection, unit)))
+    if (neurons := report.selection.feed_forward) and neurons.asked == "auto":
+        findings.append(Finding.of("Neuron counts", selection_text(neurons, "neurons", "ffn_multiple_of")))
     findings += [_drift(drift, report.scores.method) for drift in drifts]
     if report.drift is None:
         findings.append(Finding.of("Drift", f"not measured: {report.drift_reason}"))

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, JsonValue, computed_field, model_val
 
 from slimheads.families.family import Inputs
 from slimheads.latency.attribution import Treatment
+from slimheads.latency.counts import Selection
 from slimheads.latency.graph_choice import GraphChoice
-from slimheads.latency.head_counts import Selection
 from slimheads.latency.records import Latency
 from slimheads.names import SiteKind, Unit
 from slimheads.pruning.plan import Plan

@@ -15,7 +15,7 @@ from slimheads.formatting import (
     span,
     whole,
 )
-from slimheads.latency.head_counts import Selection
+from slimheads.latency.counts import Selection
 from slimheads.latency.records import Interval, Latency
 from slimheads.names import SiteKind, Unit
 from slimheads.report.model import KindCount, Prediction
@@ -100,9 +100,9 @@ def prediction_lines(rows: Sequence[Prediction]) -> list[tuple[str, str]]:
     return lines
 
 
-def selection_text(selection: Selection, unit: str) -> str:
-    """The step that `multiple_of: auto` chose, and its gain by the latency table."""
-    chose = f"multiple_of: auto chose {selection.multiple_of}"
+def selection_text(selection: Selection, unit: str, key: str = "multiple_of") -> str:
+    """The step that `multiple_of: auto` (or `ffn_multiple_of`) chose, and its gain by the latency table."""
+    chose = f"{key}: auto chose {selection.multiple_of}"
     if selection.predicted_gain is None:
         tried = [candidate.multiple_of for candidate in selection.candidates]
         steps = f" (tried: {listing(tried)})" if tried else ""
