@@ -12,7 +12,6 @@ from slimheads.errors import UsageError
 from slimheads.pipeline.preview import preview
 from slimheads.recipe.recipe import Recipe
 
-
 JOINT = {"ratio": 0.25, "ffn_ratio": 0.4, "ffn_multiple_of": 8}
 
 
