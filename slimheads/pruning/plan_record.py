@@ -32,13 +32,13 @@ def record_plan(config: PretrainedConfig, family: Family, sites: Sequence[Site],
     heads = _equal_head_counts(family, dense, matched.of_attention())
     # The layers stay as they are; head counts and widths are the dense ones unless all sites have the same.
     fixed = {key for row in family.rows(config, "layer") for key in (*row.layer_keys, *row.per_layer)}
-    values = {key: value for key, value in dense.items() if key not in fixed} | layers
+    values = {key: value for key, value in dense.items() if key not in fixed}
+    _assign(config, layers)
+    if layers:
+        restage(config)  # or a backbone would not accept its other values
     for counts in (heads, widths):
         values |= counts if _accepts(config, values | counts) else {}
-    for key, value in values.items():
-        assign(config, key, value)
-    if layers:
-        restage(config)
+    _assign(config, values)
     setattr(config, PLAN_KEY, {**record.to_json(), "dense": dense})
     if family.reload == "pruned_heads":
         config.pruned_heads = _pruned_heads(config, record, matched)
@@ -91,12 +91,16 @@ def _accepts(config: PretrainedConfig, values: Mapping[str, Any]) -> bool:
     """
     changed = copy.deepcopy(config)
     try:
-        for key, value in values.items():
-            assign(changed, key, value)
+        _assign(changed, values)
         type(config).from_dict(changed.to_dict())
     except ValueError:
         return False
     return True
+
+
+def _assign(config: PretrainedConfig, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        assign(config, key, value)
 
 
 def _composed_plan(config: PretrainedConfig, before: Plan, sites: Sequence[Site], plan: Plan, matched: Matched) -> Plan:
