@@ -1,1 +1,1 @@
-"""The model families: one data file per family, and the code that reads them and finds attention blocks."""
+"""The model families: one data file per family, and the code that reads them and finds the sites."""

@@ -1,4 +1,4 @@
-"""What a recipe would delete, without writing weights: heads, parameters, FLOPs and bytes, and predicted latency."""
+"""What a recipe would delete, without writing weights: units, parameters, FLOPs and bytes, and predicted latency."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slimheads.latency.table import LatencyTable, predict
 from slimheads.models import flops
 from slimheads.models.checkpoint import find, read_config
 from slimheads.models.loading import load
-from slimheads.names import Shape
+from slimheads.names import Shape, SiteKind
 from slimheads.pipeline.checks import require_usable
 from slimheads.pipeline.latency_tables import RecipeTables
 from slimheads.pipeline.stages.select import choose
@@ -22,13 +22,14 @@ from slimheads.pruning.plan import Plan
 from slimheads.pruning.scoring.score import score
 from slimheads.pruning.surgery import prune
 from slimheads.recipe.recipe import Recipe
+from slimheads.report.model import KindCount, count_kinds
 
 
 class Cost(BaseModel):
     """One model: `bytes` are those of its weights in their own dtype, `flops` those of one run at `Preview.shape`."""
 
     model_config = ConfigDict(frozen=True)
-    heads: int  # units: heads, or KV groups
+    heads: int  # units of attention: heads, or KV groups
     parameters: int
     flops: int
     bytes: int
@@ -54,6 +55,7 @@ class Preview(BaseModel):
     model: str
     task: str
     shape: tuple[int, ...]
+    kinds: dict[SiteKind, KindCount]  # as in report.json
     dense: Cost
     slim: Cost
     plan: Plan
@@ -99,14 +101,16 @@ def _preview(recipe: Recipe, note: Callable[[str], None]) -> Preview:
             bytes=flops.weight_bytes(model),
         )
 
-    dense = cost(plan.total)
+    kinds = count_kinds(plan)
+    dense = cost(kinds["attention"].total)
     prune(model, plan)
     return Preview(
         model=source.given,
         task=source.task,
         shape=shape,
+        kinds=kinds,
         dense=dense,
-        slim=cost(plan.total - plan.removed),
+        slim=cost(kinds["attention"].kept),
         plan=plan,
         selection=selection,
         predicted=tuple(_predicted(table, plan) for table in tables.values()) or None,

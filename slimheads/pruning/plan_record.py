@@ -6,10 +6,11 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from transformers import PretrainedConfig
 
 from slimheads.errors import ModelRefusedError, UsageError
-from slimheads.families.family import PLAN_KEY, Family, assign, dense_value
+from slimheads.families.family import PLAN_KEY, Family, assign, dense_value, lookup, site_pattern
 from slimheads.families.record import recorded_renumbering
 from slimheads.families.sites import Site, SiteKey
 from slimheads.pruning.layers import restage, smaller_config
@@ -57,11 +58,27 @@ def recorded_plan(config: PretrainedConfig, family: Family) -> Plan | None:
         dense: Mapping[str, Any] = record["dense"]
         if not dense.keys() <= family.recorded_keys or not all(map(_is_config_value, dense.values())):
             raise ValueError(f"dense values {dense!r}")
+        _require_layers(config, family, plan, dense)
     except (UsageError, KeyError, AttributeError, ValueError) as error:
         raise ModelRefusedError(
             f"'{PLAN_KEY}' does not hold a plan ({error})", where="config.json", hint="fetch the model again"
         ) from error
     return plan
+
+
+def _require_layers(config: PretrainedConfig, family: Family, plan: Plan, dense: Mapping[str, Any]) -> None:
+    """The dense model is built layer by layer before any is dropped, so their number may not be just anything.
+
+    Raises:
+        ValueError: it is not the number of layers that are left and of those that the plan drops.
+    """
+    gone = [site.site for site in plan.of_kind("layer").sites if not site.kept]
+    for row in family.rows(config, "layer"):
+        dropped = sum(site_pattern(row).fullmatch(name) is not None for name in gone)
+        for key in dense.keys() & set(row.layer_keys):
+            before, left = (np.sum(value) for value in (dense[key], lookup(config, key)))
+            if before != left + dropped:
+                raise ValueError(f"{key} was {before}, and is {left} without {dropped} layers")
 
 
 def _is_config_value(value: object) -> bool:
