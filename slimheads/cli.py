@@ -120,7 +120,7 @@ def score(
     task: Task = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Score every head of a model by weight magnitude."""
+    """Score every head and feed-forward neuron of a model by weight magnitude."""
     from slimheads.console import tables
     from slimheads.models.loading import load
     from slimheads.pruning.scoring.score import score as score_model

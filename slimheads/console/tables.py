@@ -80,12 +80,8 @@ def _kept_and_deleted(site: SitePlan) -> tuple[str, str]:
 
 
 def _print_prediction(console: Console, found: Preview) -> None:
-    if found.selection.asked == "auto":
-        unit = wording.units(found.kinds["attention"].unit, found.selection.kept_more)
-        console.print(f"Head counts: {wording.selection_text(found.selection, unit)}", markup=False, soft_wrap=True)
-    if (neurons := found.selection.feed_forward) and neurons.asked == "auto":
-        text = wording.selection_text(neurons, "neurons", "ffn_multiple_of")
-        console.print(f"Neuron counts: {text}", markup=False, soft_wrap=True)
+    for label, text in wording.selection_lines(found.selection, found.kinds):
+        console.print(f"{label}: {text}", markup=False, soft_wrap=True)
     if found.predicted:
         table = Table("predicted at", "dense", "slim", "speedup (by the latency table)", box=None, pad_edge=False)
         for row in found.predicted:

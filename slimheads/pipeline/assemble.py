@@ -100,7 +100,7 @@ def _no_drift(run: Finished) -> tuple[str, str]:
 
 
 def _facts(run: Finished) -> ModelFacts:
-    source, plan, config = run.source, run.selected.plan.of_kind("attention"), read_config(run.source.folder)
+    source, config = run.source, read_config(run.source.folder)
     counted, family = run.benched.flops if run.benched else None, families()[run.source.family]
 
     def size(side: Side, parameters: int) -> Size:
@@ -122,7 +122,7 @@ def _facts(run: Finished) -> ModelFacts:
         dense=size("dense", run.loaded.parameters),
         slim=size("slim", run.pruned.parameters),
         flops_shape=counted.shape if counted else None,
-        kinds=count_kinds(plan),
+        kinds=count_kinds(run.selected.plan),
         reload=run.pruned.reload,
         reload_note=run.pruned.reload_note,
         sentence_transformers=run.pruned.sentence_transformers,

@@ -17,7 +17,7 @@ from slimheads.report.wording import (
     prediction_lines,
     removed_counts,
     sample_line,
-    selection_text,
+    selection_lines,
     units,
 )
 from slimheads.verification.certificate import Link
@@ -65,11 +65,7 @@ def headline(report: Report) -> Headline:
     if len(report.candidates) > 1:
         findings.append(_graph(report.candidates))
     findings += [Finding.of(*line) for line in prediction_lines(report.predictions)]
-    if report.selection.asked == "auto":
-        unit = units(report.model.unit, report.selection.kept_more)
-        findings.append(Finding.of("Head counts", selection_text(report.selection, unit)))
-    if (neurons := report.selection.feed_forward) and neurons.asked == "auto":
-        findings.append(Finding.of("Neuron counts", selection_text(neurons, "neurons", "ffn_multiple_of")))
+    findings += [Finding.of(*line) for line in selection_lines(report.selection, report.model.kinds)]
     findings += [_drift(drift, report.scores.method) for drift in drifts]
     if report.drift is None:
         findings.append(Finding.of("Drift", f"not measured: {report.drift_reason}"))

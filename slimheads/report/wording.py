@@ -100,8 +100,19 @@ def prediction_lines(rows: Sequence[Prediction]) -> list[tuple[str, str]]:
     return lines
 
 
-def selection_text(selection: Selection, unit: str, key: str = "multiple_of") -> str:
-    """The step that `multiple_of: auto` (or `ffn_multiple_of`) chose, and its gain by the latency table."""
+def selection_lines(selection: Selection, kinds: Mapping[SiteKind, KindCount]) -> list[tuple[str, str]]:
+    """The step that each key set to auto chose, and its gain by the latency table: a label and a text."""
+    lines = []
+    if selection.asked == "auto":
+        unit = units(kinds["attention"].unit, selection.kept_more)
+        lines.append(("Head counts", _selection_text(selection, unit, "multiple_of")))
+    if (neurons := selection.feed_forward) and neurons.asked == "auto":
+        unit = units(kinds["feed_forward"].unit, neurons.kept_more)
+        lines.append(("Neuron counts", _selection_text(neurons, unit, "ffn_multiple_of")))
+    return lines
+
+
+def _selection_text(selection: Selection, unit: str, key: str) -> str:
     chose = f"{key}: auto chose {selection.multiple_of}"
     if selection.predicted_gain is None:
         tried = [candidate.multiple_of for candidate in selection.candidates]

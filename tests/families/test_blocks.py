@@ -34,7 +34,9 @@ def test_every_layer_is_a_site(tiny: Tiny, variety: str) -> None:
 
 def test_kinds_come_in_one_order_and_layers_of_a_stack_count_up(tiny: Tiny, variety: str) -> None:
     sites = find_sites(tiny(variety))
-    assert [s.kind for s in sites] == [s.kind for k in ("attention", "feed_forward", "layer") for s in of_kind(sites, k)]
+    assert [s.kind for s in sites] == [
+        s.kind for k in ("attention", "feed_forward", "layer") for s in of_kind(sites, k)
+    ]
     assert len({site.key for site in sites}) == len(sites)
 
 

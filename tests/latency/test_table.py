@@ -258,6 +258,20 @@ def test_blocks_of_each_kind_and_the_layers_of_a_stack_are_kinds_of_their_own(ti
     assert [(len(kind.sites), kind.total, kind.least) for kind in towers] == [(2, 2, 1), (2, 2, 1)]
 
 
+@pytest.mark.parametrize(
+    "variety,measured",
+    [
+        ("bert", [(1, 2)]),
+        ("albert", [(), ()]),  # shared weights: no layer can be dropped
+        ("wavlm", [(), (0, 1)]),  # the first computes the position biases; the other two may both go
+        ("swin-windows", [(1,), (1,)]),  # a stack per stage
+        ("qwen3_moe-sparse", [(), ()]),  # a layer's number says whether it has experts, so the last must stay
+    ],
+)
+def test_layers_are_measured_where_they_may_be_dropped(variety: str, measured: list[Any], tiny: Tiny) -> None:
+    assert [kind.counts(2) for kind in kinds_of(tiny(variety), kinds=("layer",))] == measured
+
+
 @pytest.mark.parametrize("variety", ["bert", "albert", "swin-windows", "clip", "wavlm", "modernbert", "gpt2"])
 def test_sites_of_a_kind_lose_the_same_arithmetic(variety: str, tiny: Tiny) -> None:
     dense = tiny(variety)

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 from layouts import unit_tensors
-from safetensors.torch import load_file, save_file
-from tiny import task_of, tasks_of
+from tiny import tasks_of
 from transformers import AutoModel, PreTrainedModel
 
 from slimheads.data.inputs import make_inputs, to_torch
@@ -25,7 +24,6 @@ from slimheads.errors import EnvironmentLackError, ModelRefusedError, UsageError
 from slimheads.families.family import families
 from slimheads.models.checkpoint import find
 from slimheads.models.loading import load, save
-from slimheads.models.tasks import TASKS
 from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.scoring.score import score
 from slimheads.pruning.select import select

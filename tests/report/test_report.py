@@ -6,16 +6,16 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 from made_reports import (
     make_drift,
+    make_joint,
     make_latency,
     make_link,
     make_model,
@@ -28,13 +28,9 @@ from rich.console import Console
 from ruamel.yaml import YAML
 
 from slimheads.latency.records import CacheBytes, Interval, Latency, Timing
-from slimheads.names import Unit
-from slimheads.pruning.plan import Plan, SitePlan
-from slimheads.pruning.scores import Scores, SiteScores
 from slimheads.report import conditions, plots, tables
 from slimheads.report.headline import headline
 from slimheads.report.model import Report
-from slimheads.report.plan_plot import plan_picture
 from slimheads.report.render import (
     append_step_summary,
     print_summary,
@@ -73,6 +69,12 @@ NO_GPU = Latency(
     reason="no CUDAExecutionProvider",
 )
 NASTY = "evil/<script>alert('x')</script>|`a`\n# b"
+
+
+def joint(kept: Sequence[int], dropped: Container[int] = (), removed: int = 3) -> Report:
+    """A report on `make_joint`'s plan."""
+    scores, plan = make_joint(kept, dropped, removed)
+    return make_report(scores=scores, plan=plan, model=make_model(plan))
 
 
 class Page(HTMLParser):
@@ -129,7 +131,7 @@ def test_json_has_the_keys_of_the_contract() -> None:
     assert data["stages"][0].keys() >= {"stage", "seconds", "peak_rss_mb", "reused"}
 
 
-@pytest.mark.parametrize("report", [REPORT, FAILED], ids=["passed", "failed"])
+@pytest.mark.parametrize("report", [REPORT, FAILED, joint([922] * 6, {5})], ids=["passed", "failed", "all kinds"])
 def test_json_reads_back_equal(report: Report) -> None:
     assert Report.model_validate_json(report.to_json()) == report
 
@@ -162,6 +164,7 @@ def test_numbers_that_json_lacks_are_refused_wherever_they_hide(bad: float) -> N
         {"verdict": {"ok": True, "exit_code": 7, "reasons": ["a gate"]}},
         {"plan": make_tables(5, 12, 3)[1]},
         {"model": make_model(make_tables(6, 12, 17)[1])},
+        {"plan": make_joint([32] * 6)[1]},
         {"predictions": [], "predictions_reason": None},
         {"predictions": [make_prediction((1, 16), 1.1, 1.1, measured=None, error=None)]},
         {"predictions": [make_prediction((1, 16), 1.1, 1.1, speedup=None)]},
@@ -226,6 +229,56 @@ def test_what_auto_came_to_is_told_and_no_more_than_the_table_supports(changes: 
     assert said in line
     assert ("1.03x" in line) is ("reason" not in changes)
     assert "Head counts" not in "\n".join(lines_of(REPORT))
+
+
+def test_json_has_a_section_for_each_kind_that_the_plan_names() -> None:
+    model = json.loads(joint([1000, 1536, 500], {1}).to_json())["model"]
+    sizes = ("unit", "sites", "total", "kept", "removed")
+    assert {kind: [count[name] for name in sizes] for kind, count in model["kinds"].items()} == {
+        "attention": ["head", 2, 24, 18, 6],
+        "feed_forward": ["neuron", 2, 3072, 1500, 1572],
+        "layer": ["layer", 3, 3, 2, 1],
+    }
+    model = json.loads(REPORT.to_json())["model"]
+    assert list(model["kinds"]) == ["attention"] and model["unit"] == "head"
+    assert [model["heads"][name] for name in sizes] == ["head", 6, 72, 54, 18]
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        (REPORT, "Removed 18 of 72 heads (25%): "),
+        (joint([922] * 6), "Removed 18 of 72 heads (25%) and 3,684 of 9,216 feed-forward neurons (40%): "),
+        (joint([922] * 6, removed=0), "Removed 3,684 of 9,216 feed-forward neurons (40%): "),
+        (
+            joint([922] * 6, {5}),
+            "Removed 1 of 6 layers (17%), and in the other layers 15 of 60 heads (25%) and 3,070 of 7,680 feed-forward "
+            "neurons (40%): ",
+        ),
+        (joint([1536] * 6, removed=0), "Removed nothing: all 72 heads and 9,216 feed-forward neurons are kept."),
+    ],
+    ids=["heads", "both", "neurons", "all", "nothing"],
+)
+def test_what_was_removed_is_said_kind_by_kind(report: Report, said: str) -> None:
+    assert str(headline(report).findings[0]).startswith(said)
+
+
+def test_pages_name_the_kinds_in_tables_control_and_card() -> None:
+    report = joint([922] * 6, {5})
+    counted = {row[0]: row[1:3] for row in tables.sizes(report).rows}
+    assert counted["Feed-forward neurons in layers that stay"] == ("7,680", "4,610")
+    assert counted["Layers"] == ("6", "5")
+    assert tables.sizes(REPORT).rows[0][:3] == ("Heads", "72", "54")
+    for page in (render_markdown, render_html, render_model_card):
+        assert "as many heads, feed-forward neurons and layers removed at random" in page(report)
+        assert "as many heads removed at random" in page(REPORT)
+        assert "neuron" not in page(REPORT) and "layers that stay" not in page(REPORT)
+    whole = render_model_card(joint([922] * 6))
+    assert "18 of 72 attention heads and 3,684 of 9,216 feed-forward neurons of pkg://" in whole
+    assert "18 of 72 attention heads of pkg://" in render_model_card(REPORT)
+    figures = [(one.value, one.label, one.note) for one in tables.key_figures(report)]
+    assert ("40%", "of feed-forward neurons removed", "3,070 of 7,680 in layers that stay") in figures
+    assert ("17%", "of layers removed", "1 of 6") in figures
 
 
 @pytest.mark.parametrize("name", ["cosine", "perplexity_ratio"])
@@ -376,28 +429,6 @@ def test_the_same_report_gives_the_same_bytes() -> None:
     copy = Report.model_validate_json(REPORT.to_json())
     for render in (render_html, render_markdown, render_model_card):
         assert render(REPORT) == render(copy)
-
-
-@pytest.mark.parametrize(
-    ("layers", "units", "removed", "unit"),
-    [(2, 4, 0, "head"), (2, 4, 3, "head"), (6, 12, 18, "kv_group"), (48, 64, 900, "head")],
-)
-def test_heat_map_marks_exactly_the_deleted_units(layers: int, units: int, removed: int, unit: Unit) -> None:
-    scores, plan = make_tables(layers, units, removed, unit)
-    drawing = plan_picture(scores, plan, width=960, name="h")
-    ElementTree.fromstring(drawing.replace("xlink:href", "href"))
-    marked = re.findall(r'id="h-deleted-(\d+)-(\d+)"', drawing)
-    wanted = {(i, unit) for i, site in enumerate(plan.sites) for unit in range(units) if unit not in site.kept}
-    assert len(marked) == removed
-    assert {(int(site), int(unit)) for site, unit in marked} == wanted
-
-
-def test_heat_map_takes_sites_of_different_sizes_and_equal_scores() -> None:
-    scores = Scores("magnitude", (SiteScores("a.$x$", "head", (1.0, 1.0)), SiteScores("b", "head", (1.0,)))).table()
-    plan = Plan((SitePlan("a.$x$", "head", 2, (1,)), SitePlan("b", "head", 1, (0,))))
-    drawing = plan_picture(scores, plan, width=342, name="h")
-    assert re.findall(r'id="h-deleted-([\d-]+)"', drawing) == ["0-0"]
-    assert "a.$x$" in drawing
 
 
 def test_plots_say_nothing_where_nothing_was_measured() -> None:

@@ -34,25 +34,21 @@ def make_tables(layers: int, units: int, removed: int, unit: Unit = "head") -> t
     return Scores("magnitude", tuple(scores)).table(), Plan(tuple(plan))
 
 
-def make_joint(
-    kept: Sequence[int], dropped: Container[int] = (), width: int = 1536, block: str = "encoder.layer.{}"
-) -> tuple[ScoreTable, Plan]:
-    """Scores and a plan for all three kinds: layers that keep that many neurons of their width, some of them dropped.
+def make_joint(kept: Sequence[int], dropped: Container[int] = (), removed: int = 3) -> tuple[ScoreTable, Plan]:
+    """Scores and a plan for layers that keep that many of 1,536 neurons and lose the first heads of twelve.
 
     Args:
-        block: where a layer's feed-forward site is.
+        dropped: layers that go.
+        removed: heads of each layer.
     """
-    scores, heads = make_tables(len(kept), 12, 3 * len(kept))
-    layers = range(len(kept))
+    table, layers, names = make_tables(len(kept), 12, 0)[0], range(len(kept)), "encoder.layer.{}".format
     stay = [layer for layer in layers if layer not in dropped]
-    neurons = [SitePlan(block.format(at), "neuron", width, tuple(range(kept[at])), "feed_forward") for at in stay]
-    ones = (1.0,) * width
-    rows = [SiteRow(site=site.site, kind=site.kind, unit=site.unit, scores=ones) for site in neurons]
-    sites = [*(heads.sites[at] for at in stay), *neurons]
-    if dropped:
-        sites += [SitePlan(f"encoder.layer.{at}", "layer", 1, (0,) if at in stay else (), "layer") for at in layers]
-    table = ScoreTable(method="magnitude", sites=(*(scores.sites[at] for at in stay), *rows))
-    return table, Plan(tuple(sites))
+    heads = [SitePlan(table.sites[at].site, "head", 12, tuple(range(removed, 12))) for at in stay]
+    neurons = [SitePlan(names(at), "neuron", 1536, tuple(range(kept[at])), "feed_forward") for at in stay]
+    scores = [SiteRow(site=site.site, kind=site.kind, unit=site.unit, scores=(1.0,) * 1536) for site in neurons]
+    drops = [SitePlan(names(at), "layer", 1, (0,) if at in stay else (), "layer") for at in layers if dropped]
+    rows = (*(table.sites[at] for at in stay), *scores)
+    return ScoreTable(method="magnitude", sites=rows), Plan((*heads, *neurons, *drops))
 
 
 def make_latency(

@@ -44,7 +44,8 @@ _STAGES: dict[str, Any] = {
 
 _TWO_TOWERS: dict[str, Any] = {
     "text_config": _SIZES | {"num_hidden_layers": 2, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
-    "vision_config": _IMAGE | {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2}
+    "vision_config": _IMAGE
+    | {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2}
     | {"num_attention_heads": 6},
     "projection_dim": 16,
 }
