@@ -256,7 +256,7 @@ def test_sites_that_do_not_match_keep_all_and_are_not_counted(tiny: Tiny) -> Non
     plan = select(scores, 0.5, sites="*.[01].attention")
     assert plan.kinds == ("attention",) and not plan.sites[2].removed and plan.removed == 4
     with pytest.raises(
-        UsageError, match=r"no site matches 'decoder\.\*'; the first site is encoder\.layer\.0\.attention"
+        UsageError, match=r"no attention site matches 'decoder\.\*'; the first site is encoder\.layer\.0\.attention"
     ):
         select(scores, 0.5, sites="decoder.*")
 
