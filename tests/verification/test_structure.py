@@ -178,8 +178,8 @@ def mlp(width: int, scope: str = "m/mlp") -> dict[str, np.ndarray]:
     "changes,fault",
     [
         ({}, None),
-        ({"m/mlp/up/MatMul/w": (HIDDEN, 9)}, "m.mlp.up: tensors 10, 6x9 where the plan says 10, 6x10"),
-        ({"m/mlp/up/Add/bias": (14,)}, "m.mlp.up: tensors 6x10, 14 where the plan says 10, 6x10"),
+        ({"m/mlp/up/MatMul/w": (HIDDEN, 9)}, "m.mlp.up: tensors 6x9, 10 where the plan says 6x10, 10"),
+        ({"m/mlp/up/Add/bias": (14,)}, "m.mlp.up: tensors 6x10, 14 where the plan says 6x10, 10"),
         ({"m/mlp/down/MatMul/w": (6, HIDDEN)}, "m.mlp.down: tensors 6, 6x6 where the plan says 5x6, 6"),
         ({"m/mlp/down/Add/bias": (5,)}, "m.mlp.down: tensors 5, 5x6 where the plan says 5x6, 6"),
     ],
@@ -218,7 +218,7 @@ def test_a_dropped_layer_is_gone_and_those_after_it_move_up(tmp_path: Path) -> N
     assert found(stack(7)), "one layer more went"
     norm = stack(7, 3)
     del norm["h/1/norm/Mul/w"]
-    assert found(norm) == ["tensors outside the plan changed: 6 became nothing"]
+    assert found(norm) == ["tensors outside the plan changed: 6 became none"]
 
 
 # -------------------------------------------------------------------------------------------------- fused nodes
