@@ -130,8 +130,7 @@ class Select(Section):
     ffn_ratio: float = Field(0.0, ge=0, lt=1, description="fraction of feed-forward neurons to delete, as ratio")
     ffn_multiple_of: Multiple = Field(
         32,
-        description="kept neurons per feed-forward block are a multiple of this, and at least this many; auto: chosen "
-        "from measured latency",
+        description="kept neurons per block are a multiple of this, never fewer; auto: by latency",
     )
     drop_layers: NonNegativeInt = Field(0, description="whole layers to drop; takes a score.method that scores layers")
 

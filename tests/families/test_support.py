@@ -117,7 +117,10 @@ def test_a_row_says_what_was_proven_and_how_far_off_the_worst_was(believe: Calla
     [
         ({"digest": "0123456789abcdef"}, "its family file changed since"),
         ({"gated": []}, "no proof of gated"),
-        ({"certificate": [], "scores": []}, "no proof of certificate, scores, deleted heads, deleted layers, deleted neurons"),
+        (
+            {"certificate": [], "scores": []},
+            "no proof of certificate, scores, deleted heads, deleted layers, deleted neurons",
+        ),
     ],
 )
 def test_what_is_not_proven_is_said_to_be_so(
@@ -130,7 +133,10 @@ def test_what_is_not_proven_is_said_to_be_so(
     (row,) = (row for row in data.json if row["family"] == "bert")
     assert "bert" not in row["evidence"] and "roberta" in row["evidence"]
     page = " ".join(people.out.split())
-    assert f" bert bert head neuron layer not proven: {reason}" in page and " roberta bert head neuron layer 7 tests" in page
+    assert (
+        f" bert bert head neuron layer not proven: {reason}" in page
+        and " roberta bert head neuron layer 7 tests" in page
+    )
     assert " distilbert distilbert head neuron layer not proven: no evidence" in page
 
 

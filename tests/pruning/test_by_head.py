@@ -113,7 +113,9 @@ def test_keys_and_values_stay_and_it_reloads(wide: Tiny, tmp_path: Path, model_t
         assert all(torch.equal(*tensors) for tensors in zip(*pair, strict=True))
     save(model, tmp_path / "slim")
     loaded = load(tmp_path / "slim")
-    assert [(s.total, s.members) for s in of_kind(find_sites(loaded), "attention")] == [(2, len(s.kept) // 2) for s in plan.sites]
+    assert [(s.total, s.members) for s in of_kind(find_sites(loaded), "attention")] == [
+        (2, len(s.kept) // 2) for s in plan.sites
+    ]
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
