@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from slimheads import __version__
 from slimheads.errors import EnvironmentLackError, UsageError
 from slimheads.exits import complain, exit_code, handle_signals, raise_if_interrupted, silence_libraries
+from slimheads.names import SiteKind
 from slimheads.notices import collected
 from slimheads.streams import SteadyConsole, flush_standard_streams, open_standard_streams
 
@@ -119,7 +120,7 @@ def score(
     task: Task = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Score every head of a model by weight magnitude."""
+    """Score every head and feed-forward neuron of a model by weight magnitude."""
     from slimheads.console import tables
     from slimheads.models.loading import load
     from slimheads.pruning.scoring.score import score as score_model
@@ -182,11 +183,18 @@ def profile(
     within_groups: Annotated[
         bool, typer.Option("--within-groups", help="Count query heads where they share KV heads.")
     ] = False,
+    kinds: Annotated[
+        str,
+        typer.Option(
+            help="Sites to measure. For each kind of block, attention takes up to about 16 slim models, feed_forward "
+            "up to 18 and layer 3; each is exported and timed."
+        ),
+    ] = "attention,feed_forward,layer",
     min_seconds: Annotated[float, typer.Option(help="Seconds to measure each count and shape for.")] = 1.0,
     again: Annotated[bool, typer.Option("--again", help="Measure even what is stored.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what each count of heads costs, once for a model and machine; plans are predicted from it."""
+    """Measure what each count of heads, neurons and layers costs, once for a model and machine, to predict plans."""
     from slimheads.console import tables
     from slimheads.latency.profile import profile as measure
     from slimheads.latency.table_store import Setting
@@ -195,8 +203,8 @@ def profile(
     wanted = [_shape(text) for text in shapes or ["1x16", "1x128"]]
     with _display("profile") as display:
         found = measure(
-            find(model, task), wanted, Setting(provider, threads, within_groups), min_seconds=min_seconds, again=again,
-            tell=display.note, on_share=display.share,
+            find(model, task), wanted, Setting(provider, threads, within_groups, _kinds(kinds)),
+            min_seconds=min_seconds, again=again, tell=display.note, on_share=display.share,
         )  # fmt: skip
     data = [{"path": str(f.path), "reused": f.reused, "table": f.table.model_dump(mode="json")} for f in found]
     _show(as_json, data, lambda: tables.print_profiles(found))
@@ -313,6 +321,14 @@ def _shape(text: str) -> tuple[int, ...]:
     if len(sizes) not in (2, 3, 4) or not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise UsageError(f"'{text}' is no shape", where="--shape", hint="write batch x length, like 1x128, or 1x1x512")
     return tuple(int(size) for size in sizes)
+
+
+def _kinds(text: str) -> tuple[SiteKind, ...]:
+    known: tuple[SiteKind, ...] = get_args(SiteKind)
+    named = text.split(",")
+    if not set(named) <= set(known):
+        raise UsageError(f"'{text}' are no kinds of sites", where="--kinds", hint=f"name some of {','.join(known)}")
+    return tuple(kind for kind in known if kind in named)
 
 
 def _show(as_json: bool, data: Any, for_people: Callable[[], object]) -> None:

@@ -15,7 +15,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import copy
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from plans import equal_plan, ragged_plan
 from shipped import ALL_PRECISIONS, Shipped, ship
 from tiny import (
     AUDIO,
@@ -44,10 +44,9 @@ from transformers import PreTrainedModel
 from slimheads.data.inputs import make_inputs, to_torch
 from slimheads.families.config_facts import has_length, takes_text
 from slimheads.families.family import families
-from slimheads.families.sites import find_sites
 from slimheads.models.loading import load
 from slimheads.names import KvAxes, Precision
-from slimheads.pruning.plan import Plan, SitePlan
+from slimheads.pruning.plan import Plan
 
 pytest_plugins = ["evidence"]
 MODEL_TYPES = sorted(model_type for family in families().values() for model_type in family.model_types)
@@ -140,26 +139,8 @@ def tiny() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture(scope="session")
 def ragged() -> Callable[..., Plan]:
-    """`ragged(model, seed=0)`: a random plan with another count in every site, one site keeping a single unit."""
-
-    def plan(model: PreTrainedModel, seed: int = 0) -> Plan:
-        draw = random.Random(seed)
-        sites = find_sites(model)
-        counts = [1 + index % max(1, site.total - 1) for index, site in enumerate(sites)]
-        for total in dict.fromkeys(site.total for site in sites):
-            alike = [index for index, site in enumerate(sites) if site.total == total]
-            shuffled = [counts[index] for index in alike]
-            draw.shuffle(shuffled)
-            for index, count in zip(alike, shuffled, strict=True):
-                counts[index] = count
-        return Plan(
-            tuple(
-                SitePlan(site.name, site.unit, site.total, tuple(sorted(draw.sample(range(site.total), count))))
-                for site, count in zip(sites, counts, strict=True)
-            )
-        )
-
-    return plan
+    """`ragged(model, seed=0, kinds=ALL_KINDS)`: a random plan with another count in every site (`plans.ragged_plan`)."""
+    return ragged_plan
 
 
 @pytest.fixture(scope="session")
@@ -197,13 +178,8 @@ def shipped(
 
 @pytest.fixture(scope="session")
 def equal() -> Callable[..., Plan]:
-    """`equal(model, count)`: a plan that keeps the first unit and the last `count - 1` of every site."""
-
-    def plan(model: PreTrainedModel, count: int) -> Plan:
-        sites = find_sites(model)
-        return Plan(tuple(SitePlan(s.name, s.unit, s.total, (0, *range(s.total - count + 1, s.total))) for s in sites))
-
-    return plan
+    """`equal(model, heads=None, neurons=None)`: a plan with the same counts in every site (`plans.equal_plan`)."""
+    return equal_plan
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,22 @@ def rows(script: str, *arguments: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+def test_predictions_are_of_joint_plans_and_compared_with_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLIMHEADS_CACHE", str(tmp_path))
+    quick = ("--plans", "3", "--shape", "1x8", "--min-seconds", "0.01", "--table-seconds", "0.01")
+    found = json.loads(ran("prediction.py", str(checkpoint()), *quick, "--json"))
+    assert len(found["rows"]) == 3 and len({json.dumps(row["kept"]) for row in found["rows"]}) == 3
+    for row in found["rows"]:
+        layers = sum(row["kept"]["layer"])
+        assert len(row["kept"]["attention"]) == len(row["kept"]["feed_forward"]) == layers >= 1
+        assert row["error"] == pytest.approx(row["measured"] / row["predicted"] - 1)
+    again = ran("prediction.py", str(checkpoint()), *quick)
+    assert "attention" in again and ("median error" in again or "nothing conclusive" in again)
+
+
+@pytest.mark.slow
 def test_scoring_is_measured_in_every_layout_and_dtype() -> None:
     layouts, dtypes = ("llama", "gpt2", "bert", "gpt_neox"), ("float32", "bfloat16")
     found = rows("scoring.py", "--sizes", "1M", *FEW)

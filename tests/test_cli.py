@@ -345,7 +345,8 @@ def test_a_package_that_is_not_installed(tmp_path: Path) -> None:
 def test_plan_for_people_and_for_programs(recipe: Path) -> None:
     people, data = slimheads("plan", recipe, "--set", "select.ratio=0.25"), slimheads("plan", recipe, "--json")
     assert (people.code, data.code, people.err, data.err) == (0, 0, "", "")
-    assert data.json["plan"]["format"] == 1
+    assert data.json["plan"]["format"] == 2
+    assert data.json["kinds"] == {"attention": {"unit": "head", "sites": 3, "total": 12, "kept": 6, "removed": 6}}
     assert (data.json["dense"]["heads"], data.json["slim"]["heads"]) == (12, 6)
     assert "FLOPs at 1x8" in people.out and re.search(r"heads +12 +9 +.25\.0%", people.out)
 
@@ -353,13 +354,15 @@ def test_plan_for_people_and_for_programs(recipe: Path) -> None:
 def test_score_for_people_and_for_programs() -> None:
     people, data = slimheads("score", checkpoint()), slimheads("score", checkpoint(), "--json")
     assert (people.code, data.code, people.err, data.err) == (0, 0, "", "")
-    assert set(data.json) == {"format", "method", "sites"} and data.json["format"] == 1
+    assert set(data.json) == {"format", "method", "sites"} and data.json["format"] == 2
     expected = [list(site.scores) for site in score(load(checkpoint())).sites]
-    assert [site["site"] for site in data.json["sites"]] == list(BERT_SITES)
+    blocks = [name.removesuffix(".attention") for name in BERT_SITES]
+    assert [site["site"] for site in data.json["sites"]] == [*BERT_SITES, *blocks]
+    assert [site["unit"] for site in data.json["sites"]] == ["head"] * 3 + ["neuron"] * 3
     assert [site["scores"] for site in data.json["sites"]] == expected
-    assert data.json == json.loads((finished() / "scores.json").read_text())
+    assert data.json["sites"][:3] == json.loads((finished() / "scores.json").read_text())["sites"]
     rows = people.out.splitlines()
-    assert len(rows) == 1 + 3  # a header and a line a site, however long
+    assert len(rows) == 1 + 6  # a header and a line a site, however long
     weakest = min(range(4), key=expected[0].__getitem__)
     assert rows[1].split()[:3] == [BERT_SITES[0], "head", str(weakest)]
 

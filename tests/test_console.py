@@ -14,7 +14,13 @@ import pytest
 from rich.console import Console
 
 from slimheads.console.progress import HEARTBEAT, LiveDisplay, LogDisplay
+from slimheads.console.tables import print_preview, print_scores
+from slimheads.latency.counts import Selection
+from slimheads.pipeline.preview import Cost, Preview
 from slimheads.pipeline.progress import Progress, Silent
+from slimheads.pruning.plan import Plan, SitePlan
+from slimheads.pruning.scores import Scores, SiteScores
+from slimheads.report.model import count_kinds
 
 NEVER = 1e6  # seconds
 _SEQUENCE = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])")
@@ -241,3 +247,59 @@ def test_the_bar_shows_the_time_left_once_it_is_known_and_what_others_print_stay
     text = _SEQUENCE.sub("", received)
     assert text.index("20 s") < text.index("about 60 s left")
     assert screen(received) == (["note: a setting was repaired", "bench    80.0 s"], True)
+
+
+# Tables
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of each line of a table."""
+    return [re.split(r"  +", line.strip()) for line in text.splitlines()]
+
+
+def test_of_a_feed_forward_block_only_the_ends_of_its_scores_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    heads = SiteScores("layer.0.attention", "head", tuple(map(float, range(20, 0, -1))))
+    neurons = SiteScores("layer.0", "neuron", tuple(map(float, range(1536, 0, -1))), kind="feed_forward")
+    print_scores(Scores("magnitude", (heads, neurons)))
+    _, head_row, neuron_row = rows_of(capsys.readouterr().out)
+    assert head_row[2:] == [f"{unit} ({20 - unit})" for unit in range(19, -1, -1)]
+    ends = [[f"{unit} ({1536 - unit})" for unit in units] for units in (range(1535, 1531, -1), range(3, -1, -1))]
+    assert neuron_row == ["layer.0", "neuron", *ends[0], "... 1,528 more ...", *ends[1]]
+
+
+def test_a_plan_is_shown_kind_by_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan(
+        (
+            SitePlan("layer.0.attention", "head", 4, (0, 2)),
+            SitePlan("layer.0", "neuron", 1536, tuple(range(928)), "feed_forward"),
+            SitePlan("layer.0", "layer", 1, (0,), "layer"),
+            SitePlan("layer.1", "layer", 1, (), "layer"),
+        )
+    )
+    dense, slim = (Cost(heads=heads, parameters=9, flops=9, bytes=9) for heads in (4, 2))
+    print_preview(
+        Preview(
+            model="m",
+            task="feature-extraction",
+            shape=(1, 8),
+            kinds=count_kinds(plan),
+            dense=dense,
+            slim=slim,
+            plan=plan,
+            selection=Selection(asked=1, multiple_of=1),
+            predicted=None,
+            predicted_reason=None,
+        )
+    )
+    rows = rows_of(capsys.readouterr().out)
+    assert rows[2:5] == [
+        ["heads in layers that stay", "4", "2", "\u221250.0%"],
+        ["feed-forward neurons in layers that stay", "1,536", "928", "\u221239.6%"],
+        ["layers", "2", "1", "\u221250.0%"],
+    ]
+    assert rows[-4:] == [
+        ["layer.0.attention", "2 of 4", "1 3"],
+        ["layer.0", "928 of 1536", "608 feed-forward neurons"],
+        ["layer.0", "kept", "nothing"],
+        ["layer.1", "dropped", "the layer"],
+    ]

@@ -12,6 +12,7 @@ from slimheads.families.support import FamilySupport
 from slimheads.latency.profile import Profile
 from slimheads.latency.records import Latency
 from slimheads.pipeline.preview import Preview
+from slimheads.pruning.plan import SitePlan
 from slimheads.pruning.scores import Scores
 from slimheads.report import wording
 from slimheads.report.families_page import NOT_PROVEN
@@ -20,6 +21,7 @@ from slimheads.streams import SteadyConsole
 
 _AGAIN = "profile with --again on a machine that does nothing else"
 _PAGE_WIDTH = 100  # columns, of a table with sentences in it
+_ENDS = 4  # neurons shown of a block's weakest, and of its strongest
 _UNWRAPPED = 100_000  # columns: one line per row, however long, for grep and its like
 
 
@@ -30,11 +32,14 @@ def stdout() -> Console:
 
 
 def print_scores(scores: Scores) -> None:
-    """One row per site, its units from the weakest to the strongest."""
+    """One row per site, its units from the weakest to the strongest; of a feed-forward block a few of both."""
     table = Table("site", "unit", "weakest first: unit (score)", box=None, pad_edge=False)
     for site in scores.sites:
         ranked = sorted(range(len(site.scores)), key=lambda unit: (site.scores[unit], unit))
-        table.add_row(site.site, site.unit, "  ".join(f"{unit} ({site.scores[unit]:.4g})" for unit in ranked))
+        texts = [f"{unit} ({site.scores[unit]:.4g})" for unit in ranked]
+        if len(texts) > 2 * _ENDS and site.unit == "neuron":
+            texts[_ENDS:-_ENDS] = [f"... {fmt.whole(len(texts) - 2 * _ENDS)} more ..."]
+        table.add_row(site.site, site.unit, "  ".join(texts))
     stdout().print(table)
 
 
@@ -45,8 +50,10 @@ def print_preview(found: Preview) -> None:
     table = Table("", "dense", "slim", "change", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
+    for kind, count in found.kinds.items():
+        label = wording.units(count.unit, 2) + wording.among(kind, found.kinds)
+        table.add_row(label, fmt.whole(count.total), fmt.whole(count.kept), fmt.change(count.total, count.kept))
     rows = (
-        ("heads" if plan.sites[0].unit == "head" else "KV groups", "heads", fmt.whole),
         ("parameters", "parameters", fmt.whole),
         ("weights", "bytes", fmt.size),
         (f"FLOPs at {fmt.shape_text(found.shape)}", "flops", fmt.flops),
@@ -57,15 +64,24 @@ def print_preview(found: Preview) -> None:
     console.print(table)
     sites = Table("site", "keeps", "deletes", box=None, pad_edge=False)
     for site in plan.sites:
-        sites.add_row(site.site, f"{len(site.kept)} of {site.total}", " ".join(map(str, site.removed)) or "nothing")
+        sites.add_row(site.site, *_kept_and_deleted(site))
     console.print(sites)
     _print_prediction(console, found)
 
 
+def _kept_and_deleted(site: SitePlan) -> tuple[str, str]:
+    """Heads are named one by one, neurons counted, and a layer is kept or dropped."""
+    kept, removed = f"{len(site.kept)} of {site.total}", site.total - len(site.kept)
+    if site.kind == "layer":
+        return ("dropped", "the layer") if removed else ("kept", "nothing")
+    if site.kind == "feed_forward" and removed:
+        return kept, f"{fmt.whole(removed)} {wording.units(site.unit, removed)}"
+    return kept, " ".join(map(str, site.removed)) or "nothing"
+
+
 def _print_prediction(console: Console, found: Preview) -> None:
-    if found.selection.asked == "auto":
-        unit = "heads" if found.plan.sites[0].unit == "head" else "KV groups"
-        console.print(f"Head counts: {wording.selection_text(found.selection, unit)}", markup=False, soft_wrap=True)
+    for label, text in wording.selection_lines(found.selection, found.kinds):
+        console.print(f"{label}: {text}", markup=False, soft_wrap=True)
     if found.predicted:
         table = Table("predicted at", "dense", "slim", "speedup (by the latency table)", box=None, pad_edge=False)
         for row in found.predicted:
@@ -87,16 +103,18 @@ def print_profiles(profiles: Sequence[Profile]) -> None:
         table, how = made.table, "reused" if made.reused else "measured"
         place = f"{fmt.shape_text(table.shape)}, {table.provider}, {fmt.plural(table.threads, 'thread')}"
         console.print(f"{place}: dense {fmt.milliseconds(table.dense_ms)}; {how}, {made.path}", soft_wrap=True)
-        rows = Table("sites", "keep", "share of dense latency (95% interval)", box=None, pad_edge=False)
-        rows.add_column("saved per deleted unit and site", justify="right")
+        rows = Table("kind", "sites", "keep", "share of dense latency (95% interval)", box=None, pad_edge=False)
+        rows.add_column("saved per deleted unit", justify="right")
         rows.add_column("")
         for point in table.points:
             kind = table.kinds[point.kind]
-            each = (1 - point.share.estimate) / (kind.total - point.kept) / len(kind.sites)
+            sites = 1 if kind.kind == "layer" else len(kind.sites)  # that delete so many units
+            each = (1 - point.share.estimate) / (kind.total - point.kept) / sites
             interval = f"{point.share.estimate:.3f} ({point.share.low:.3f} to {point.share.high:.3f})"
-            saved = f"{each:.2%}, {1000 * each * table.dense_ms:.3g} µs"
+            saved = f"{each:.3%}, {1000 * each * table.dense_ms:.3g} µs"
             noise = f"noisy: {point.noise}" if point.noise else ""
-            rows.add_row(f"{len(kind.sites)} {kind.name}", f"{point.kept} of {kind.total}", interval, saved, noise)
+            named = f"{len(kind.sites)} {kind.name}"
+            rows.add_row(kind.kind.replace("_", " "), named, f"{point.kept} of {kind.total}", interval, saved, noise)
         console.print(rows)
         if table.noisy_points:
             console.print(f"{_noisy(table.noisy_points)}: {_AGAIN}", soft_wrap=True)

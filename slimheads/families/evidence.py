@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slimheads.errors import UsageError
 from slimheads.families.family import Family
-from slimheads.names import Unit
+from slimheads.names import SiteKind, Unit
 
 EVIDENCE = cast(Path, files("slimheads") / "families" / "evidence.json")
 
@@ -66,8 +66,9 @@ class TaskProof(Proof):
 
 
 class ReloadProof(Proof):
-    """Which library reloads a slim folder to the same weights, sizes and outputs."""
+    """Which library reloads a slim folder, that lost units of one kind, to the same weights, sizes and outputs."""
 
+    kind: SiteKind = "attention"
     counts: Literal["ragged", "equal"]
     tier: Literal["stock", "slimheads"]
 

@@ -94,7 +94,7 @@ def _row(name: str, family: Family) -> FamilySupport:
         unit=_joined(site.unit for site in sites),
         layout=_joined(site.layout for site in sites if site.kind == "attention" and site.layout),
         tasks=tuple(sorted({proof.task for found in proven.values() for proof in found.tasks})),
-        reload=_joined(_reload(found) for found in proven.values()) or None,
+        reload=" / ".join(dict.fromkeys(_reload(found) for found in proven.values())) or None,
         variants={t: variants for t, found in proven.items() if (variants := _variants(found))},
         evidence={t: _largest_differences(found) for t, found in proven.items()},
         not_proven={t: reason for t, reason in reasons.items() if reason is not None},
@@ -140,10 +140,15 @@ def _layout(row: SiteRow) -> str:
 
 
 def _reload(found: TypeEvidence) -> str:
-    stock = {proof.counts for proof in found.reload if proof.tier == "stock"}
-    if "ragged" in stock:
-        return "stock transformers 4, slimheads"
-    return "stock with equal counts, slimheads" if stock else "slimheads"
+    """Which libraries rebuild a slim model, and stock transformers which ones."""
+    stock = [proof for proof in found.reload if proof.tier == "stock"]
+    counts = {kind: {proof.counts for proof in stock if proof.kind == kind} for kind in UNITS}
+    words = [
+        f"{'any' if 'ragged' in counts[kind] else 'equal'} {what}"
+        for kind, what in (("attention", "head counts"), ("feed_forward", "widths"))
+        if counts[kind]
+    ] + ["fewer layers"] * bool(counts["layer"])
+    return f"stock with {', '.join(words)}; slimheads" if words else "slimheads"
 
 
 def _variants(found: TypeEvidence) -> tuple[str, ...]:

@@ -20,9 +20,10 @@ from slimheads.families.config_facts import measured_shapes
 from slimheads.families.limits import require_fit
 from slimheads.formatting import shape_text
 from slimheads.latency.bench import bench
+from slimheads.latency.kinds import Kind, kinds_of
 from slimheads.latency.records import Interval, Latency
-from slimheads.latency.table import Kind, LatencyTable, Measurement, kinds_of, plan_keeping
-from slimheads.latency.table_store import Setting, folder, made_for, path_of, store, stored, writable
+from slimheads.latency.table import LatencyTable, Measurement
+from slimheads.latency.table_store import ALL_KINDS, Setting, folder, made_for, path_of, store, stored, writable
 from slimheads.models.checkpoint import Source, read_config
 from slimheads.models.loading import load
 from slimheads.names import Shape
@@ -62,7 +63,8 @@ def profile(
         on_share: called with the share of the work that is done, 0 to 1.
 
     Raises:
-        UsageError: an encoder-decoder, a model of single heads, or a shape that the model does not run at.
+        UsageError: an encoder-decoder, a model that can lose no unit of these kinds, or a shape that the model does
+            not run at.
         EnvironmentLackError: the provider is missing, or the folder of the tables cannot be written.
     """
     shapes = table_shapes(source, shapes)
@@ -73,9 +75,9 @@ def profile(
         with writable(folder()):
             pass  # found out before hours of measuring
         for table in _measure(source, lacking, setting, min_seconds, tell, on_share):
-            store(path_of(source, table.shape, setting), table)
+            store(table)
             found[table.shape] = table
-    return tuple(Profile(found[s], path_of(source, s, setting), s not in lacking) for s in shapes)
+    return tuple(Profile(found[s], path_of(found[s].made_for), s not in lacking) for s in shapes)
 
 
 def table_shapes(source: Source, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
@@ -104,23 +106,24 @@ def _measure(
 ) -> Iterator[LatencyTable]:
     """One table per shape. All shapes of a point are measured on the same two files."""
     model = load(source.folder, source.given_task).float()
-    kinds = kinds_of(model, setting.within_groups)
+    kinds = kinds_of(model, setting.within_groups, setting.kinds)
     wanted = [(index, count) for index, kind in enumerate(kinds) for count in kind.counts(setting.threads)]
     if not wanted:
         raise UsageError(
-            "no attention block can lose a unit: there is nothing to measure",
+            f"no site of kind {' or '.join(setting.kinds)} can lose a unit: there is nothing to measure",
             where=source.given,
             keys=("select.multiple_of",),
-            hint="take a model with several heads",
+            hint="take a model with several heads, or measure other kinds of sites",
         )
     found: dict[Shape, list[tuple[int, int, Latency]]] = {shape: [] for shape in shapes}
     with tempfile.TemporaryDirectory(prefix="slimheads-profile-") as home:
         dense = _exported(model, Path(home, "dense"), source.task)
         for number, (index, count) in enumerate(wanted, 1):
-            place = f"point {number} of {len(wanted)}: {kinds[index].name} keeps {count} of {kinds[index].total}"
+            kind = kinds[index]
+            place = f"point {number} of {len(wanted)}: {kind.kind} {kind.name} keeps {count} of {kind.total}"
             tell(place)
             on_share((number - 1) / len(wanted))
-            slim_model = prune(copy.deepcopy(model), plan_keeping(kinds, index, count))
+            slim_model = prune(copy.deepcopy(model), kind.plan(count))
             slim = _exported(slim_model, Path(home, "slim"), source.task)
             for shape, row in _rows(dense, slim, shapes, setting, min_seconds, place, tell).items():
                 found[shape].append((index, count, row))
@@ -203,4 +206,6 @@ def command(source: Source, shapes: Sequence[Shape], setting: Setting) -> str:
     for shape in shapes:  # an image has no length, but the option requires one
         parts += ["--shape", "x".join(map(str, shape if len(shape) > 1 else (*shape, 1)))]
     parts += ["--threads", str(setting.threads), "--provider", setting.provider]
+    if setting.kinds != ALL_KINDS:
+        parts += ["--kinds", ",".join(setting.kinds)]
     return shlex.join([*parts, *(["--within-groups"] if setting.within_groups else [])])

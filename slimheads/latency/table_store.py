@@ -3,8 +3,9 @@
     $SLIMHEADS_CACHE, or $XDG_CACHE_HOME/slimheads, or ~/.cache/slimheads
         profiles/KEY.json       one table: one model, one shape, one way of running it, on one machine
 
-The key is a hash of everything that a latency depends on, so a table that is found is valid. A file gets its name by
-one rename. A damaged file is reported and measured again.
+The key is a hash of everything that a latency depends on, so a table that is found is valid. A table of all kinds of
+sites serves where fewer are asked for. A file gets its name by one rename. A damaged file is reported and measured
+again.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import platform
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 from pydantic import JsonValue
 
@@ -29,12 +31,13 @@ from slimheads.errors import EnvironmentLackError, one_line
 from slimheads.files import remove, write
 from slimheads.latency.table import FORMAT, LatencyTable
 from slimheads.models.checkpoint import Source
-from slimheads.names import Shape
+from slimheads.names import Shape, SiteKind
 from slimheads.runtime.environment import environment
 from slimheads.runtime.sessions import session_options_record
 
 log = logging.getLogger(__name__)
 
+ALL_KINDS: tuple[SiteKind, ...] = get_args(SiteKind)
 _ABOUT_THE_SOURCE = ("_name_or_path", "transformers_version")  # keys of config.json that do not describe the model
 
 
@@ -45,11 +48,18 @@ class Setting:
     provider: str = "cpu"
     threads: int = 2
     within_groups: bool = False  # query heads where they share KV heads, as `select.within_groups` deletes them
+    kinds: tuple[SiteKind, ...] = ("attention",)  # of the sites that are measured, in the order of `ALL_KINDS`
 
 
 def stored(source: Source, shapes: Sequence[Shape], setting: Setting) -> dict[Shape, LatencyTable]:
     """The stored tables by shape. A damaged one is left out, and the reason logged as a warning."""
-    return {shape: table for shape in shapes if (table := _read(source, shape, setting)) is not None}
+    wider = dict.fromkeys((setting, replace(setting, kinds=ALL_KINDS)))
+    found: dict[Shape, LatencyTable] = {}
+    for shape in shapes:
+        tables = (_read(made_for(source, shape, one)) for one in wider)
+        if (table := next((table for table in tables if table is not None), None)) is not None:
+            found[shape] = table
+    return found
 
 
 def folder() -> Path:
@@ -72,6 +82,7 @@ def made_for(source: Source, shape: Shape, setting: Setting) -> dict[str, JsonVa
         "architecture": source.architecture,
         "shape": list(shape),
         **asdict(setting),
+        "kinds": list(setting.kinds),
         "session": dict(session_options_record(setting.provider, setting.threads)),
         "machine": {"cpu": machine.cpu, "cores": machine.cores_usable, "kind": platform.machine(), **gpu},
         "packages": {**machine.packages, "slimheads": slimheads.__version__},
@@ -87,17 +98,17 @@ def _gpu() -> str:
     return "; ".join([*filter(None, listed), os.environ.get("CUDA_VISIBLE_DEVICES", "all")])
 
 
-def path_of(source: Source, shape: Shape, setting: Setting) -> Path:
-    """The file of a table, whether or not it is there."""
-    identity = json.dumps(made_for(source, shape, setting), sort_keys=True, separators=(",", ":"))
+def path_of(about: Mapping[str, JsonValue]) -> Path:
+    """The file of the table that is `made_for` this, whether or not it is there."""
+    identity = json.dumps(about, sort_keys=True, separators=(",", ":"))
     return folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
 
 
-def _read(source: Source, shape: Shape, setting: Setting) -> LatencyTable | None:
-    path = path_of(source, shape, setting)
+def _read(about: Mapping[str, JsonValue]) -> LatencyTable | None:
+    path = path_of(about)
     try:
         table = LatencyTable.model_validate_json(path.read_bytes())
-        if table.made_for != made_for(source, shape, setting):
+        if table.made_for != about:
             raise ValueError("it was made for something else")
     except FileNotFoundError:
         return None
@@ -107,12 +118,13 @@ def _read(source: Source, shape: Shape, setting: Setting) -> LatencyTable | None
     return table
 
 
-def store(path: Path, table: LatencyTable) -> None:
-    """Writes a table; its file appears under its name only when complete.
+def store(table: LatencyTable) -> Path:
+    """Writes a table, and returns its file, which appears under its name only when complete.
 
     Raises:
         EnvironmentLackError: the folder cannot be written.
     """
+    path = path_of(table.made_for)
     draft = path.with_name(f"tmp-{uuid.uuid4().hex}")
     with writable(path.parent):
         try:
@@ -120,6 +132,7 @@ def store(path: Path, table: LatencyTable) -> None:
             draft.replace(path)
         finally:
             remove(draft)
+    return path
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from slimheads.pipeline.finished import Finished
 from slimheads.pipeline.gates import judge, unmet_gate
 from slimheads.pipeline.predictions import predict_rows
 from slimheads.pipeline.stages.export import SIDES
-from slimheads.report.model import GateResult, Heads, ModelFacts, Report, Size, StageRecord, Verdict
+from slimheads.report.model import GateResult, ModelFacts, Report, Size, StageRecord, Verdict, count_kinds
 from slimheads.runtime.environment import Environment
 from slimheads.side_files.shipped_files import stated_terms
 from slimheads.verification.lengths import lengths
@@ -100,7 +100,7 @@ def _no_drift(run: Finished) -> tuple[str, str]:
 
 
 def _facts(run: Finished) -> ModelFacts:
-    source, plan, config = run.source, run.selected.plan.of_kind("attention"), read_config(run.source.folder)
+    source, config = run.source, read_config(run.source.folder)
     counted, family = run.benched.flops if run.benched else None, families()[run.source.family]
 
     def size(side: Side, parameters: int) -> Size:
@@ -118,12 +118,11 @@ def _facts(run: Finished) -> ModelFacts:
         type=source.model_type,
         family=family.title,
         task=source.task,
-        unit=plan.sites[0].unit,
         inputs=family.inputs,
         dense=size("dense", run.loaded.parameters),
         slim=size("slim", run.pruned.parameters),
         flops_shape=counted.shape if counted else None,
-        heads=Heads(total=plan.total, kept=plan.total - plan.removed, removed=plan.removed),
+        kinds=count_kinds(run.selected.plan),
         reload=run.pruned.reload,
         reload_note=run.pruned.reload_note,
         sentence_transformers=run.pruned.sentence_transformers,

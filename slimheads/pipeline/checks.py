@@ -67,11 +67,12 @@ def require_usable(recipe: Recipe, source: Source) -> None:
             keys=("gates.min_cosine",),
             hint="name your own sample as verify.inputs",
         )
-    if recipe.select.multiple_of == "auto" and config.is_encoder_decoder:
+    if recipe.select.auto_steps and config.is_encoder_decoder:
+        step = recipe.select.auto_steps[0]
         raise UsageError(
-            f"multiple_of: auto takes a latency table, and there is none of an encoder-decoder ({source.model_type})",
-            keys=("select.multiple_of",),
-            hint="give a number, say that of bench.threads",
+            f"{step}: auto takes a latency table, and there is none of an encoder-decoder ({source.model_type})",
+            keys=(f"select.{step}",),
+            hint="give a number",
         )
     if recipe.verify.text:
         read_texts(Path(recipe.verify.text))

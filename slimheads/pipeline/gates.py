@@ -17,9 +17,9 @@ from slimheads.verification.drift import Drift
 _REMEDIES = {
     "latency_ratio": "delete more heads, or measure on a machine that does nothing else",
     "size_ratio": "delete more heads, or allow more bytes",
-    "min_cosine": "delete fewer heads, or try scope: layer",
-    "max_perplexity_ratio": "delete fewer heads, or try scope: layer",
-    "min_top1_agreement": "delete fewer heads, or try scope: layer",
+    "min_cosine": "delete less (select.ratio, select.ffn_ratio), or from elsewhere (select.scope)",
+    "max_perplexity_ratio": "delete less (select.ratio, select.ffn_ratio), or from elsewhere (select.scope)",
+    "min_top1_agreement": "delete less (select.ratio, select.ffn_ratio), or from elsewhere (select.scope)",
     "min_precision_cosine": "leave that precision out of export.precisions, or for int8 try another export.int8_for",
 }
 

@@ -10,10 +10,25 @@ from slimheads.latency.profile import command, profile, table_shapes
 from slimheads.latency.table import LatencyTable
 from slimheads.latency.table_store import Setting, stored
 from slimheads.models.checkpoint import Source, read_config
-from slimheads.names import Shape
+from slimheads.names import Shape, SiteKind
 from slimheads.recipe.recipe import Recipe
+from slimheads.recipe.sections import Select
 from slimheads.runtime.onnx_runtime import onnxruntime
 from slimheads.runtime.sessions import PROVIDERS
+
+
+def setting_of(recipe: Recipe, provider: str, threads: int) -> Setting:
+    """What is measured for a recipe: the kinds of sites that its plan touches."""
+    return Setting(provider, threads, recipe.select.within_groups, _touched(recipe.select))
+
+
+def _touched(select: Select) -> tuple[SiteKind, ...]:
+    touched: dict[SiteKind, bool] = {
+        "attention": select.ratio > 0 or select.multiple_of == "auto",
+        "feed_forward": select.ffn_ratio > 0 or select.ffn_multiple_of == "auto",
+        "layer": select.drop_layers > 0,
+    }
+    return tuple(kind for kind, is_touched in touched.items() if is_touched) or ("attention",)
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,7 @@ class RecipeTables:
         """How the model is run by the first provider that is there."""
         bench, here = self.recipe.bench, onnxruntime.get_available_providers()
         provider = next((p for p in bench.providers if PROVIDERS[p] in here), bench.providers[0])
-        return Setting(provider, bench.threads, self.recipe.select.within_groups)
+        return setting_of(self.recipe, provider, bench.threads)
 
     def stored(self) -> dict[Shape, LatencyTable]:
         """Those that are stored."""

@@ -8,9 +8,10 @@ from slimheads.errors import UsageError
 from slimheads.latency.profile import command, table_shapes
 from slimheads.latency.records import Latency
 from slimheads.latency.table import Predicted, predict
-from slimheads.latency.table_store import Setting, stored
+from slimheads.latency.table_store import stored
 from slimheads.names import PLAIN
 from slimheads.pipeline.finished import Finished
+from slimheads.pipeline.latency_tables import setting_of
 from slimheads.report.model import Prediction
 
 
@@ -31,7 +32,7 @@ def predict_rows(run: Finished, latency: Sequence[Latency]) -> tuple[tuple[Predi
 def _by_table(run: Finished, row: Latency) -> tuple[Predicted | None, str | None]:
     if row.graph is not None:
         return None, "there are no latency tables of models with several graphs"
-    setting = Setting(row.provider, row.threads, run.recipe.select.within_groups)
+    setting = setting_of(run.recipe, row.provider, row.threads)
     tables = stored(run.source, [row.shape], setting)
     if row.shape not in tables:
         shapes = table_shapes(run.source, run.recipe.bench.shapes)

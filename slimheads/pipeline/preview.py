@@ -1,4 +1,4 @@
-"""What a recipe would delete, without writing weights: heads, parameters, FLOPs and bytes, and predicted latency."""
+"""What a recipe would delete, without writing weights: units, parameters, FLOPs and bytes, and predicted latency."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pydantic import BaseModel, ConfigDict
 
 from slimheads.errors import about_keys
 from slimheads.families.config_facts import measured_shapes
-from slimheads.latency.head_counts import Selection
+from slimheads.latency.counts import Selection
 from slimheads.latency.records import Interval
 from slimheads.latency.table import LatencyTable, predict
 from slimheads.models import flops
 from slimheads.models.checkpoint import find, read_config
 from slimheads.models.loading import load
-from slimheads.names import Shape
+from slimheads.names import Shape, SiteKind
 from slimheads.pipeline.checks import require_usable
 from slimheads.pipeline.latency_tables import RecipeTables
 from slimheads.pipeline.stages.select import choose
@@ -22,13 +22,14 @@ from slimheads.pruning.plan import Plan
 from slimheads.pruning.scoring.score import score
 from slimheads.pruning.surgery import prune
 from slimheads.recipe.recipe import Recipe
+from slimheads.report.model import KindCount, count_kinds
 
 
 class Cost(BaseModel):
     """One model: `bytes` are those of its weights in their own dtype, `flops` those of one run at `Preview.shape`."""
 
     model_config = ConfigDict(frozen=True)
-    heads: int  # units: heads, or KV groups
+    heads: int  # units of attention: heads, or KV groups
     parameters: int
     flops: int
     bytes: int
@@ -54,6 +55,7 @@ class Preview(BaseModel):
     model: str
     task: str
     shape: tuple[int, ...]
+    kinds: dict[SiteKind, KindCount]  # as in report.json
     dense: Cost
     slim: Cost
     plan: Plan
@@ -65,7 +67,7 @@ class Preview(BaseModel):
 def preview(recipe: Recipe, note: Callable[[str], None] = lambda line: None) -> Preview:
     """Scores the model, chooses, deletes in memory to count what is left, and looks its latency up.
 
-    A latency table is measured only where `multiple_of: auto` cannot choose without it; it is stored for later runs.
+    A latency table is measured only where a step that is auto cannot be chosen without it; it is stored for later runs.
 
     Args:
         note: called with a line of text while a table is measured.
@@ -82,7 +84,7 @@ def _preview(recipe: Recipe, note: Callable[[str], None]) -> Preview:
     require_usable(recipe, source)
     recipe_tables = RecipeTables(recipe, source)
     tables: Mapping[Shape, LatencyTable] = {}
-    if recipe.select.multiple_of == "auto":
+    if recipe.select.auto_steps:
         tables = recipe_tables.measured(note)
     elif not read_config(source.folder).is_encoder_decoder:
         tables = recipe_tables.stored()
@@ -99,14 +101,16 @@ def _preview(recipe: Recipe, note: Callable[[str], None]) -> Preview:
             bytes=flops.weight_bytes(model),
         )
 
-    dense = cost(plan.total)
+    kinds = count_kinds(plan)
+    dense = cost(kinds["attention"].total)
     prune(model, plan)
     return Preview(
         model=source.given,
         task=source.task,
         shape=shape,
+        kinds=kinds,
         dense=dense,
-        slim=cost(plan.total - plan.removed),
+        slim=cost(kinds["attention"].kept),
         plan=plan,
         selection=selection,
         predicted=tuple(_predicted(table, plan) for table in tables.values()) or None,

@@ -89,7 +89,8 @@ class Plan:
         if len(set(keys)) < len(keys):
             twice = next(name for key in keys if keys.count(key) > 1 for name in key[1:])
             raise UsageError("the site is planned twice", where=twice, hint="a plan names every site once")
-        inside = next((s for s in self.sites if s.kind != "layer" and self.renumbering.drops(s.site)), None)
+        layers = self.renumbering
+        inside = next((s for s in self.sites if s.kind != "layer" and layers.drops(s.site)), None)
         if inside:
             raise UsageError(
                 "the site is in a layer that the plan drops",
@@ -195,8 +196,8 @@ def match_plan(sites: Sequence[Site], plan: Plan) -> Matched:
         elif not kept:
             dropped.append(site)
     _require_droppable(dropped, sites)
-    staying = tuple(pair for pair in pairs if not plan.renumbering.drops(pair[0].name))
-    return Matched(staying, tuple(dropped), plan.renumbering)
+    layers = plan.renumbering
+    return Matched(tuple(pair for pair in pairs if not layers.drops(pair[0].name)), tuple(dropped), layers)
 
 
 def _kept_of(site: Site, planned: SitePlan | None) -> tuple[Site, tuple[int, ...]]:

@@ -6,10 +6,11 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from transformers import PretrainedConfig
 
 from slimheads.errors import ModelRefusedError, UsageError
-from slimheads.families.family import PLAN_KEY, Family, assign, dense_value
+from slimheads.families.family import PLAN_KEY, Family, assign, dense_value, lookup, site_pattern
 from slimheads.families.record import recorded_renumbering
 from slimheads.families.sites import Site, SiteKey
 from slimheads.pruning.layers import restage, smaller_config
@@ -31,13 +32,13 @@ def record_plan(config: PretrainedConfig, family: Family, sites: Sequence[Site],
     heads = _equal_head_counts(family, dense, matched.of_attention())
     # The layers stay as they are; head counts and widths are the dense ones unless all sites have the same.
     fixed = {key for row in family.rows(config, "layer") for key in (*row.layer_keys, *row.per_layer)}
-    values = {key: value for key, value in dense.items() if key not in fixed} | layers
+    values = {key: value for key, value in dense.items() if key not in fixed}
+    _assign(config, layers)
+    if layers:
+        restage(config)  # or a backbone would not accept its other values
     for counts in (heads, widths):
         values |= counts if _accepts(config, values | counts) else {}
-    for key, value in values.items():
-        assign(config, key, value)
-    if layers:
-        restage(config)
+    _assign(config, values)
     setattr(config, PLAN_KEY, {**record.to_json(), "dense": dense})
     if family.reload == "pruned_heads":
         config.pruned_heads = _pruned_heads(config, record, matched)
@@ -57,11 +58,27 @@ def recorded_plan(config: PretrainedConfig, family: Family) -> Plan | None:
         dense: Mapping[str, Any] = record["dense"]
         if not dense.keys() <= family.recorded_keys or not all(map(_is_config_value, dense.values())):
             raise ValueError(f"dense values {dense!r}")
+        _require_layers(config, family, plan, dense)
     except (UsageError, KeyError, AttributeError, ValueError) as error:
         raise ModelRefusedError(
             f"'{PLAN_KEY}' does not hold a plan ({error})", where="config.json", hint="fetch the model again"
         ) from error
     return plan
+
+
+def _require_layers(config: PretrainedConfig, family: Family, plan: Plan, dense: Mapping[str, Any]) -> None:
+    """The dense model is built layer by layer before any is dropped, so their number may not be just anything.
+
+    Raises:
+        ValueError: it is not the number of layers that are left and of those that the plan drops.
+    """
+    gone = [site.site for site in plan.of_kind("layer").sites if not site.kept]
+    for row in family.rows(config, "layer"):
+        dropped = sum(site_pattern(row).fullmatch(name) is not None for name in gone)
+        for key in dense.keys() & set(row.layer_keys):
+            before, left = (np.sum(value) for value in (dense[key], lookup(config, key)))
+            if before != left + dropped:
+                raise ValueError(f"{key} was {before}, and is {left} without {dropped} layers")
 
 
 def _is_config_value(value: object) -> bool:
@@ -74,12 +91,16 @@ def _accepts(config: PretrainedConfig, values: Mapping[str, Any]) -> bool:
     """
     changed = copy.deepcopy(config)
     try:
-        for key, value in values.items():
-            assign(changed, key, value)
+        _assign(changed, values)
         type(config).from_dict(changed.to_dict())
     except ValueError:
         return False
     return True
+
+
+def _assign(config: PretrainedConfig, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        assign(config, key, value)
 
 
 def _composed_plan(config: PretrainedConfig, before: Plan, sites: Sequence[Site], plan: Plan, matched: Matched) -> Plan:

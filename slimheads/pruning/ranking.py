@@ -135,7 +135,7 @@ def _removed(ranking: _Ranking, rules: Rules, rankings: Sequence[_Ranking]) -> s
         raise UsageError(
             f"{_name(rules)} {rules.ratio} means {target} of {units}, but {allowed}",
             keys=(rules.ratio_key, *rules.floor_keys) if works else rules.floor_keys,
-            hint=f"use a ratio of at most {works[-1]}, or lower the floors" if works else _floors_too_high(rules),
+            hint=f"use a ratio of at most {works[-1]}, or lower {_floors(rules)}" if works else _floors_too_high(rules),
         )
     removed: set[tuple[str, int]] = set()
     for chunk in ranking.chunks:
@@ -160,9 +160,12 @@ def _name(rules: Rules) -> str:
 
 
 def _floors_too_high(rules: Rules) -> str:
-    floors = " or ".join(sorted(key.rpartition(".")[2] for key in rules.floor_keys))
     verb = "allow" if len(rules.floor_keys) > 1 else "allows"
-    return f"lower {floors}, which {verb} no removal at any ratio, or use {_name(rules)} 0"
+    return f"lower {_floors(rules)}, which {verb} no removal at any ratio, or use {_name(rules)} 0"
+
+
+def _floors(rules: Rules) -> str:
+    return " or ".join(sorted(key.rpartition(".")[2] for key in rules.floor_keys))
 
 
 def _working_ratios(rankings: Sequence[_Ranking]) -> list[float]:

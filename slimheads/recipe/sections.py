@@ -141,6 +141,11 @@ class Select(Section):
         asked: tuple[tuple[SiteKind, float], ...] = (("feed_forward", self.ffn_ratio), ("layer", self.drop_layers))
         return ("attention", *(kind for kind, much in asked if much > 0))
 
+    @property
+    def auto_steps(self) -> tuple[str, ...]:
+        """The keys of the steps that are chosen from measured latency."""
+        return tuple(key for key in ("multiple_of", "ffn_multiple_of") if getattr(self, key) == "auto")
+
 
 class Recover(Section):
     """How quality is recovered after deletion."""

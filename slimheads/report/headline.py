@@ -7,15 +7,17 @@ from typing import NamedTuple
 
 from slimheads.formatting import change, difference, listing, percent, plural, shape_text, tolerance, whole
 from slimheads.latency.graph_choice import GraphChoice
-from slimheads.report.model import Report
+from slimheads.report.model import KindCount, Report
 from slimheads.report.wording import (
     FIGURE_NAMES,
     against_random,
     latency_setup,
     latency_text,
+    of_all,
     prediction_lines,
+    removed_counts,
     sample_line,
-    selection_text,
+    selection_lines,
     units,
 )
 from slimheads.verification.certificate import Link
@@ -63,9 +65,7 @@ def headline(report: Report) -> Headline:
     if len(report.candidates) > 1:
         findings.append(_graph(report.candidates))
     findings += [Finding.of(*line) for line in prediction_lines(report.predictions)]
-    if report.selection.asked == "auto":
-        unit = units(report.model, report.selection.kept_more)
-        findings.append(Finding.of("Head counts", selection_text(report.selection, unit)))
+    findings += [Finding.of(*line) for line in selection_lines(report.selection, report.model.kinds)]
     findings += [_drift(drift, report.scores.method) for drift in drifts]
     if report.drift is None:
         findings.append(Finding.of("Drift", f"not measured: {report.drift_reason}"))
@@ -130,15 +130,18 @@ def _drift(drift: Drift, method: str) -> Finding:
 
 
 def _removed(report: Report) -> Finding:
-    heads, dense, slim = report.model.heads, report.model.dense, report.model.slim
-    unit = units(report.model, heads.total)
-    if heads.removed == 0:
-        return Finding.of("Removed nothing", f"all {whole(heads.total)} {unit} are kept")
-    share = percent(heads.removed / heads.total)
+    kinds, dense, slim = report.model.kinds, report.model.dense, report.model.slim
+    if not any(count.removed for count in kinds.values()):
+        everything = [f"{whole(count.total)} {units(count.unit, count.total)}" for count in kinds.values()]
+        return Finding.of("Removed nothing", f"all {listing(everything)} are kept")
     text = f"parameters {change(dense.parameters, slim.parameters)}, bytes {change(dense.bytes, slim.bytes)}"
     if dense.flops is not None and slim.flops is not None and report.model.flops_shape:
         text += f", FLOPs {change(dense.flops, slim.flops)} at {shape_text(report.model.flops_shape)}"
-    return Finding.of(f"Removed {whole(heads.removed)} of {whole(heads.total)} {unit} ({share})", text)
+    return Finding.of(f"Removed {removed_counts(kinds, _with_share)}", text)
+
+
+def _with_share(count: KindCount) -> str:
+    return f"{of_all(count)} {units(count.unit, count.total)} ({percent(count.removed / count.total)})"
 
 
 def _certificate(report: Report) -> Finding:

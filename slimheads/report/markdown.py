@@ -7,7 +7,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from slimheads.names import SiteKind
 from slimheads.report.model import Report
+from slimheads.report.wording import removed_kinds
+
+_TAGS: dict[SiteKind, str] = {
+    "attention": "attention-head-pruning",
+    "feed_forward": "feed-forward-pruning",
+    "layer": "layer-pruning",
+}
 
 
 class Verbatim(str):
@@ -81,7 +89,7 @@ def front_matter(report: Report) -> Verbatim:
     keys: dict[str, object] = {**model.terms}
     if model.hub_id:
         keys["base_model"] = model.hub_id
-    tags = ["slimheads", "attention-head-pruning", "onnx"]
+    tags = ["slimheads", *(_TAGS[kind] for kind in removed_kinds(model.kinds)), "onnx"]
     if model.sentence_transformers:
         keys["library_name"] = "sentence-transformers"
         keys["pipeline_tag"] = "sentence-similarity"

@@ -10,13 +10,14 @@ import math
 from collections.abc import Iterator
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, computed_field, model_validator
 
 from slimheads.families.family import Inputs
 from slimheads.latency.attribution import Treatment
+from slimheads.latency.counts import Selection
 from slimheads.latency.graph_choice import GraphChoice
-from slimheads.latency.head_counts import Selection
 from slimheads.latency.records import Latency
+from slimheads.names import SiteKind, Unit
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.scores import ScoreTable
 from slimheads.runtime.environment import Environment
@@ -66,12 +67,20 @@ class Size(_Part):
         return self
 
 
-class Heads(_Part):
-    """Units over all sites: heads, or KV groups."""
+class KindCount(_Part):
+    """The units at the sites of one kind that the plan names. It names none inside a layer that it drops."""
 
+    unit: Unit  # of the first site
+    sites: int
     total: int
     kept: int
     removed: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> KindCount:
+        """Of a plan of one kind."""
+        total, removed = plan.total, plan.removed
+        return cls(unit=plan.sites[0].unit, sites=len(plan.sites), total=total, kept=total - removed, removed=removed)
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
@@ -88,17 +97,41 @@ class ModelFacts(_Part):
     type: str  # config.model_type
     family: str
     task: str
-    unit: Literal["head", "kv_group"]
     dense: Size
     slim: Size
     inputs: Inputs  # what it is fed
     flops_shape: tuple[int, ...] | None  # [batch], [batch, length] or [batch, length, past]; null with dense.reason
-    heads: Heads
+    kinds: dict[SiteKind, KindCount]  # the kinds that the plan names
     reload: Reload
     reload_note: str  # one sentence: why it is that
     sentence_transformers: bool = False  # slim/ embeds, and holds modules.json
     terms: dict[str, str] = {}  # the licence as the source's card states it: license, license_name, license_link
     encoder_decoder: bool = False  # ships as an encoder's graph and a decoder's
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def heads(self) -> KindCount:
+        """The attention sites' units: heads, or KV groups."""
+        return self.kinds["attention"]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def unit(self) -> Unit:
+        """What is deleted alone at attention sites."""
+        return self.heads.unit
+
+    @model_validator(mode="before")
+    @classmethod
+    def _computed_again(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if key not in cls.model_computed_fields}
+
+    @model_validator(mode="after")
+    def _has_heads(self) -> Self:
+        if "attention" not in self.kinds:
+            raise ValueError("kinds has no attention: a plan names every attention site")
+        return self
 
 
 class GateResult(_Part):
@@ -206,6 +239,8 @@ class Report(_Part):
         planned = [(site.key, site.total) for site in self.plan.sites if site.kind != "layer"]
         if scored != planned:
             raise ValueError("scores and plan do not have the same sites and units")
+        if self.model.kinds != count_kinds(self.plan):
+            raise ValueError("model.kinds does not count what the plan says")
         return self
 
     @model_validator(mode="after")
@@ -228,6 +263,11 @@ class Report(_Part):
     def to_json(self) -> str:
         """`report.json`, indented, with a final newline; `Report.model_validate_json` reads it back equal."""
         return self.model_dump_json(indent=2) + "\n"
+
+
+def count_kinds(plan: Plan) -> dict[SiteKind, KindCount]:
+    """The units of each kind that the plan names."""
+    return {kind: KindCount.of(plan.of_kind(kind)) for kind in plan.kinds}
 
 
 def _need_reason(part: Size | GateResult | Prediction, figures: tuple[str, ...]) -> None:

@@ -1,91 +1,18 @@
-"""The report's plots as inline SVG: the map of scores, latency with its intervals, and drift beside the random control.
+"""The report's plots as inline SVG: latency with its intervals, and drift beside the random control.
 
 Every function takes the width in pixels, because letters in a plot that is only scaled down to a phone cannot be read.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from slimheads import formatting as fmt
 from slimheads.data.metrics import Figures
 from slimheads.latency.records import Interval, Latency
-from slimheads.pruning.plan import Plan
-from slimheads.pruning.scores import ScoreTable
 from slimheads.report import wording
-from slimheads.report.svg import RAMP_STEPS, Axis, Drawing, text_width
+from slimheads.report.svg import Axis, Drawing, text_width
 from slimheads.verification.drift import Drift
-
-
-def heat_map(scores: ScoreTable, plan: Plan, *, width: int, name: str) -> str:
-    """Scores as tiles, one row per site and one column per unit; a deleted unit has a dot on its tile.
-
-    Each deleted unit's dot has the id `NAME-deleted-SITE-UNIT`, both counted from 0.
-    """
-    kept = [set(site.kept) for site in plan.of_kind("attention").sites]
-    rows, columns = len(scores.sites), max(len(site.scores) for site in scores.sites)
-    labels, axis = wording.site_labels([site.site for site in scores.sites])
-    if max(map(text_width, labels)) > width * 0.35:  # long names would leave no room for tiles: number the rows
-        labels = [str(row) for row in range(rows)]
-    left = 14 + max(map(text_width, [*labels, axis]))
-    cell_w = min(64.0, (width - left - 62) / columns)
-    cell_h = min(28.0, max(cell_w, 4.0), max(4.0, 620 / rows))
-    top = 34.0
-    removed = sum(len(site.scores) - len(keep) for site, keep in zip(scores.sites, kept, strict=True))
-    unit = "KV group" if plan.sites[0].unit == "kv_group" else "head"
-    drawing = Drawing(width, top + rows * cell_h + 52, name)
-    drawing.text(left, 9, f"{unit} →", colour="muted")
-    drawing.text(left - 10, 24, axis, align="right", colour="muted")
-    for column in range(0, columns, _stride(cell_w, 20)):
-        drawing.text(left + (column + 0.5) * cell_w, 24, str(column), align="center", colour="muted")
-    flat = [score for site in scores.sites for score in site.scores]
-    low, high = min(flat), max(flat)
-    for row, (site, keep) in enumerate(zip(scores.sites, kept, strict=True)):
-        y = top + row * cell_h
-        if row % _stride(cell_h, 13) == 0:
-            drawing.text(left - 10, y + cell_h / 2, labels[row], align="right", colour="muted")
-            drawing.text(
-                left + columns * cell_w + 10, y + cell_h / 2, f"{len(keep)} of {len(site.scores)}", colour="ink"
-            )
-        for column, score in enumerate(site.scores):
-            share = (score - low) / (high - low) if high > low else 1.0
-            colour = f"heat{round(share * (RAMP_STEPS - 1))}"
-            _tile(drawing, (left + column * cell_w, y, cell_w, cell_h), colour, column in keep, f"{row}-{column}")
-    drawing.text(left + columns * cell_w + 10, 24, "kept", colour="muted")
-    _heat_legend(drawing, left, top + rows * cell_h + 22, low, high)
-    return drawing.svg(
-        f"Heat map of {scores.method} scores: {rows} attention blocks with up to {columns} {unit}s each, scores from "
-        f"{fmt.figures(low)} to {fmt.figures(high)}; {removed} of {len(flat)} {unit}s are marked as removed."
-    )
-
-
-def _tile(drawing: Drawing, box: tuple[float, float, float, float], colour: str, kept: bool, place: str) -> None:
-    x, y, w, h = box
-    gap = min(1.0, w * 0.08)
-    drawing.rect(x + gap, y + gap, w - 2 * gap, h - 2 * gap, fill=colour)
-    if kept:
-        return
-    middle, gid = (x + w / 2, y + h / 2), f"deleted-{place}"
-    if min(w, h) >= 16:  # the ring keeps it apart from dark tiles
-        drawing.dot(*middle, min(w, h) * 0.18, fill="limit", stroke="paper", gid=gid)
-    else:  # too small to tell from a disc, and a fifth of its text
-        side = max(2.0, min(w, h) * 0.26)
-        drawing.rect(middle[0] - side / 2, middle[1] - side / 2, side, side, fill="limit", gid=gid)
-
-
-def _heat_legend(drawing: Drawing, x: float, y: float, low: float, high: float) -> None:
-    lowest, highest = f"score {fmt.figures(low)}", fmt.figures(high)
-    drawing.text(x, y, lowest, colour="muted")
-    start = x + text_width(lowest) + 8
-    for step in range(RAMP_STEPS):
-        drawing.rect(start + step * 5, y - 5, 5.5, 10, fill=f"heat{step}")
-    end = start + RAMP_STEPS * 5 + 8
-    drawing.text(end, y, highest, colour="muted")
-    mark = end + text_width(highest) + 22
-    drawing.rect(mark + 0.5, y - 5.5, 12, 11, fill="heat3")
-    drawing.dot(mark + 6.5, y, 2.6, fill="limit", stroke="paper")
-    drawing.text(mark + 20, y, "removed", colour="ink")
 
 
 def latency(rows: Sequence[Latency], *, width: int, name: str) -> str | None:
@@ -239,8 +166,3 @@ def drift(found: Drift | None, *, width: int, name: str) -> str | None:
 def _figure(figures: Figures, name: str) -> float | None:
     value: float | None = getattr(figures, name)
     return value
-
-
-def _stride(cell: float, room: float) -> int:
-    """Label every n-th cell so that labels have that much room: 1, 2, 4, 8, ..."""
-    return 1 if cell >= room else 2 ** math.ceil(math.log2(room / cell))

@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 from rich.console import Console
 
-from slimheads.report import markdown, plots, svg, tables
+from slimheads.report import markdown, plan_plot, plots, svg, tables
 from slimheads.report.headline import headline
 from slimheads.report.model import Report
 
@@ -19,7 +19,10 @@ LAYOUTS = (("wide", 960), ("narrow", 342))  # px; drawn once a layout, since shr
 def render_html(report: Report) -> str:
     """`report.html`: one self-contained page; no script, and nothing is fetched."""
     drawn = {
-        "heat": {size: plots.heat_map(report.scores, report.plan, width=w, name=f"heat-{size}") for size, w in LAYOUTS},
+        "plan": {
+            size: plan_plot.plan_picture(report.scores, report.plan, width=w, name=f"plan-{size}")
+            for size, w in LAYOUTS
+        },
         "bars": {size: plots.latency(report.latency, width=w, name=f"latency-{size}") for size, w in LAYOUTS},
         "dots": {size: plots.drift(report.drift, width=w, name=f"drift-{size}") for size, w in LAYOUTS},
         "css": {"light": svg.palette_css(dark=False), "dark": svg.palette_css(dark=True)},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,9 +10,11 @@ from slimheads import formatting as fmt
 from slimheads.latency.attribution import Treatment
 from slimheads.latency.graph_choice import GraphChoice
 from slimheads.latency.records import Interval, Latency, Timing
+from slimheads.names import SiteKind
 from slimheads.report import card, conditions, wording
 from slimheads.report.markdown import Cell, Table, Verbatim, fenced, figure_and_note, markdown_table
-from slimheads.report.model import GateResult, Prediction, Report
+from slimheads.report.model import GateResult, KindCount, Prediction, Report
+from slimheads.report.plan_rows import MOST_BARS
 from slimheads.verification.certificate import Link
 from slimheads.verification.drift import Drift
 
@@ -79,25 +81,39 @@ def tables(report: Report) -> dict[str, Any]:
         "environment": conditions.environment(report.environment),
         "loader": card.loader(model),
         "preparer": card.preparer(model),
-        "unit": wording.units(model, 1),
-        "units": wording.units(model, 2),
+        "unit": wording.units(model.unit, 1),
+        "plan_notes": plan_notes(model.kinds),
+        "removed_units": wording.removed_units(model.kinds),
+        "removed_counts": wording.removed_counts(model.kinds, _removed),
         "static_axes": card.static_axes(report),
     }
 
 
+def plan_notes(kinds: Mapping[SiteKind, KindCount]) -> list[str]:
+    """What the picture shows beside heads."""
+    notes = []
+    if blocks := kinds.get("feed_forward"):
+        notes.append("A bar is the share of a feed-forward block's neurons that was kept.")
+        if blocks.sites > MOST_BARS:
+            notes.append(f"As there are more than {MOST_BARS} such blocks, those of one layer are added up.")
+    if "layer" in kinds:
+        notes.append("An empty row is a layer that was dropped whole.")
+    return notes
+
+
 def key_figures(report: Report) -> list[KeyFigure]:
-    """Heads, size, latency and drift, before any table."""
-    heads, dense, slim = report.model.heads, report.model.dense, report.model.slim
-    share = fmt.percent(heads.removed / heads.total) if heads.total else "none"
+    """What was removed, size, latency and drift, before any table."""
+    dense, slim = report.model.dense, report.model.slim
     files = "encoder and merged decoder" if report.model.encoder_decoder else "model file"
     found = [
         KeyFigure(
-            share,
-            f"of {wording.units(report.model, 2)} removed",
-            f"{fmt.whole(heads.removed)} of {fmt.whole(heads.total)}",
-        ),
-        KeyFigure(fmt.change(dense.bytes, slim.bytes), files, f"{_size(dense.bytes)} to {_size(slim.bytes)}"),
+            fmt.percent(count.removed / count.total),
+            f"of {wording.units(count.unit, 2)} removed",
+            wording.of_all(count) + wording.among(kind, report.model.kinds),
+        )
+        for kind, count in wording.removed_kinds(report.model.kinds).items()
     ]
+    found.append(KeyFigure(fmt.change(dense.bytes, slim.bytes), files, f"{_size(dense.bytes)} to {_size(slim.bytes)}"))
     measured = [row for row in report.shipped_latency if row.speedup is not None]
     if measured:
         row = max(measured, key=lambda one: one.shape)
@@ -117,16 +133,18 @@ def key_figures(report: Report) -> list[KeyFigure]:
 
 
 def sizes(report: Report) -> Table:
-    """Before, after and the change, for heads, parameters, bytes and FLOPs."""
+    """Before, after and the change, for each kind of unit, parameters, bytes and FLOPs."""
     model, dense, slim = report.model, report.model.dense, report.model.slim
     shape = f" at {fmt.shape_text(model.flops_shape)}" if model.flops_shape else ""
-    units, heads = wording.units(model, 2), model.heads
 
     def row(name: str, text: Callable[[float | None], str], before: float | None, after: float | None) -> list[str]:
         return [name, text(before), text(after), fmt.change(before, after)]
 
-    rows = [
-        row(fmt.capitalized(units), _whole, heads.total, heads.kept),
+    rows = []
+    for kind, count in model.kinds.items():
+        name = fmt.capitalized(wording.units(count.unit, 2)) + wording.among(kind, model.kinds)
+        rows.append(row(name, _whole, count.total, count.kept))
+    rows += [
         row("Parameters", _whole, dense.parameters, slim.parameters),
         row("Bytes, float32 ONNX", _size, dense.bytes, slim.bytes),
         row(f"FLOPs per run{shape}", _flops, dense.flops, slim.flops),
@@ -283,6 +301,12 @@ def gates(found: Sequence[GateResult]) -> Table:
     return Table.of(("Gate", "Limit", "Measured", "Result"), rows, {1, 2})
 
 
+def _removed(count: KindCount) -> str:
+    """18 of 72 attention heads: the model card's words."""
+    noun = "attention heads" if count.unit == "head" else wording.units(count.unit, 2)
+    return f"{wording.of_all(count)} {noun}"
+
+
 def _whole(number: float | None) -> str:
     return fmt.whole(number) if number is not None else NONE
 
@@ -314,5 +338,4 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "figure_and_note": figure_and_note,
     "verbatim": Verbatim,
     "capitalized": fmt.capitalized,
-    "whole": fmt.whole,
 }

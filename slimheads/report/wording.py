@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from slimheads.formatting import (
     decimals_apart,
@@ -15,11 +15,18 @@ from slimheads.formatting import (
     span,
     whole,
 )
-from slimheads.latency.head_counts import Selection
+from slimheads.latency.counts import Selection
 from slimheads.latency.records import Interval, Latency
-from slimheads.report.model import ModelFacts, Prediction
+from slimheads.names import SiteKind, Unit
+from slimheads.report.model import KindCount, Prediction
 from slimheads.verification.drift import Drift
 
+NOUNS: dict[Unit, str] = {
+    "head": "head",
+    "kv_group": "KV group",
+    "neuron": "feed-forward neuron",
+    "layer": "layer",
+}
 FIGURE_NAMES = {
     "cosine": "mean cosine of embeddings",
     "cosine_min": "worst cosine",
@@ -93,9 +100,20 @@ def prediction_lines(rows: Sequence[Prediction]) -> list[tuple[str, str]]:
     return lines
 
 
-def selection_text(selection: Selection, unit: str) -> str:
-    """The step that `multiple_of: auto` chose, and its gain by the latency table."""
-    chose = f"multiple_of: auto chose {selection.multiple_of}"
+def selection_lines(selection: Selection, kinds: Mapping[SiteKind, KindCount]) -> list[tuple[str, str]]:
+    """The step that each key set to auto chose, and its gain by the latency table: a label and a text."""
+    lines = []
+    if selection.asked == "auto":
+        unit = units(kinds["attention"].unit, selection.kept_more)
+        lines.append(("Head counts", _selection_text(selection, unit, "multiple_of")))
+    if (neurons := selection.feed_forward) and neurons.asked == "auto":
+        unit = units(kinds["feed_forward"].unit, neurons.kept_more)
+        lines.append(("Neuron counts", _selection_text(neurons, unit, "ffn_multiple_of")))
+    return lines
+
+
+def _selection_text(selection: Selection, unit: str, key: str) -> str:
+    chose = f"{key}: auto chose {selection.multiple_of}"
     if selection.predicted_gain is None:
         tried = [candidate.multiple_of for candidate in selection.candidates]
         steps = f" (tried: {listing(tried)})" if tried else ""
@@ -132,10 +150,41 @@ def sample_line(drift: Drift) -> str:
     return "the built-in sample" if drift.sample == "built-in" else drift.sample
 
 
-def units(model: ModelFacts, count: int) -> str:
-    """What is deleted alone in this model: heads, or KV groups."""
-    noun = "KV group" if model.unit == "kv_group" else "head"
-    return noun if count == 1 else noun + "s"
+def units(unit: Unit, count: int) -> str:
+    """The word for that many units: head, KV groups, feed-forward neurons."""
+    return NOUNS[unit] if count == 1 else NOUNS[unit] + "s"
+
+
+def removed_kinds(kinds: Mapping[SiteKind, KindCount]) -> dict[SiteKind, KindCount]:
+    """The kinds that lose units; all kinds where none does."""
+    return {kind: count for kind, count in kinds.items() if count.removed} or dict(kinds)
+
+
+def removed_units(kinds: Mapping[SiteKind, KindCount]) -> str:
+    """What is removed, without numbers: heads and feed-forward neurons."""
+    return listing([units(count.unit, 2) for count in removed_kinds(kinds).values()])
+
+
+def removed_counts(kinds: Mapping[SiteKind, KindCount], each: Callable[[KindCount], str]) -> str:
+    """What is removed, kind by kind. A dropped layer's heads and neurons do not count beside it, and the text says so.
+
+    Args:
+        each: the text of one kind.
+    """
+    texts = {kind: each(count) for kind, count in removed_kinds(kinds).items()}
+    layers, inside = texts.pop("layer", ""), listing(list(texts.values())) if texts else ""
+    return f"{layers}, and in the other layers {inside}" if layers and inside else layers or inside
+
+
+def among(kind: SiteKind, kinds: Mapping[SiteKind, KindCount]) -> str:
+    """What to add to a count where it is not of the whole model: nothing inside a dropped layer counts."""
+    dropped = kind != "layer" and "layer" in kinds and kinds["layer"].removed
+    return " in layers that stay" if dropped else ""
+
+
+def of_all(count: KindCount) -> str:
+    """18 of 72."""
+    return f"{whole(count.removed)} of {whole(count.total)}"
 
 
 def site_labels(sites: Sequence[str]) -> tuple[list[str], str]:

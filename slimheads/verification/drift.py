@@ -35,7 +35,7 @@ LOGITS_BUDGET = 256 * 2**20  # bytes of one model's float32 logits for one batch
 
 
 class RandomControl(BaseModel):
-    """The same number of heads removed at random under the same rules, once per seed."""
+    """As many units of each kind removed at random under the same rules, once per seed."""
 
     model_config = ConfigDict(frozen=True)
     seeds: tuple[int, ...]

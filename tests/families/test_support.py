@@ -101,7 +101,7 @@ def test_the_evidence_is_written_as_it_is_written_anew() -> None:
 def test_a_row_says_what_was_proven_and_how_far_off_the_worst_was(believe: Callable[..., None]) -> None:
     believe(bert=proven())
     row = row_of("bert")
-    assert row.tasks == ("fill-mask",) and row.reload == "stock with equal counts, slimheads"
+    assert row.tasks == ("fill-mask",) and row.reload == "stock with equal head counts; slimheads"
     assert row.variants == {"bert": ("width: 3",)}
     assert row.evidence.keys() == {"bert"}
     found = row.evidence["bert"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from slimheads.recipe.recipe import Recipe
 
 SHAPES: tuple[tuple[int, ...], ...] = ((1, 8), (2, 16))
 ONE = Setting("cpu", 1)
+ALL = Setting("cpu", 1, kinds=table_store.ALL_KINDS)
 NOISY = Interval(estimate=1.1, low=1.05, high=1.15)
 
 
@@ -114,6 +117,38 @@ def test_a_point_that_stays_in_doubt_is_kept_and_marked(fake: FakeBench) -> None
     assert made.table.noisy_points == 3 and len(fake.calls) == 6
     assert {point.control.estimate for point in made.table.points} == {NOISY.estimate}
     assert sum("again" in line for line in told) == 3
+
+
+def test_widths_and_dropped_layers_are_measured_in_every_block_and_stack(fake: FakeBench) -> None:
+    (made,) = profile(find(str(checkpoint())), SHAPES[:1], ALL)
+    table = made.table
+    assert [kind.kind for kind in table.kinds] == ["attention", "feed_forward", "layer"]
+    assert [(point.kind, point.kept) for point in table.points] == [
+        *((0, heads) for heads in (1, 2, 3)),
+        *((1, neurons) for neurons in (8, 16, 24, 32, 40)),
+        *((2, layers) for layers in (1, 2)),
+    ]
+    # one more neuron in three layers: 32 weights in, 32 out and a bias; eight of them between two points
+    left = [point.share.estimate for point in table.points if point.kind == 1]
+    head = table.points[1].share.estimate - table.points[0].share.estimate  # 4 x 32 x 8 weights and 3 x 8 biases
+    assert [b - a for a, b in pairwise(left)] == pytest.approx([head * 8 * 65 / (4 * 32 * 8 + 24)] * 4)
+    # a layer is four heads, 48 neurons, and the other weights and biases of its outputs and norms: 6 x 32
+    layers = [point.share.estimate for point in table.points if point.kind == 2]
+    numbers = 4 * (4 * 32 * 8 + 24) + 48 * 65 + 6 * 32
+    assert layers[1] - layers[0] == pytest.approx(head / 3 * numbers / (4 * 32 * 8 + 24))
+
+
+def test_a_table_of_all_kinds_serves_where_fewer_are_asked_for(fake: FakeBench) -> None:
+    source = find(str(checkpoint()))
+    (wide,) = profile(source, SHAPES[:1], ALL)
+    calls = len(fake.calls)
+    (again,) = profile(source, SHAPES[:1], ONE)
+    assert again.reused and again.path == wide.path and again.table == wide.table and len(fake.calls) == calls
+    (narrow,) = profile(source, SHAPES[:1], ONE, again=True)
+    assert narrow.path != wide.path and [kind.kind for kind in narrow.table.kinds] == ["attention"]
+    assert stored(source, SHAPES[:1], ONE) == {SHAPES[0]: narrow.table}
+    wide.path.unlink()
+    assert not stored(source, SHAPES[:1], ALL)  # a table of heads alone knows no widths
 
 
 def test_heads_within_groups_are_a_table_of_their_own(fake: FakeBench, tmp_path: Path) -> None:
@@ -209,23 +244,49 @@ def test_a_recipe_is_profiled_on_the_first_provider_that_is_there() -> None:
     assert RecipeTables(recipe, find(str(checkpoint()))).setting() == Setting("cpu", 3)
 
 
+@pytest.mark.parametrize(
+    ("select", "kinds"),
+    [
+        ({}, ["attention"]),
+        ({"ratio": 0}, ["attention"]),
+        ({"ratio": 0, "ffn_ratio": 0.4}, ["feed_forward"]),
+        ({"ratio": 0.2, "ffn_ratio": 0.4}, ["attention", "feed_forward"]),
+        ({"ratio": 0.2, "drop_layers": 1}, ["attention", "layer"]),
+        ({"ratio": 0, "drop_layers": 1, "ffn_multiple_of": "auto"}, ["feed_forward", "layer"]),
+    ],
+)
+def test_the_kinds_that_a_recipe_touches_are_measured_and_the_command_names_them(
+    select: dict[str, Any], kinds: list[str]
+) -> None:
+    tables = RecipeTables(Recipe.model_validate({"model": "m", "select": select}), find(str(checkpoint())))
+    assert list(tables.setting().kinds) == kinds
+    assert f"--kinds {','.join(kinds)}" in str(tables.missing())
+
+
 # The command
 
 
 @pytest.mark.parametrize("model_type,shape,sizes", [("bert", "1x8", [1, 8]), ("gpt2", "1x1x16", [1, 1, 16])])
 def test_profile_for_people_and_for_programs(model_type: str, shape: str, sizes: list[int]) -> None:
-    options = ("profile", checkpoint(model_type), "--shape", shape, "--threads", 1, "--min-seconds", 0.01)
+    kinds = ("--kinds", "layer,attention")
+    options = ("profile", checkpoint(model_type), "--shape", shape, "--threads", 1, "--min-seconds", 0.01, *kinds)
     first, second, people = (slimheads(*options, *more) for more in (["--json"], ["--json"], []))
     assert (first.code, second.code, people.code) == (0, 0, 0), first.err
     (made,), (again,) = first.json, second.json
     assert (made["reused"], again["reused"]) == (False, True)
     assert made["table"] == again["table"] and made["path"] == again["path"]
     table = made["table"]
-    assert (table["shape"], table["threads"], table["provider"], table["format"]) == (sizes, 1, "cpu", 1)
-    assert [point["kept"] for point in table["points"]] == [1, 2, 3] and table["dense_ms"] > 0
+    assert (table["shape"], table["threads"], table["provider"], table["format"]) == (sizes, 1, "cpu", 2)
+    assert [kind["kind"] for kind in table["kinds"]] == ["attention", "layer"]
+    assert [point["kept"] for point in table["points"]] == [1, 2, 3, 1, 2] and table["dense_ms"] > 0
     assert "reused" in people.out and made["path"] in people.out
-    for kept in (1, 2, 3):
-        assert f"{kept} of 4" in people.out
+    rows = re.findall(r"^(attention|layer) .* (\d) of \d ", people.out, re.MULTILINE)
+    assert rows == [*(("attention", kept) for kept in "123"), ("layer", "1"), ("layer", "2")]
+
+
+def test_kinds_of_sites_have_names() -> None:
+    ended = slimheads("profile", checkpoint(), "--kinds", "attention,heads")
+    assert ended.code == 2 and "attention,heads" in ended.err and "feed_forward" in ended.err
 
 
 def test_an_encoder_decoder_has_no_profile_and_the_line_names_it() -> None:

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 from layouts import unit_tensors
-from safetensors.torch import load_file, save_file
-from tiny import task_of, tasks_of
+from tiny import tasks_of
 from transformers import AutoModel, PreTrainedModel
 
 from slimheads.data.inputs import make_inputs, to_torch
@@ -25,7 +24,6 @@ from slimheads.errors import EnvironmentLackError, ModelRefusedError, UsageError
 from slimheads.families.family import families
 from slimheads.models.checkpoint import find
 from slimheads.models.loading import load, save
-from slimheads.models.tasks import TASKS
 from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.scoring.score import score
 from slimheads.pruning.select import select
@@ -204,51 +202,6 @@ def test_a_slim_model_is_fine_tuned_with_plain_torch(
     assert losses[-1] < losses[0]
     save(model, tmp_path / "tuned")
     assert_same(load(tmp_path / "tuned"), model)
-
-
-STOCK = """
-import json, sys
-from pathlib import Path
-import torch, transformers
-from safetensors.torch import load_file, save_file
-
-torch.set_num_threads(1)
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    auto = getattr(transformers, json.loads((folder / "auto.json").read_text()))
-    model, info = auto.from_pretrained(folder / "slim", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
-    with torch.no_grad():
-        outputs = model.eval()(**load_file(folder / "in.safetensors")).items()
-    save_file({k: v.clone() for k, v in outputs if isinstance(v, torch.Tensor)}, folder / "out.safetensors")
-assert not any(name.startswith("slimheads") for name in sys.modules)
-"""
-
-
-def test_the_stock_library_alone_reloads_what_the_family_promises(
-    tiny: Tiny, ragged: Ragged, equal: Equal, batches: Batches, answers: Answers, tmp_path: Path
-) -> None:
-    expected = {}
-    kinds = {"pruned_heads": ("equal", "ragged"), "head_counts": ("equal",), None: ()}
-    for model_type, reload in RELOAD.items():
-        for kind in kinds[reload]:
-            model = tiny(model_type)
-            prune(model, equal(model, 2) if kind == "equal" else ragged(model))
-            folder = tmp_path / f"{model_type}-{kind}"
-            save(model, folder / "slim")
-            task = task_of(model_type)
-            (folder / "auto.json").write_text(json.dumps(TASKS[task]), encoding="utf-8")
-            *_, batch = batches(model).values()
-            save_file(batch, folder / "in.safetensors")
-            with torch.no_grad():
-                outputs = model(**batch)
-            expected[folder] = {k: v for k, v in outputs.items() if isinstance(v, torch.Tensor)}
-    subprocess.run(
-        [sys.executable, "-c", STOCK, str(tmp_path)], check=True, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert {folder.name.rpartition("-")[0] for folder in expected} == {m for m, reload in RELOAD.items() if reload}
-    for folder, outputs in expected.items():
-        reloaded = load_file(folder / "out.safetensors")
-        assert all(torch.equal(reloaded[name], value) for name, value in outputs.items()), folder.name
 
 
 def test_a_saved_folder_names_no_path_of_this_machine(

@@ -181,13 +181,14 @@ def test_the_tree_is_that_of_the_contract(model_type: str) -> None:
 def test_plan_and_scores_have_the_contract_s_format() -> None:
     out = finished()
     scores, plan = (json.loads((out / name).read_text()) for name in ("scores.json", "plan.json"))
-    assert {k: v for k, v in scores.items() if k != "sites"} == {"format": 1, "method": "magnitude"}
+    assert {k: v for k, v in scores.items() if k != "sites"} == {"format": 2, "method": "magnitude"}
     assert [site["site"] for site in scores["sites"]] == [site["site"] for site in plan["sites"]] == list(BERT_SITES)
-    assert all(set(site) == {"site", "scores"} and len(site["scores"]) == 4 for site in scores["sites"])
-    assert set(plan) == {"format", "sites"} and plan["format"] == 1
+    assert all(set(site) == {"site", "kind", "unit", "scores"} for site in scores["sites"])
+    assert all(len(site["scores"]) == 4 for site in scores["sites"])
+    assert set(plan) == {"format", "sites"} and plan["format"] == 2
     for site in plan["sites"]:
-        assert set(site) == {"site", "unit", "total", "kept"}
-        assert (site["unit"], site["total"]) == ("head", 4)
+        assert set(site) == {"site", "kind", "unit", "total", "kept"}
+        assert (site["kind"], site["unit"], site["total"]) == ("attention", "head", 4)
         assert site["kept"] == sorted(set(site["kept"])) and set(site["kept"]) <= set(range(4))
     assert sum(len(site["kept"]) for site in plan["sites"]) == 6
     assert json.loads((out / "slim" / "config.json").read_text())["slimheads"]["sites"] == plan["sites"]

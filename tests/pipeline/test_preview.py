@@ -12,11 +12,13 @@ from slimheads.errors import UsageError
 from slimheads.pipeline.preview import preview
 from slimheads.recipe.recipe import Recipe
 
+JOINT = {"ratio": 0.25, "ffn_ratio": 0.4, "ffn_multiple_of": 8}
+
 
 @pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama"])
 def test_counts_and_plan_are_those_of_a_run(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steady(monkeypatch)
-    recipe = write_recipe(tmp_path / "r.yaml", checkpoint(model_type))
+    recipe = write_recipe(tmp_path / "r.yaml", checkpoint(model_type), select=JOINT)
     found = preview(Recipe.read(recipe))
     assert slimheads("run", recipe, "--out", tmp_path / "out").code == 0
     report = report_of(tmp_path / "out")
@@ -27,6 +29,7 @@ def test_counts_and_plan_are_those_of_a_run(model_type: str, tmp_path: Path, mon
         report["model"]["heads"]["total"],
         report["model"]["heads"]["kept"],
     )
+    assert found.model_dump(mode="json")["kinds"] == report["model"]["kinds"]
     assert found.plan.to_json() == json.loads((tmp_path / "out" / "plan.json").read_text())
     assert (found.model, found.task) == (report["model"]["source"], report["model"]["task"])
     assert list(found.shape) == report["model"]["flops_shape"]

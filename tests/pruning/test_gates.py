@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import unit_tensors
-from tiny import DECODERS, ENCODERS, default_dtype
-from torch.overrides import TorchFunctionMode
+from plans import units_by_site
+from tiny import DECODERS, ENCODERS, InFloat64Throughout, default_dtype
 from transformers import PreTrainedModel
 
 from slimheads.errors import UsageError
@@ -27,37 +26,40 @@ Answers = Callable[..., dict[str, torch.Tensor]]
 
 
 def hooks_of(model: torch.nn.Module) -> list[Any]:
-    return [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    hooks = (hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks))
+    return [hook for own in hooks for hook in own.values()]
 
 
 def keep_all(model: PreTrainedModel) -> Plan:
-    return Plan(tuple(SitePlan(s.name, s.unit, s.total, tuple(range(s.total))) for s in find_sites(model)))
+    return Plan(tuple(SitePlan(s.name, s.unit, s.total, tuple(range(s.total)), s.kind) for s in find_sites(model)))
 
 
 def test_a_closed_gate_equals_a_zeroed_slice_of_the_output_projection(
     tiny: Tiny, ragged: Ragged, batches: Batches, answers: Answers, variety: str
 ) -> None:
     model = tiny(variety)
-    plan, zeroed = ragged(model), copy.deepcopy(model)
-    for units, site in zip(unit_tensors(zeroed), plan.sites, strict=True):
+    plan, zeroed = ragged(model, kinds=("attention", "feed_forward")), copy.deepcopy(model)
+    units = units_by_site(zeroed)
+    for site in plan.sites:
         for unit in site.removed:
-            units[unit].output.zero_()
+            units[site.key][unit].output.zero_()
     with gated(model, plan) as gates:
-        assert [gate.tolist() for gate in gates.values()] == [
-            [float(unit in site.kept) for unit in range(site.total)] for site in plan.sites
+        assert [(key, gate.tolist()) for key, gate in gates.items()] == [
+            (site.key, [float(unit in site.kept) for unit in range(site.total)]) for site in plan.sites
         ]
         for batch in batches(model).values():
             for name, value in answers(zeroed, batch).items():
                 torch.testing.assert_close(answers(model, batch)[name], value, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["attention", "feed_forward"])
 @pytest.mark.parametrize("opened", [0, 1], ids=["at 0", "at 1"])
 def test_gradients_of_gates_and_kept_weights_equal_finite_differences(
-    tiny: Tiny, ragged: Ragged, batches: Batches, model_type: str, opened: int
+    tiny: Tiny, ragged: Ragged, batches: Batches, model_type: str, opened: int, kind: str
 ) -> None:
     model, step, rel = tiny(model_type).double(), 1e-5, 1e-5
     plan = ragged(model)
-    site = next(s for s in plan.sites if s.removed)
+    site = next(s for s in plan.sites if s.kind == kind and s.removed)
     unit = (site.removed, site.kept)[opened][0]
     batch = batches(model)["padded right" if takes_text(model.config) else "several"]
     padded = model_type in ENCODERS | DECODERS  # the others' first output does not have the positions of the mask
@@ -79,31 +81,18 @@ def test_gradients_of_gates_and_kept_weights_equal_finite_differences(
         return (values[0] - values[1]) / (2 * step)
 
     with default_dtype(torch.float64), InFloat64Throughout(), gated(model, plan) as gates:
-        gate = gates[site.site]
+        gate = gates[site.key]
         loss().backward()
         assert gate.grad is not None
         assert gate.grad[unit].item() == pytest.approx(slope(gate, unit), rel=rel)
-        layer = [s.site for s in plan.sites].index(site.site)
-        kept_output = unit_tensors(model)[layer][site.kept[0]].output
-        gradients = gradient_units(model)[layer]
-        assert gradients[site.kept[0]].output[0, 0].item() == pytest.approx(slope(kept_output, (0, 0)), rel=rel)
+        weights, gradients = units_by_site(model)[site.key], gradient_units(model)[site.key]
+        kept_output = weights[site.kept[0]].output
+        first = (0,) * kept_output.ndim
+        assert gradients[site.kept[0]].output[first].item() == pytest.approx(slope(kept_output, first), rel=rel)
         for gone in site.removed:
-            removed = gradients[gone]
-            assert all(not t.any() for t in (removed.query, removed.key, removed.value, removed.output))
-        for kept in site.kept:
-            assert all(t.any() for t in (gradients[kept].value, gradients[kept].output))
-
-
-class InFloat64Throughout(TorchFunctionMode):
-    """Norms, softmax and scores round to float32 whatever the model's dtype, which would drown a finite difference."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def wide(value: Any) -> Any:
-            return torch.float64 if value is torch.float32 else value
-
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        return func(*map(wide, args), **{key: wide(value) for key, value in (kwargs or {}).items()})
+            assert not any(tensor.any() for tensor in gradients[gone].weights)
+        alive = [all(tensor.any() for tensor in gradients[unit].weights[-2:]) for unit in site.kept]
+        assert all(alive) if kind == "attention" else any(alive)  # a rectified neuron may be silent
 
 
 def gradient_units(model: PreTrainedModel) -> Any:
@@ -111,7 +100,7 @@ def gradient_units(model: PreTrainedModel) -> Any:
     mirror = copy.deepcopy(model)
     for parameter, own in zip(mirror.parameters(), model.parameters(), strict=True):
         parameter.data = torch.zeros_like(own) if own.grad is None else own.grad.clone()
-    return unit_tensors(mirror)
+    return units_by_site(mirror)
 
 
 def test_leaving_restores_every_bit_and_leaves_no_hook(
@@ -153,7 +142,7 @@ def test_hooks_of_others_stay(tiny: Tiny, ragged: Ragged, batches: Batches) -> N
 def test_an_attention_that_was_opened_for_gates_is_closed_again(tiny: Tiny, ragged: Ragged, batches: Batches) -> None:
     """WavLM's own forward never calls its output projection, where gates act."""
     model = tiny("wavlm")
-    plan, attention = ragged(model), model.encoder.layers[0].attention
+    plan, attention = ragged(model, kinds=("attention",)), model.encoder.layers[0].attention
     own, state = type(attention), set(vars(attention))
     for kept in (plan, keep_all(model)):
         with gated(model, kept):
@@ -198,6 +187,6 @@ def test_a_frozen_model_still_gives_its_gates_gradients(tiny: Tiny, batches: Bat
 
 def test_a_plan_for_another_model_is_refused_and_leaves_no_hook(tiny: Tiny, ragged: Ragged) -> None:
     model = tiny("bert")
-    with pytest.raises(UsageError, match="same sites"), gated(model, ragged(tiny("gpt2"))):
+    with pytest.raises(UsageError, match="no such site"), gated(model, ragged(tiny("gpt2"))):
         pass
     assert not hooks_of(model)

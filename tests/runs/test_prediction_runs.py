@@ -54,7 +54,7 @@ def ran(recipe: Path, out: Path, *more: str) -> Any:
 
 
 def kept(out: Path) -> list[int]:
-    return [len(site["kept"]) for site in json.loads((out / "plan.json").read_text())["sites"]]
+    return [len(site.kept) for site in Plan.from_json(json.loads((out / "plan.json").read_text())).sites]
 
 
 # auto
@@ -94,6 +94,32 @@ def test_random_controls_are_under_the_step_that_was_chosen(
     keep_table(checkpoint(), stairs(4, 2, 0.1), SHAPE, TWO)
     ran(recipe_of(tmp_path), tmp_path / "out")
     assert len(rules) == 3 and {given["multiple_of"] for given in rules} == {2}
+
+
+def test_both_steps_are_chosen_by_one_table_and_controls_are_under_both(
+    tmp_path: Path, never: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules: list[dict[str, Any]] = []
+
+    def spy(scores: Any, seed: int, **given: Any) -> Plan:
+        rules.append(given)
+        return real(scores, seed, **given)
+
+    real = verify_stage.random_plan
+    monkeypatch.setattr(verify_stage, "random_plan", spy)
+    setting, steps = Setting("cpu", 2, kinds=("attention", "feed_forward")), (stairs(4, 2, 0.05), stairs(48, 16, 0.005))
+    keep_table(checkpoint(), lambda kind, count: steps[kind](kind, count), SHAPE, setting)
+    recipe = recipe_of(tmp_path, select={"ffn_ratio": 0.5, "ffn_multiple_of": "auto"})
+    report = ran(recipe, tmp_path / "out")
+    found = report["selection"]
+    assert (found["multiple_of"], found["feed_forward"]["multiple_of"]) == (2, 16)
+    assert {(given["multiple_of"], given["ffn_multiple_of"]) for given in rules} == {(2, 16)} and len(rules) == 3
+    assert all(count % 16 == 0 for count in kept(tmp_path / "out")[3:])
+    assert report["predictions"][0]["source"] == "table"
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "ffn_multiple_of: auto chose 16" in page and " multiple_of: auto chose 2" in page
+    said = slimheads("plan", recipe).out
+    assert "ffn_multiple_of: auto chose 16" in said and " multiple_of: auto chose 2" in said
 
 
 def proportional(calls: list[int]) -> Callable[..., Any]:

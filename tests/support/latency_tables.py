@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from slimheads.latency.kinds import Kind, kinds_of
 from slimheads.latency.records import Interval
-from slimheads.latency.table import Kind, LatencyTable, Measurement, kinds_of
-from slimheads.latency.table_store import Setting, made_for, path_of, store
+from slimheads.latency.table import LatencyTable, Measurement
+from slimheads.latency.table_store import Setting, made_for, store
 from slimheads.models.checkpoint import find
 from slimheads.models.loading import load
 
@@ -18,7 +19,18 @@ STEADY = Interval(estimate=1.0, low=0.99, high=1.01)
 def kind_of(layers: int = 3, total: int = 4, name: str = "layer", **more: Any) -> Kind:
     """`layers` sites of one kind: layer.0, layer.1, ..."""
     names = tuple(f"{name}.{layer}" for layer in range(layers))
-    return Kind(**{"name": f"{name}.*", "unit": "head", "total": total, "step": 1, "sites": names} | more)
+    fields = {"kind": "attention", "name": f"{name}.*", "unit": "head", "total": total, "step": 1, "least": 1}
+    return Kind(**fields | {"sites": names} | more)
+
+
+def neurons_of(layers: int, total: int, name: str = "mlp") -> Kind:
+    """`layers` feed-forward blocks of one kind: mlp.0, mlp.1, ..."""
+    return kind_of(layers, total, name, kind="feed_forward", unit="neuron")
+
+
+def layers_of(total: int, name: str = "layer", least: int = 1) -> Kind:
+    """`total` layers of one stack that are alike: layer.0, layer.1, ..."""
+    return kind_of(total, total, name, kind="layer", unit="layer", least=least)
 
 
 def table_of(
@@ -31,7 +43,7 @@ def table_of(
     control: Interval = STEADY,
     **more: Any,
 ) -> LatencyTable:
-    """`share(kind, kept)` of the dense latency is left when every site of a kind keeps `kept` units."""
+    """`share(kind, kept)` of the dense latency is left when the kind at that index has the count `kept`."""
     points = []
     for index, kind in enumerate(kinds):
         for kept in kind.counts(threads):
@@ -51,9 +63,6 @@ def keep_table(
     model: Path, share: Callable[[int, int], float], shape: tuple[int, ...], setting: Setting, **more: Any
 ) -> Path:
     """Stores a made-up table as if it had been measured of this model; where it is."""
-    source, kinds = find(str(model)), kinds_of(load(model), setting.within_groups)
+    source, kinds = find(str(model)), kinds_of(load(model), setting.within_groups, setting.kinds)
     about = made_for(source, shape, setting)
-    path = path_of(source, shape, setting)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    store(path, table_of(kinds, share, threads=setting.threads, shape=shape, made_for=about, **more))
-    return path
+    return store(table_of(kinds, share, threads=setting.threads, shape=shape, made_for=about, **more))

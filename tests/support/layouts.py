@@ -39,10 +39,14 @@ class UnitTensors:
     others: tuple[torch.Tensor, ...] = ()  # what else goes with it: its entries in tables, its projections of positions
 
     @property
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """Its slices of the four matrices."""
+        return self.query, self.key, self.value, self.output
+
+    @property
     def elements(self) -> int:
         """Numbers that go when the unit goes."""
-        weights = (self.query, self.key, self.value, self.output)
-        return sum(tensor.numel() for tensor in (*weights, *self.biases, *self.others))
+        return sum(tensor.numel() for tensor in (*self.weights, *self.biases, *self.others))
 
 
 def kv_heads(config: PretrainedConfig) -> int:

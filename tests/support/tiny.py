@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from slimheads.models.tasks import auto_classes
@@ -43,7 +44,9 @@ _STAGES: dict[str, Any] = {
 
 _TWO_TOWERS: dict[str, Any] = {
     "text_config": _SIZES | {"num_hidden_layers": 2, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
-    "vision_config": _IMAGE | {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6},
+    "vision_config": _IMAGE
+    | {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2}
+    | {"num_attention_heads": 6},
     "projection_dim": 16,
 }
 
@@ -84,7 +87,7 @@ _SEQ2SEQ: dict[str, Any] = {  # head_dim 6 in the encoder, 4 in the decoder
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 6,
     "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
+    "decoder_ffn_dim": 40,
     "vocab_size": 120,
     "max_position_embeddings": 160,
     "pad_token_id": 1,
@@ -273,14 +276,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deberta-absolute": ("deberta", {"relative_attention": False, "pos_att_type": None}),
     "deberta-v2-shared": ("deberta-v2", {"share_att_key": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm"}),
     "deberta-v2-c2p": ("deberta-v2", {"pos_att_type": ["c2p"]}),
+    "deberta-v2-conv": ("deberta-v2", {"conv_kernel_size": 3, "conv_act": "gelu"}),
     "deberta-v2-absolute": ("deberta-v2", {"relative_attention": False, "pos_att_type": None}),
+    "dinov2-gated": ("dinov2", {"use_swiglu_ffn": True}),
+    "gpt2-inner": ("gpt2", {"n_inner": 48}),
     "gpt2-inverse-layers": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "gpt2-upcast": ("gpt2", {"reorder_and_upcast_attn": True}),
     "llama-ungrouped": ("llama", {"num_key_value_heads": 8}),
-    "llama-biased": ("llama", {"attention_bias": True}),
+    "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-wide": ("llama", {"head_dim": 6}),
     "mistral-wide": ("mistral", {"head_dim": 10, "sliding_window": 4}),
     "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "modernbert-biased": ("modernbert", {"mlp_bias": True, "attention_bias": True}),
     "swin-windows": ("swin", {"num_heads": [4, 8], "window_size": 4, "qkv_bias": False}),
     "wavlm-stable": ("wavlm", {"do_stable_layer_norm": True, "feat_extract_norm": "layer"}),
     "phi-norms": ("phi", {"qk_layernorm": True}),
@@ -374,3 +381,15 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+class InFloat64Throughout(TorchFunctionMode):
+    """Norms, softmax and scores round to float32 whatever the model's dtype, which would drown a finite difference."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        return func(*map(wide, args), **{key: wide(value) for key, value in (kwargs or {}).items()})

@@ -1,4 +1,4 @@
-"""select: the plan, from the scores and, for `multiple_of: auto`, from latency tables."""
+"""select: the plan, from the scores and, where a step is auto, from latency tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slimheads.latency.head_counts import Selection, choose_step
+from slimheads.latency.counts import Selection, choose_steps
 from slimheads.latency.table import LatencyTable
 from slimheads.pipeline.latency_tables import RecipeTables
 from slimheads.pipeline.progress import Progress
@@ -14,12 +14,11 @@ from slimheads.pipeline.stage import Result, Stage
 from slimheads.pipeline.stages.score import Scored
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.scores import Scores
-from slimheads.pruning.select import select
 from slimheads.recipe.sections import Select
 
 
 class Selected(Result):
-    """What is deleted, and how the head counts were chosen."""
+    """What is deleted, and how the steps of counts were chosen."""
 
     plan: Plan
     selection: Selection
@@ -27,7 +26,7 @@ class Selected(Result):
 
 def select_stage(section: Select, tables: RecipeTables, scored: Scored, progress: Progress) -> Stage[Selected]:
     """Latency tables are measured in this stage where the recipe needs them and they are not stored."""
-    auto = section.multiple_of == "auto"
+    auto = bool(section.auto_steps)
 
     def work(folder: Path) -> Selected:
         found = tables.measured(progress.note, progress.share) if auto else {}
@@ -45,9 +44,6 @@ def choose(scores: Scores, section: Select, tables: Sequence[LatencyTable] = ())
     """`slimheads.select` by the recipe.
 
     Args:
-        tables: of the model at the recipe's shapes; only `multiple_of: auto` needs them.
+        tables: of the model at the recipe's shapes; only a step that is auto needs them.
     """
-    asked, rules = section.multiple_of, section.model_dump(mode="json")
-    if asked == "auto" and tables:
-        return choose_step(scores, rules, tables)
-    return select(scores, **rules), Selection(asked=asked, multiple_of=asked)
+    return choose_steps(scores, section.model_dump(mode="json"), tables)

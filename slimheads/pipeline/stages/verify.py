@@ -163,6 +163,6 @@ def _controls(
     """The dense model under random plans of the same size, by seed."""
     if selected.plan.removed == 0:
         return []
-    rules = recipe.select.model_dump(mode="json") | {"multiple_of": selected.selection.multiple_of}
+    rules = recipe.select.model_dump(mode="json") | selected.selection.steps
     plans = [(seed, random_plan(scored.scores, seed, **rules)) for seed in CONTROL_SEEDS]
     return [(seed, partial(gated, models.dense(), plan)) for seed, plan in plans]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from latency_tables import kind_of, stairs, table_of
+from latency_tables import kind_of, neurons_of, stairs, table_of
 
 from slimheads.errors import UsageError
-from slimheads.latency.head_counts import choose_step
+from slimheads.latency.counts import Selection, choose_steps
 from slimheads.latency.table import LatencyTable, predict
+from slimheads.pruning.plan import Plan
 from slimheads.pruning.scores import Scores, SiteScores
 from slimheads.pruning.select import select
 
@@ -21,6 +22,11 @@ def ascending(*starts: float) -> Scores:
     """One layer for each start: its heads rise by one."""
     rows = (tuple(start + head for head in range(HEADS)) for start in starts)
     return Scores("magnitude", tuple(SiteScores(f"layer.{i}", "head", row) for i, row in enumerate(rows)))
+
+
+def choose_step(scores: Scores, rules: dict[str, Any], tables: Sequence[LatencyTable]) -> tuple[Plan, Selection]:
+    """With the step of heads left open."""
+    return choose_steps(scores, rules | {"multiple_of": "auto"}, tables)
 
 
 # 4 + 3 + 1 + 0 of 32 heads go at a quarter: two layers are left with an odd count.
@@ -129,3 +135,73 @@ def test_ratio_zero_and_impossible_ratios_are_as_in_select() -> None:
 def test_select_itself_takes_numbers_only() -> None:
     with pytest.raises(UsageError, match="needs a latency table"):
         select(SCORES, 0.25, multiple_of="auto")  # type: ignore[arg-type]
+
+
+# Neurons
+
+NEURONS = 512
+
+
+def of_both_kinds() -> Scores:
+    """Heads as above, and two blocks whose neurons rise by one; the second block's start higher."""
+    rows = (tuple(start + 1.01 * neuron for neuron in range(NEURONS)) for start in (0.0, 77.7))
+    blocks = (SiteScores(f"mlp.{i}", "neuron", row, kind="feed_forward") for i, row in enumerate(rows))
+    return Scores("magnitude", (*SCORES.sites, *blocks))
+
+
+def of_widths(cost: Callable[[int], float], margin: float = 0.0) -> LatencyTable:
+    """Every head costs the same; a width costs what a formula says."""
+    kinds = [kind_of(LAYERS, HEADS), neurons_of(2, NEURONS)]
+    return table_of(kinds, lambda kind, kept: cost(kept) if kind else linear(0, kept), margin=margin)
+
+
+def in_steps(step: int) -> Callable[[int], float]:
+    """A width costs as much as the next multiple of `step`."""
+    return lambda kept: 1 - 0.5 * (NEURONS - -(-kept // step) * step) / NEURONS
+
+
+JOINT = {"ratio": 0.25, "ffn_ratio": 0.40625, "ffn_multiple_of": "auto"}
+
+
+def widths(plan: Plan) -> list[int]:
+    return [len(site.kept) for site in plan.sites if site.kind == "feed_forward"]
+
+
+@pytest.mark.parametrize("step", [8, 16, 32])
+def test_neurons_go_in_the_steps_that_pay_and_heads_as_they_were_told(step: int) -> None:
+    scores = of_both_kinds()
+    assert any(width % 8 for width in widths(select(scores, **JOINT | {"ffn_multiple_of": 1})))
+    plan, found = choose_steps(scores, JOINT, [of_widths(in_steps(step), margin=0.001)])
+    assert plan == select(scores, **JOINT | {"ffn_multiple_of": step})
+    assert all(width % step == 0 for width in widths(plan))
+    assert (found.asked, found.multiple_of, found.candidates) == (1, 1, ())
+    neurons = found.feed_forward
+    assert neurons is not None and (neurons.asked, neurons.multiple_of, neurons.reason) == ("auto", step, None)
+    assert [candidate.multiple_of for candidate in neurons.candidates] == [1, 8, 16, 32]
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.03])
+def test_widths_that_all_cost_alike_or_within_the_noise_are_not_snapped(margin: float) -> None:
+    cost = in_steps(32) if margin else in_steps(1)
+    plan, found = choose_steps(of_both_kinds(), JOINT, [of_widths(cost, margin)])
+    assert found.feed_forward is not None
+    assert found.feed_forward.multiple_of == 1 and "noise" in str(found.feed_forward.reason)
+    assert plan == select(of_both_kinds(), **JOINT | {"ffn_multiple_of": 1})
+
+
+def test_both_steps_may_be_left_open_and_neither_depends_on_the_other() -> None:
+    kinds, heads = [kind_of(LAYERS, HEADS), neurons_of(2, NEURONS)], stairs(HEADS, 2, 0.03)
+    tables = [table_of(kinds, lambda kind, kept: in_steps(16)(kept) if kind else heads(0, kept))]
+    plan, found = choose_steps(of_both_kinds(), JOINT | {"multiple_of": "auto"}, tables)
+    alone = choose_step(SCORES, RULES, [table(heads)])[1]
+    assert found.feed_forward is not None and (found.multiple_of, found.feed_forward.multiple_of) == (2, 16)
+    assert [(c.multiple_of, c.removed) for c in found.candidates] == [
+        (c.multiple_of, c.removed) for c in alone.candidates
+    ]
+    assert [c.saved for c in found.candidates] == pytest.approx([c.saved for c in alone.candidates])
+    assert plan == select(of_both_kinds(), **JOINT | {"multiple_of": 2, "ffn_multiple_of": 16})
+
+
+def test_where_no_neurons_go_nothing_is_said_of_them() -> None:
+    assert choose_step(SCORES, RULES, [table(linear)])[1].feed_forward is None
+    assert choose_steps(SCORES, RULES, [])[1] == Selection(asked=1, multiple_of=1)
