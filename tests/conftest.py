@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from plans import equal_plan, ragged_plan
+from plans import ALL_KINDS, equal_plan, ragged_plan
 from shipped import ALL_PRECISIONS, Shipped, ship
 from tiny import (
     AUDIO,
@@ -45,7 +45,7 @@ from slimheads.data.inputs import make_inputs, to_torch
 from slimheads.families.config_facts import has_length, takes_text
 from slimheads.families.family import families
 from slimheads.models.loading import load
-from slimheads.names import KvAxes, Precision
+from slimheads.names import KvAxes, Precision, SiteKind
 from slimheads.pruning.plan import Plan
 
 pytest_plugins = ["evidence"]
@@ -161,15 +161,15 @@ def shipped(
         *,
         precisions: tuple[Precision, ...] = ALL_PRECISIONS,
         kv_axes: KvAxes = "symbolic",
+        kinds: Sequence[SiteKind] = ALL_KINDS,
     ) -> Shipped:
         dense, task = tiny(variety, task=task), task or task_of(variety)
-        root = home / "-".join((variety, task, *precisions, kv_axes))
+        plan = ragged(dense, kinds=kinds)
+        root = home / "-".join((variety, task, *precisions, kv_axes, *kinds))
         with FileLock(root.with_suffix(".lock")):
             if root.exists():
-                return Shipped(root, dense, load(root / "slim", task), ragged(dense), task)
-            made = ship(
-                dense, ragged(dense), root.with_suffix(".new"), task=task, precisions=precisions, kv_axes=kv_axes
-            )
+                return Shipped(root, dense, load(root / "slim", task), plan, task)
+            made = ship(dense, plan, root.with_suffix(".new"), task=task, precisions=precisions, kv_axes=kv_axes)
             made.root.rename(root)
         return replace(made, root=root)
 

@@ -24,7 +24,7 @@ from slimheads.errors import ModelRefusedError
 from slimheads.exporting.artifacts import file_name
 from slimheads.exporting.export import export
 from slimheads.families.config_facts import has_length
-from slimheads.families.sites import find_sites
+from slimheads.families.sites import find_sites, of_kind
 from slimheads.models.generation import greedy_options
 from slimheads.names import KvAxes
 from slimheads.pruning.plan import Plan
@@ -133,7 +133,7 @@ def test_a_decoders_file_says_the_true_shape_of_every_layers_cache(
     exported_decoder: str, kv_axes: KvAxes, shipped: Callable[..., Shipped]
 ) -> None:
     made = shipped(exported_decoder, **PLAIN[kv_axes])
-    sites = find_sites(made.slim)
+    sites = of_kind(find_sites(made.slim), "attention")
     per_query = exported_decoder == "falcon"  # it keeps a group's keys once for every query head
     copies = sites[0].members if per_query else 1
     shapes = [[site.total * copies, site.head_dim, site.head_dim] for site in sites]

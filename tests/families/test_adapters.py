@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from slimheads.errors import ModelRefusedError
 from slimheads.families.adapters import ADAPTERS
 from slimheads.families.family import families, family_of
-from slimheads.families.sites import find_sites
+from slimheads.families.sites import find_sites, of_kind
 from slimheads.pruning.gates import gated
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
@@ -38,9 +38,11 @@ def test_phi3_follows_a_later_choice_of_attention(
         expected = answers(model, batch)["logits"]
     prune(model, plan)
     model.set_attn_implementation("eager")
-    blocks = [model.get_submodule(site.name) for site in find_sites(model)]
+    blocks = [model.get_submodule(site.name) for site in of_kind(find_sites(model), "attention")]
     assert {block.config._attn_implementation for block in blocks} == {"eager"}
-    assert [block.config.num_attention_heads for block in blocks] == [2 * len(site.kept) for site in plan.sites]
+    assert [block.config.num_attention_heads for block in blocks] == [
+        2 * len(site.kept) for site in plan.of_kind("attention").sites
+    ]
     torch.testing.assert_close(answers(model, batch)["logits"], expected, rtol=0, atol=1e-5)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from layouts import kv_heads, unit_tensors
+from plans import renamed
 from pydantic import ValidationError
 from tiny import SEQ2SEQ, TWO_TOWERS
 from transformers import AutoConfig, BertConfig, PreTrainedModel
@@ -19,8 +20,8 @@ from slimheads.errors import ModelRefusedError, UsageError
 from slimheads.families import family as family_files
 from slimheads.families.family import Family, ProjectionRow, SiteRow, families, family_of, refused_types
 from slimheads.families.layout import blocks_of
-from slimheads.families.sites import Projection, find_sites, linear_features
-from slimheads.pruning.scoring.magnitude import ROLES
+from slimheads.families.sites import Projection, Site, find_sites, linear_features, of_kind
+from slimheads.pruning.plan import Plan
 from slimheads.pruning.scoring.score import score
 from slimheads.pruning.select import select
 from slimheads.pruning.surgery import prune
@@ -34,7 +35,12 @@ def bert_family(**changes: object) -> Family:
 
 
 def with_site(**changes: object) -> Family:
-    return bert_family(sites=(families()["bert"].sites[0].model_copy(update=changes),))
+    first, *others = families()["bert"].sites
+    return bert_family(sites=(first.model_copy(update=changes), *others))
+
+
+def attention_of(model: PreTrainedModel) -> tuple[Site, ...]:
+    return of_kind(find_sites(model), "attention")
 
 
 def test_each_model_type_belongs_to_one_family() -> None:
@@ -44,12 +50,12 @@ def test_each_model_type_belongs_to_one_family() -> None:
 
 def test_sites_come_in_layer_order_with_the_models_own_counts(tiny: Tiny, variety: str) -> None:
     model = tiny(variety)
-    sites = find_sites(model)
+    sites = attention_of(model)
     expected = unit_tensors(model)
-    kinds: dict[str, list[int]] = {}
+    kinds: dict[str, list[list[int]]] = {}
     for site in sites:
-        kinds.setdefault(re.sub(r"\d+", "*", site.name), []).append(site.layer)
-    assert all(layers == list(range(len(layers))) for layers in kinds.values())
+        kinds.setdefault(re.sub(r"\d+", "*", site.name), []).append([int(i) for i in re.findall(r"\d+", site.name)])
+    assert all(places == sorted(places) for places in kinds.values())
     assert len(kinds) == (3 if variety in SEQ2SEQ else 2 if variety in TWO_TOWERS else 1)
     assert [site.total for site in sites] == [len(units) for units in expected]
     config = getattr(model.config, "text_config", model.config)
@@ -62,13 +68,13 @@ def test_sites_come_in_layer_order_with_the_models_own_counts(tiny: Tiny, variet
 
 def test_labels_pick_the_slices_that_transformers_reads(tiny: Tiny, variety: str) -> None:
     model = tiny(variety)
-    for site, units in zip(find_sites(model), unit_tensors(model), strict=True):
+    for site, units in zip(attention_of(model), unit_tensors(model), strict=True):
         for index, unit in enumerate(units):
 
             def whose(p: Projection, index: int = index) -> np.ndarray:
                 return (p.unit_of <= index) & (index < p.unit_of + p.span)
 
-            for role in ROLES:
+            for role in ("query", "key", "value", "output"):
                 [(projection, features)] = [
                     (model.get_submodule(p.module), features)
                     for p in site.projections
@@ -92,25 +98,25 @@ def test_every_feature_is_labelled_once(tiny: Tiny, variety: str) -> None:
 
 @pytest.mark.parametrize("groups,heads", [(4, 8), (8, 8), (2, 8)])
 def test_group_sizes_of_llama(tiny: Tiny, groups: int, heads: int) -> None:
-    sites = find_sites(tiny("llama", num_key_value_heads=groups, num_attention_heads=heads))
+    sites = attention_of(tiny("llama", num_key_value_heads=groups, num_attention_heads=heads))
     assert {(s.total, s.heads_per_unit, s.unit) for s in sites} == {
         (groups, heads // groups, "head" if groups == heads else "kv_group")
     }
 
 
 def test_an_explicit_head_dim_is_read_from_the_weights(tiny: Tiny) -> None:
-    assert {site.head_dim for site in find_sites(tiny("llama", head_dim=6))} == {6}
+    assert {site.head_dim for site in attention_of(tiny("llama", head_dim=6))} == {6}
 
 
-def test_a_slim_model_is_found_as_it_is_now(tiny: Tiny, ragged: Callable[..., object], variety: str) -> None:
+def test_a_slim_model_is_found_as_it_is_now(tiny: Tiny, ragged: Callable[..., Plan], variety: str) -> None:
     model = tiny(variety)
     plan = ragged(model)
-    before = find_sites(model)
+    before = attention_of(model)
     prune(model, plan)
-    after = find_sites(model)
-    assert [site.total for site in after] == [len(site.kept) for site in plan.sites]
+    after = attention_of(model)
+    assert [site.total for site in after] == [len(site.kept) for site in plan.of_kind("attention").sites]
     assert [(s.name, s.head_dim, s.heads_per_unit) for s in after] == [
-        (s.name, s.head_dim, s.heads_per_unit) for s in before
+        (name, s.head_dim, s.heads_per_unit) for s in before if (name := renamed(s.name, plan))
     ]
 
 
@@ -168,10 +174,10 @@ def test_a_class_with_one_tower_of_two_is_refused(tiny: Tiny, model_type: str) -
 def test_a_multi_query_model_gives_up_query_heads(tiny: Tiny) -> None:
     """All queries share one KV head, which stays."""
     model = tiny("gemma", num_key_value_heads=1)
-    assert {(site.total, site.unit, site.heads_per_unit) for site in find_sites(model)} == {(8, "head", 1)}
-    values = [model.get_submodule(f"{site.name}.v_proj").weight.clone() for site in find_sites(model)]
+    assert {(site.total, site.unit, site.heads_per_unit) for site in attention_of(model)} == {(8, "head", 1)}
+    values = [model.get_submodule(f"{site.name}.v_proj").weight.clone() for site in attention_of(model)]
     prune(model, select(score(model), 0.25, "layer"))
-    after = find_sites(model)
+    after = attention_of(model)
     assert {(site.total, site.members) for site in after} == {(6, 6)}
     for site, before in zip(after, values, strict=True):
         assert torch.equal(model.get_submodule(f"{site.name}.v_proj").weight, before)
@@ -257,9 +263,9 @@ def test_a_row_applies_when_the_configuration_says_so(
     tiny: Tiny, changes: dict[str, object], layout: str, unit: tuple[str, int]
 ) -> None:
     model = tiny("falcon", **{"new_decoder_architecture": False} | changes)
-    [row] = families()["falcon"].rows(model.config)
+    [row] = families()["falcon"].rows(model.config, "attention")
     assert row.projections[0].layout == layout
-    assert {(site.unit, site.total) for site in find_sites(model)} == {unit}
+    assert {(site.unit, site.total) for site in attention_of(model)} == {unit}
 
 
 def test_a_configuration_that_no_row_is_for_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,4 +326,4 @@ def test_an_attention_block_that_no_row_describes_is_an_error(tiny: Tiny, monkey
         find_sites(model)
     assert refused.value.where == "pooler.attention"
     monkeypatch.setattr(family_files, "families", lambda: {"bert": bert_family(untouched=("pooler.attention",))})
-    assert len(find_sites(model)) == 3
+    assert len(attention_of(model)) == 3

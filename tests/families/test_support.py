@@ -27,7 +27,7 @@ LINKS = [
     {"link": 4, "subject": "onnx/model.onnx", "cases": 12, "max_abs": None, "max_rel": None},
 ]
 PROOFS: dict[str, Any] = {
-    "certificate": [{"task": "feature-extraction", "units": ["head"], "links": LINKS}],
+    "certificate": [{"task": "feature-extraction", "units": ["head", "neuron", "layer"], "links": LINKS}],
     "gated": [
         {"implementation": "eager", "dtype": "float64", "max_abs": 4e-16},
         {"implementation": "sdpa", "dtype": "float64", "max_abs": 5e-16, "variant": "width: 3"},
@@ -108,7 +108,7 @@ def test_a_row_says_what_was_proven_and_how_far_off_the_worst_was(believe: Calla
     assert found.links == {"1": 2e-7, "3 int8": 0.02, "4": None}
     assert found.gated == {"float64": 5e-16} and found.tests == {"tests/a.py::b": 7}
     page = render_families([row], {"torch": "2"})
-    assert "| `bert` | 5e-16 | 2e-07 | 0.02 | held | 7 |" in page
+    assert "| `bert` | head, neuron, layer | 5e-16 | 2e-07 | 0.02 | held | 7 |" in page
     assert "| `roberta` | not proven: no evidence |" in page
 
 
@@ -117,7 +117,7 @@ def test_a_row_says_what_was_proven_and_how_far_off_the_worst_was(believe: Calla
     [
         ({"digest": "0123456789abcdef"}, "its family file changed since"),
         ({"gated": []}, "no proof of gated"),
-        ({"certificate": [], "scores": []}, "no proof of certificate, scores"),
+        ({"certificate": [], "scores": []}, "no proof of certificate, scores, deleted heads, deleted layers, deleted neurons"),
     ],
 )
 def test_what_is_not_proven_is_said_to_be_so(
@@ -130,8 +130,8 @@ def test_what_is_not_proven_is_said_to_be_so(
     (row,) = (row for row in data.json if row["family"] == "bert")
     assert "bert" not in row["evidence"] and "roberta" in row["evidence"]
     page = " ".join(people.out.split())
-    assert f" bert bert head not proven: {reason}" in page and " roberta bert head 7 tests" in page
-    assert " distilbert distilbert head not proven: no evidence" in page
+    assert f" bert bert head neuron layer not proven: {reason}" in page and " roberta bert head neuron layer 7 tests" in page
+    assert " distilbert distilbert head neuron layer not proven: no evidence" in page
 
 
 def test_a_digest_is_of_what_is_said_of_the_model_type() -> None:

@@ -17,7 +17,7 @@ from tiny import tiny_model
 from transformers import PreTrainedModel
 
 from slimheads.errors import ModelRefusedError
-from slimheads.families.sites import find_sites
+from slimheads.families.sites import find_sites, of_kind
 from slimheads.models.checkpoint import find
 from slimheads.models.loading import load, save
 from slimheads.pruning.plan import Plan, SitePlan
@@ -33,7 +33,8 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     save(tiny_model("bert"), root / "bert")
     for model_type in ("bert", "llama"):
         model = tiny_model(model_type)
-        plan = Plan(tuple(SitePlan(s.name, s.unit, s.total, (0, 2)) for s in find_sites(model)))
+        heads = of_kind(find_sites(model), "attention")
+        plan = Plan(tuple(SitePlan(s.name, s.unit, s.total, (0, 2)) for s in heads))
         save(prune(model, plan), root / f"slim {model_type}")
     save(tiny_model("llama"), root / "llama")
     tiny_model("gpt2").save_pretrained(root / "sharded", max_shard_size="20KB")
@@ -289,7 +290,7 @@ SITE = {"site": "encoder.layer.0.attention", "unit": "head", "total": 4, "kept":
         [],
         {},
         {"format": 1},
-        {"format": 2},
+        {"format": 3},
         {"sites": []},
         {"sites": None},
         {"sites": [SITE]},
@@ -306,6 +307,9 @@ SITE = {"site": "encoder.layer.0.attention", "unit": "head", "total": 4, "kept":
         {"site 0": {"kept": []}},
         {"site 0": {"kept": [2, 0]}},
         {"site 0": {"kept": [0, 4]}},
+        {"site 0": {"kept": [[0, 4]]}},
+        {"site 0": {"kind": "layer"}},
+        {"site 0": {"kind": None}},
         {"site 0": {"total": 5}},
         {"site 0": {"unit": "kv_group"}},
         {"site 0": {"site": "encoder.layer.9.attention"}},

@@ -13,7 +13,9 @@ from slimheads.models.flops import flops, parameters, weight_bytes
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
 
-HIDDEN, LAYERS, INNER, VOCABULARY, DIM = 32, 3, 48, 120, 8
+HIDDEN, LAYERS, VOCABULARY, DIM = 32, 3, 120, 8
+DENSE = {"bert": (4, 48), "gpt2": (4, 128), "llama": (4, 48), "vit": (4, 48)}  # heads or KV groups, and neurons
+Layers = list[tuple[int, int]]
 SHAPES = [(1, 1), (1, 16), (4, 9)]
 
 
@@ -22,41 +24,41 @@ def attention(batch: int, length: int, heads: int, dim: int, past: int = 0) -> i
     return 2 * (2 * batch * heads * length * (past + length) * dim)
 
 
-def bert(batch: int, length: int, counts: list[int]) -> int:
+def bert(batch: int, length: int, layers: Layers) -> int:
     tokens = batch * length
     total = 2 * batch * HIDDEN * HIDDEN  # the pooler sees one token
-    for heads in counts:
+    for heads, inner in layers:
         total += 4 * 2 * tokens * HIDDEN * heads * DIM + attention(batch, length, heads, DIM)
-        total += 2 * 2 * tokens * HIDDEN * INNER
+        total += 2 * 2 * tokens * HIDDEN * inner
     return total
 
 
-def gpt2(batch: int, length: int, counts: list[int], past: int = 0) -> int:
+def gpt2(batch: int, length: int, layers: Layers, past: int = 0) -> int:
     tokens = batch * length
     total = 2 * tokens * HIDDEN * VOCABULARY
-    for heads in counts:
+    for heads, inner in layers:
         total += 4 * 2 * tokens * HIDDEN * heads * DIM + attention(batch, length, heads, DIM, past)
-        total += 2 * 2 * tokens * HIDDEN * 4 * HIDDEN
+        total += 2 * 2 * tokens * HIDDEN * inner
     return total
 
 
-def llama(batch: int, length: int, counts: list[int], past: int = 0) -> int:
+def llama(batch: int, length: int, layers: Layers, past: int = 0) -> int:
     """Two query heads to a KV head, four features each; three matrices in the feed-forward block."""
     tokens, dim = batch * length, HIDDEN // 8
     total = 2 * tokens * HIDDEN * VOCABULARY + 2 * length * dim // 2  # the angles of the positions, an outer product
-    for groups in counts:
+    for groups, inner in layers:
         total += 2 * tokens * HIDDEN * dim * (2 * groups + groups + groups + 2 * groups)
-        total += attention(batch, length, 2 * groups, dim, past) + 3 * 2 * tokens * HIDDEN * INNER
+        total += attention(batch, length, 2 * groups, dim, past) + 3 * 2 * tokens * HIDDEN * inner
     return total
 
 
-def vit(batch: int, length: int, counts: list[int]) -> int:
+def vit(batch: int, length: int, layers: Layers) -> int:
     """Images of 30x30 in patches of 6x6 make 26 tokens, whatever length is asked for."""
     patches, pixels = 25, 3 * 6 * 6
     total = 2 * batch * patches * pixels * HIDDEN + 2 * batch * HIDDEN * HIDDEN  # the pooler sees one token
-    for heads in counts:
+    for heads, inner in layers:
         total += 4 * 2 * batch * 26 * HIDDEN * heads * DIM + attention(batch, 26, heads, DIM)
-        total += 2 * 2 * batch * 26 * HIDDEN * INNER
+        total += 2 * 2 * batch * 26 * HIDDEN * inner
     return total
 
 
@@ -73,10 +75,17 @@ def test_flops_are_those_of_the_formula_dense_and_slim(
     assert model.config._attn_implementation == attn_implementation
     plan = ragged(model)
     for shape in SHAPES:
-        assert flops(model, *shape) == formula(*shape, [site.total for site in plan.sites])
+        assert flops(model, *shape) == formula(*shape, [DENSE[model_type]] * LAYERS)
     prune(model, plan)
     for shape in SHAPES:
-        assert flops(model, *shape) == formula(*shape, [len(site.kept) for site in plan.sites])
+        assert flops(model, *shape) == formula(*shape, left(plan))
+
+
+def left(plan: Plan) -> Layers:
+    """What each layer that stays has left."""
+    heads, neurons = ([len(site.kept) for site in plan.of_kind(k).sites] for k in ("attention", "feed_forward"))
+    assert len(heads) == LAYERS - 1
+    return list(zip(heads, neurons, strict=True))
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
@@ -87,9 +96,9 @@ def test_flops_after_a_past_are_those_of_the_new_tokens_against_all(
     formula, model = {"gpt2": gpt2, "llama": llama}[model_type], tiny(model_type)
     plan = ragged(model)
     for batch, length in ((1, 1), (2, 3)):
-        assert flops(model, batch, length, past) == formula(batch, length, [site.total for site in plan.sites], past)
+        assert flops(model, batch, length, past) == formula(batch, length, [DENSE[model_type]] * LAYERS, past)
     prune(model, plan)
-    assert flops(model, 1, 1, past) == formula(1, 1, [len(site.kept) for site in plan.sites], past)
+    assert flops(model, 1, 1, past) == formula(1, 1, left(plan), past)
 
 
 def test_a_past_that_a_model_cannot_hold_is_a_usage_error(tiny: Callable[..., PreTrainedModel]) -> None:

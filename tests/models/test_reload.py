@@ -21,7 +21,7 @@ from slimheads.families.family import families
 from slimheads.families.sites import find_sites
 from slimheads.models.loading import load, save
 from slimheads.models.reload import reload_tier, same_attributes, same_weights
-from slimheads.models.tasks import TASKS
+from slimheads.models.tasks import auto_classes
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
 
@@ -65,8 +65,10 @@ def test_the_tier_is_what_plain_transformers_can_do(
     assert note.count(".") and "\n" not in note
     assert torch.equal(logits(load(tmp_path / "slim", task_of(model_type))), logits(slim))
     if tier == "stock":
-        auto = getattr(transformers, TASKS[task_of(model_type)])
-        assert torch.equal(logits(auto.from_pretrained(tmp_path / "slim").eval()), logits(slim))
+        auto = getattr(transformers, auto_classes(slim.config)[task_of(model_type)])
+        # Copied, because weights that lie in the mapped file are aligned otherwise, and then sums may round otherwise.
+        stock = copy.deepcopy(auto.from_pretrained(tmp_path / "slim").eval())
+        assert torch.equal(logits(stock), logits(slim))
         assert transformers.__version__ in note
     else:
         assert "slimheads.load" in note
@@ -112,7 +114,7 @@ def test_a_stock_load_that_gives_another_model_is_not_called_stock(
     assert reload_tier(tmp_path / "slim", slim, "feature-extraction")[0] == "stock"
     monkeypatch.setattr(AutoModel, "from_pretrained", stock_that(change))
     tier, note = reload_tier(tmp_path / "slim", slim, "feature-extraction")
-    assert tier == "slimheads" and "other weights or head counts" in note
+    assert tier == "slimheads" and "other weights, sizes or layers" in note
 
 
 def test_weights_and_counts_are_compared_exactly(tiny: Callable[..., PreTrainedModel]) -> None:

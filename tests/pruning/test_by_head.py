@@ -20,7 +20,7 @@ from whole_runs import report_of, slimheads, steady, write_recipe
 
 from slimheads.errors import UsageError
 from slimheads.families.family import families
-from slimheads.families.sites import find_sites
+from slimheads.families.sites import find_sites, of_kind
 from slimheads.models.loading import load, save
 from slimheads.models.reload import reload_tier
 from slimheads.pruning.gates import gated
@@ -39,7 +39,7 @@ def within(model: PreTrainedModel, seed: int = 0) -> Plan:
     """Another number of query heads in each site, as many in each of its groups, not the same ones."""
     draw = random.Random(seed)
     plans = []
-    for index, site in enumerate(find_sites(model)):
+    for index, site in enumerate(of_kind(find_sites(model), "attention")):
         by_head, keep = site.by_head(), 1 + index % max(1, site.members - 1)
         starts = range(0, by_head.total, site.members)
         kept = [head for s in starts for head in sorted(draw.sample(range(s, s + site.members), keep))]
@@ -50,7 +50,7 @@ def within(model: PreTrainedModel, seed: int = 0) -> Plan:
 def scattered(model: PreTrainedModel) -> Plan:
     """Another number of heads in each block of a multi-query model."""
     draw = random.Random(3)
-    sites = find_sites(model)
+    sites = of_kind(find_sites(model), "attention")
     return Plan(
         tuple(
             SitePlan(s.name, "head", s.total, tuple(sorted(draw.sample(range(s.total), 1 + 2 * i))))
@@ -108,12 +108,12 @@ def test_keys_and_values_stay_and_it_reloads(wide: Tiny, tmp_path: Path, model_t
     model = wide(model_type)
     dense, plan = copy.deepcopy(model), within(model)
     prune(model, plan)
-    for site in find_sites(dense):
+    for site in of_kind(find_sites(dense), "attention"):
         pair = [keys_and_values(m.get_submodule(site.name)) for m in (dense, model)]
         assert all(torch.equal(*tensors) for tensors in zip(*pair, strict=True))
     save(model, tmp_path / "slim")
     loaded = load(tmp_path / "slim")
-    assert [(s.total, s.members) for s in find_sites(loaded)] == [(2, len(s.kept) // 2) for s in plan.sites]
+    assert [(s.total, s.members) for s in of_kind(find_sites(loaded), "attention")] == [(2, len(s.kept) // 2) for s in plan.sites]
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -137,6 +137,10 @@ def test_the_certificate_holds_for_a_multi_query_model(tiny: Tiny, tmp_path: Pat
     }
 
 
+def heads_of(scores: Scores) -> list[SiteScores]:
+    return [site for site in scores.sites if site.kind == "attention"]
+
+
 def frobenius(matrix: torch.Tensor) -> float:
     return math.sqrt(math.fsum(x * x for x in matrix.double().flatten().tolist()))
 
@@ -144,7 +148,7 @@ def frobenius(matrix: torch.Tensor) -> float:
 @pytest.mark.parametrize("model_type", ["llama", "phi", "qwen3"])
 def test_a_query_heads_score_is_its_own_slices_and_the_keys_and_values_it_reads(wide: Tiny, model_type: str) -> None:
     model = wide(model_type)
-    for site, groups in zip(score(model).sites, unit_tensors(model), strict=True):
+    for site, groups in zip(heads_of(score(model)), unit_tensors(model), strict=True):
         expected = [
             [
                 frobenius(q) + frobenius(group.key) + frobenius(group.value) + frobenius(o)
@@ -194,7 +198,7 @@ def test_plain_transformers_reloads_equal_counts_within_groups(wide: Tiny, tmp_p
 @pytest.mark.parametrize("kept", [(0, 1, 4), (0, 4, 5, 6)])
 def test_groups_that_would_keep_different_numbers_are_refused(wide: Tiny, kept: tuple[int, ...]) -> None:
     model = wide("llama")
-    first, *others = find_sites(model)
+    first, *others = of_kind(find_sites(model), "attention")
     whole = [SitePlan(s.name, "head", 8, tuple(range(8))) for s in others]
     before = copy.deepcopy(model.config.to_dict())
     with pytest.raises(UsageError, match="not as many in each KV group") as error:
@@ -250,9 +254,9 @@ def test_within_groups_is_refused_where_there_are_none(tiny: Tiny) -> None:
 def test_sites_that_do_not_match_keep_all_and_are_not_counted(tiny: Tiny) -> None:
     scores = score(tiny("bert"))
     plan = select(scores, 0.5, sites="*.[01].attention")
-    assert [len(site.removed) for site in plan.sites][2] == 0 and plan.removed == 4
+    assert plan.kinds == ("attention",) and not plan.sites[2].removed and plan.removed == 4
     with pytest.raises(
-        UsageError, match=r"no site matches 'decoder\.\*'; the first site is encoder\.layer\.0\.attention"
+        UsageError, match=r"no attention site matches 'decoder\.\*'; the first site is encoder\.layer\.0\.attention"
     ):
         select(scores, 0.5, sites="decoder.*")
 

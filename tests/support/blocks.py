@@ -26,7 +26,7 @@ UNGATED_LLAMAS = {"arcee", "nemotron"}
 FUSED = {"glm", "phi3"}
 
 # Their configuration has no key from which transformers builds the width of their feed-forward blocks alone.
-WITHOUT_WIDTH = {"bloom", "dinov2", "mpt"} | SWIN_LIKE
+WITHOUT_WIDTH = {"bloom", "dinov2", "mpt", "siglip", "siglip_vision_model"} | SWIN_LIKE
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from slimheads.exporting.export import export
 from slimheads.families.evidence import LinkProof
 from slimheads.families.sites import find_sites
 from slimheads.models.loading import load
-from slimheads.pruning.plan import Plan, SitePlan
+from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
 from slimheads.verification import subjects as chain
 from slimheads.verification.certificate import Certificate
@@ -42,12 +42,12 @@ HEADS = (
 
 @pytest.fixture
 def bert(shipped: Callable[..., Shipped]) -> Shipped:
-    return shipped("bert")
+    return shipped("bert", kinds=("attention", "feed_forward"))
 
 
 @pytest.fixture
 def gpt2(shipped: Callable[..., Shipped]) -> Shipped:
-    return shipped("gpt2")
+    return shipped("gpt2", kinds=("attention", "feed_forward"))
 
 
 def failed(found: Certificate) -> list[int]:
@@ -70,8 +70,8 @@ def with_plan(plan: Plan, index: int, kept: tuple[int, ...]) -> Plan:
 
 
 def site_of(plan: Plan, count: int) -> int:
-    """The index of the site that keeps so many units."""
-    return next(i for i, site in enumerate(plan.sites) if len(site.kept) == count)
+    """The index of the attention site that keeps so many units."""
+    return next(i for i, site in enumerate(plan.of_kind("attention").sites) if len(site.kept) == count)
 
 
 # ------------------------------------------------------------------------------------------------------ it holds
@@ -82,7 +82,7 @@ def links_of(found: Certificate) -> list[dict[str, Any]]:
 
 
 def units_of(made: Shipped) -> list[str]:
-    return sorted({site.unit for site in made.plan.sites})
+    return sorted({site.unit for site in made.plan.sites if site.removed})
 
 
 def test_all_links_hold_with_another_count_in_every_site(
@@ -173,7 +173,7 @@ def test_a_stale_head_count_fails_link_1(
 ) -> None:
     """DistilBERT divides what is left by the stale count: no error, other heads."""
     dense = tiny("distilbert")
-    made = ship(dense, ragged(dense), tmp_path, task="feature-extraction")
+    made = ship(dense, ragged(dense, kinds=("attention",)), tmp_path, task="feature-extraction")
     block = made.slim.get_submodule(made.plan.sites[site_of(made.plan, 2)].site)
     assert block.n_heads == 2
     block.n_heads = 4
@@ -263,7 +263,7 @@ def fused(made: Shipped, *, raw_mask: bool = True) -> onnx.ModelProto:
     proto: onnx.ModelProto = optimize_model(
         str(made.onnx()), model_type="bert", num_heads=0, hidden_size=0, optimization_options=options, opt_level=0
     ).model
-    assert sum(node.op_type == "Attention" for node in proto.graph.node) == len(made.plan.sites)
+    assert sum(node.op_type == "Attention" for node in proto.graph.node) == len(made.plan.of_kind("attention").sites)
     return proto
 
 
@@ -305,9 +305,10 @@ def test_the_graph_of_another_plan_with_the_same_counts_elsewhere_fails_links_2_
     bert: Shipped, tmp_path: Path
 ) -> None:
     made = bert.copied(tmp_path)
-    kept = [site.kept for site in made.plan.sites]
-    sites = zip(made.plan.sites, (*kept[1:], kept[0]), strict=True)
-    other = Plan(tuple(replace(site, kept=units) for site, units in sites))
+    heads, neurons = (made.plan.of_kind(kind).sites for kind in ("attention", "feed_forward"))
+    kept = [site.kept for site in heads]
+    moved = (replace(site, kept=units) for site, units in zip(heads, (*kept[1:], kept[0]), strict=True))
+    other = Plan((*moved, *neurons))
     export(prune(copy.deepcopy(made.dense), other), made.folder / "onnx", task=made.task)
     assert failed(made.certificate()) == [2, 4]
 
@@ -328,6 +329,40 @@ def test_a_head_that_was_masked_instead_of_deleted_fails_link_4_alone(bert: Ship
     assert failed(found) == [4]
     said = report(found)
     assert f"{planned.site}.self.query: tensors 24, 32x24 where the plan says 16, 32x16" in said
+
+
+def test_a_neuron_that_was_masked_instead_of_deleted_fails_link_4_alone(bert: Shipped, tmp_path: Path) -> None:
+    made = bert.copied(tmp_path)
+    index = next(i for i, site in enumerate(made.plan.sites) if site.kind == "feed_forward")
+    planned = made.plan.sites[index]
+    extra = planned.removed[0]
+    wide = tuple(sorted((*planned.kept, extra)))
+    masked = prune(copy.deepcopy(made.dense), with_plan(made.plan, index, wide))
+    with torch.no_grad():
+        masked.get_submodule(planned.site).output.dense.weight[:, wide.index(extra)] = 0
+    export(masked, made.folder / "onnx", task=made.task)
+    found = made.certificate()
+    assert failed(found) == [4]
+    one, more = len(planned.kept), len(wide)
+    said = f"{planned.site}.intermediate.dense: tensors {more}, 32x{more} where the plan says {one}, 32x{one}"
+    assert said in report(found)
+
+
+def test_a_layer_that_was_passed_by_instead_of_dropped_fails_link_4_alone(
+    shipped: Callable[..., Shipped], tmp_path: Path
+) -> None:
+    """GPT-2 adds what its blocks write to what came in: blocks that write zeros are there and do nothing."""
+    made = shipped("gpt2", kinds=("layer",)).copied(tmp_path)
+    passed = copy.deepcopy(made.dense)
+    gone = next(site.site for site in made.plan.sites if not site.kept)
+    layer = passed.get_submodule(gone)
+    with torch.no_grad():
+        for module in (layer.attn.c_proj, layer.mlp.c_proj):
+            module.weight.zero_()
+            module.bias.zero_()
+    export(passed, made.folder / "onnx", task=made.task)
+    found = made.certificate()
+    assert 4 in failed(found) and 1 not in failed(found)
 
 
 # --------------------------------------------------------------------------------------------------------- link 5
@@ -361,14 +396,17 @@ def test_link_5_finds_other_tokens_by_itself(gpt2: Shipped, tmp_path: Path, monk
 
 
 def test_plans_and_models_of_the_tests_differ_in_every_site(bert: Shipped, gpt2: Shipped) -> None:
-    """What the tests above rest on: three sites, three counts, as reloaded."""
+    """What the tests above rest on: three sites of each kind, three counts, as reloaded."""
     for made in (bert, gpt2):
-        assert sorted(len(site.kept) for site in made.plan.sites) == [1, 2, 3]
-        assert [site.total for site in find_sites(made.slim)] == [len(site.kept) for site in made.plan.sites]
+        assert sorted(len(site.kept) for site in made.plan.of_kind("attention").sites) == [1, 2, 3]
+        widths = {len(site.kept) for site in made.plan.of_kind("feed_forward").sites}
+        assert len(widths) == 3 and min(widths) == 1
+        found = [site.total for site in find_sites(made.slim) if site.kind != "layer"]
+        assert found == [len(site.kept) for site in made.plan.sites]
 
 
 def test_equal_tensors_that_the_exporter_stores_once_are_no_fault(
-    exported_layout: str, tiny: Callable[..., PreTrainedModel], tmp_path: Path
+    exported_layout: str, tiny: Callable[..., PreTrainedModel], ragged: Callable[..., Plan], tmp_path: Path
 ) -> None:
     """A model fresh from its initialisation has biases that are all zero; the dense and slim graphs share them."""
     dense = tiny(exported_layout)
@@ -376,10 +414,5 @@ def test_equal_tensors_that_the_exporter_stores_once_are_no_fault(
         for name, parameter in dense.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
-    sites = find_sites(dense)
-    gone = [1 + i % (site.total - 1) for i, site in enumerate(sites)]
-    plan = Plan(
-        tuple(SitePlan(s.name, s.unit, s.total, tuple(range(n, s.total))) for s, n in zip(sites, gone, strict=True))
-    )
-    certificate = ship(dense, plan, tmp_path, task=task_of(exported_layout)).certificate()
+    certificate = ship(dense, ragged(dense), tmp_path, task=task_of(exported_layout)).certificate()
     assert certificate.passed, certificate.error()

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from slimheads.errors import ModelRefusedError, UsageError
 from slimheads.exporting.export import export
-from slimheads.families.sites import find_sites
+from slimheads.families.sites import find_sites, of_kind
 from slimheads.models.checkpoint import find
 from slimheads.models.flops import encoder_flops, flops, step_flops
 from slimheads.pruning.plan import Plan
@@ -39,7 +39,7 @@ ENCODER, FIRST, NEXT, MERGED = (
 
 @pytest.fixture
 def bart(shipped: Callable[..., Shipped]) -> Shipped:
-    return shipped("bart")
+    return shipped("bart", kinds=("attention", "feed_forward"))
 
 
 def failed(found: Certificate) -> set[tuple[int, str]]:
@@ -61,7 +61,7 @@ def test_all_links_hold_for_files_with_fixed_cache_axes(model_type: str, shipped
 
 
 def test_a_file_says_the_true_shapes_of_both_caches_of_every_layer(bart: Shipped) -> None:
-    sites = {site.name.removeprefix("model."): site for site in find_sites(bart.slim)}
+    sites = {s.name.removeprefix("model."): s for s in of_kind(find_sites(bart.slim), "attention")}
     for name in (MERGED, NEXT, MERGED.replace(".onnx", "_fp16.onnx"), NEXT.replace(".onnx", "_int8.onnx")):
         interface = read_interface(bart.folder / name)
         for kind, shapes in (("self_attn", interface.kv_shapes), ("encoder_attn", interface.cross_kv_shapes)):
@@ -122,7 +122,7 @@ def test_a_head_that_was_masked_instead_of_deleted_fails_link_4_of_its_files(
 
 @pytest.mark.parametrize("site", ["encoder.block.2.layer.0.SelfAttention", "decoder.block.0.layer.0.SelfAttention"])
 def test_biases_of_other_heads_fail_link_1_on_t5(site: str, shipped: Callable[..., Shipped], tmp_path: Path) -> None:
-    made = shipped("t5").copied(tmp_path)
+    made = shipped("t5", kinds=("attention",)).copied(tmp_path)
     attention: Any = made.slim.get_submodule(site)
     attention.kept_heads = [(head + 1) % 5 for head in attention.kept_heads]
     export(made.slim, made.folder / "onnx", task=made.task)
@@ -156,9 +156,9 @@ def test_a_decoder_is_fed_as_many_positions_as_its_encoder_saw(bart: Shipped) ->
 
 
 def test_flops_are_those_of_the_formula_dense_and_slim(tiny: Tiny, ragged: Ragged) -> None:
-    hidden, inner, words, batch, length, past = 24, 48, 120, 2, 9, 5
+    hidden, words, batch, length, past = 24, 120, 2, 9, 5
     model = tiny("bart")
-    plan = ragged(model)
+    plan = ragged(model, kinds=("attention",))
     for kept in ([site.total for site in plan.sites], [len(site.kept) for site in plan.sites]):
         widths = [heads * dim for heads, dim in zip(kept, [6] * 2 + [4] * 6, strict=True)]
         encoder, own, cross = widths[:2], widths[2:5], widths[5:]
@@ -169,17 +169,17 @@ def test_flops_are_those_of_the_formula_dense_and_slim(tiny: Tiny, ragged: Ragge
 
         rows, states = batch * length, batch * length
         expected = sum(
-            products((rows, 4 * hidden * w), (rows, 2 * length * w), (rows, 2 * hidden * inner)) for w in encoder
+            products((rows, 4 * hidden * w), (rows, 2 * length * w), (rows, 2 * hidden * 48)) for w in encoder
         )
         assert encoder_flops(model, batch, length) == expected
         step = products((batch, hidden * words))
         for w, c in zip(own, cross, strict=True):
-            step += products((batch, 4 * hidden * w), (batch, 2 * (past + 1) * w), (batch, 2 * hidden * inner))
+            step += products((batch, 4 * hidden * w), (batch, 2 * (past + 1) * w), (batch, 2 * hidden * 40))
             step += products((batch, 2 * hidden * c), (batch, 2 * length * c))  # keys and values are cached
         assert step_flops(model, batch, 1, past, length) == step
         whole = expected + products((rows, hidden * words))
         for w, c in zip(own, cross, strict=True):
-            whole += products((rows, 4 * hidden * w), (rows, 2 * length * w), (rows, 2 * hidden * inner))
+            whole += products((rows, 4 * hidden * w), (rows, 2 * length * w), (rows, 2 * hidden * 40))
             whole += products((rows, 2 * hidden * c), (rows, 2 * length * c), (states, 2 * hidden * c))
         assert flops(model, batch, length) == whole
         if kept == [site.total for site in plan.sites]:

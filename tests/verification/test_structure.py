@@ -1,4 +1,4 @@
-"""What a file says about itself: hand-made graphs of one attention block, right and wrong."""
+"""What a file says about itself: hand-made graphs of one block, right and wrong."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from slimheads.errors import UsageError
+from slimheads.families.family import families
 from slimheads.families.sites import Projection, Site, Table
 from slimheads.names import Unit
 from slimheads.pruning.plan import Plan, SitePlan
@@ -20,6 +21,7 @@ from slimheads.verification.quantized_weights import quantized_faults
 from slimheads.verification.structure import fused_faults, graph_faults
 
 UNITS, DIM, HIDDEN = 4, 2, 6
+ROW = families()["bert"].sites[0]  # any: a graph's tensors are known by the projections
 PLAN = Plan((SitePlan("m.attn", "head", UNITS, (0, 2, 3)),))
 
 
@@ -29,7 +31,7 @@ def site(name: str = "m.attn", heads_per_unit: int = 1) -> Site:
     query = Projection(f"{name}.q", labels, 0 * one, np.array(["query"] * 8), one)
     output = Projection(f"{name}.o", labels, 0 * one, np.array(["output"] * 8), one)
     unit: Unit = "head" if heads_per_unit == 1 else "kv_group"
-    return Site(name, 0, unit, UNITS, heads_per_unit, DIM, (query, output), ())
+    return Site(name, "attention", ROW, unit, UNITS, (query, output), members=heads_per_unit, head_dim=DIM)
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray], nodes: Sequence[onnx.NodeProto] = ()) -> Path:
@@ -146,6 +148,77 @@ def test_a_module_is_not_mistaken_for_one_whose_name_begins_with_its_own(tmp_pat
     tenth = {f"m/attn/q0/MatMul/w{i}": np.zeros((HIDDEN, 8), np.float32) for i in range(2)}
     dense = write(tmp_path / "dense.onnx", block(8) | tenth)
     assert list(graph_faults(dense, write(tmp_path / "slim.onnx", block(6) | tenth), [site()], PLAN)) == []
+
+
+# --------------------------------------------------------------------------------------------- neurons and layers
+
+NEURONS = 7
+
+
+def gated_block(name: str = "m.mlp") -> Site:
+    """Gates and values of seven neurons in one matrix, one after the other, and their columns."""
+    once, one = np.arange(NEURONS), np.ones(NEURONS, np.int64)
+    roles = np.array(["gate"] * NEURONS + ["expand"] * NEURONS)
+    twice = np.concatenate([once, once])
+    fused = Projection(f"{name}.up", twice, 0 * twice, roles, np.concatenate([one, one]))
+    down = Projection(f"{name}.down", once, 0 * once, np.array(["contract"] * NEURONS), one)
+    return Site(name, "feed_forward", ROW, "neuron", NEURONS, (fused, down))
+
+
+def mlp(width: int, scope: str = "m/mlp") -> dict[str, np.ndarray]:
+    return {
+        f"{scope}/up/MatMul/w": np.zeros((HIDDEN, 2 * width), np.float32),
+        f"{scope}/up/Add/bias": np.zeros(2 * width, np.float32),
+        f"{scope}/down/MatMul/w": np.zeros((width, HIDDEN), np.float32),
+        f"{scope}/down/Add/bias": np.zeros(HIDDEN, np.float32),
+    }
+
+
+@pytest.mark.parametrize(
+    "changes,fault",
+    [
+        ({}, None),
+        ({"m/mlp/up/MatMul/w": (HIDDEN, 9)}, "m.mlp.up: tensors 6x9, 10 where the plan says 6x10, 10"),
+        ({"m/mlp/up/Add/bias": (14,)}, "m.mlp.up: tensors 6x10, 14 where the plan says 6x10, 10"),
+        ({"m/mlp/down/MatMul/w": (6, HIDDEN)}, "m.mlp.down: tensors 6, 6x6 where the plan says 5x6, 6"),
+        ({"m/mlp/down/Add/bias": (5,)}, "m.mlp.down: tensors 5, 5x6 where the plan says 5x6, 6"),
+    ],
+    ids=["as planned", "one row short", "bias left whole", "one column too many", "a bias of the output cut"],
+)
+def test_a_gated_block_loses_two_rows_and_a_column_for_each_neuron(
+    tmp_path: Path, changes: dict[str, tuple[int, ...]], fault: str | None
+) -> None:
+    plan = Plan((SitePlan("m.mlp", "neuron", NEURONS, (0, 1, 3, 4, 6), "feed_forward"),))
+    made = mlp(5) | {name: np.zeros(shape, np.float32) for name, shape in changes.items()}
+    dense, slim = write(tmp_path / "dense.onnx", mlp(NEURONS)), write(tmp_path / "slim.onnx", made)
+    assert list(graph_faults(dense, slim, [gated_block()], plan)) == ([fault] if fault else [])
+
+
+def stack(*widths: int, first: int = 0) -> dict[str, np.ndarray]:
+    """Layers of a feed-forward block and a norm."""
+    tensors: dict[str, np.ndarray] = {}
+    for index, width in enumerate(widths, first):
+        tensors |= mlp(width, f"h/{index}/mlp") | {f"h/{index}/norm/Mul/w": np.zeros(HIDDEN, np.float32)}
+    return tensors
+
+
+def test_a_dropped_layer_is_gone_and_those_after_it_move_up(tmp_path: Path) -> None:
+    sites = [gated_block(f"h.{i}.mlp") for i in range(3)]
+    sites += [Site(f"h.{i}", "layer", ROW, "layer", 1) for i in range(3)]
+    kept = SitePlan("h.2.mlp", "neuron", NEURONS, (0, 1, 2), "feed_forward")
+    plan = Plan((kept, SitePlan("h.1", "layer", 1, (), "layer")))
+    dense = write(tmp_path / "dense.onnx", stack(7, 7, 7))
+
+    def found(tensors: dict[str, np.ndarray]) -> list[str]:
+        return list(graph_faults(dense, write(tmp_path / "slim.onnx", tensors), sites, plan))
+
+    assert found(stack(7, 3)) == []
+    assert found(stack(7, 3, 7)), "the layer is still there"
+    assert found(stack(3, 7)), "the neurons of another layer went"
+    assert found(stack(7)), "one layer more went"
+    norm = stack(7, 3)
+    del norm["h/1/norm/Mul/w"]
+    assert found(norm) == ["tensors outside the plan changed: 6 became none"]
 
 
 # -------------------------------------------------------------------------------------------------- fused nodes
