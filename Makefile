@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/minilm
-BENCHMARKS ?= startup scoring surgery memory export_overhead int8 speedup prediction verdict
+BENCHMARKS ?= startup scoring surgery memory export_overhead int8 speedup prediction verdict selection
 
 .PHONY: demo test test-all bench lint types schema families lock clean
 

@@ -97,6 +97,16 @@ def test_start_up_is_measured_against_what_a_command_cannot_do_without() -> None
     assert [row["command"] for row in found] == ["slimheads --help", "slimheads plan pipelines/minilm.yaml"]
 
 
+@pytest.mark.slow
+def test_selection_is_compared_with_random_removal() -> None:
+    found = rows("selection.py", "--models", "bert", "--seeds", "1")
+    assert [(row["heads"], row["neurons"]) for row in found[:3]] == [("25%", "0%"), ("50%", "0%"), ("0%", "25%")]
+    for row in found:
+        assert row["random, layer, best of 5"] <= row["random, layer"]
+        assert sum(value for key, value in row.items() if key.startswith("rank")) == pytest.approx(1 + 2 + 3)
+    assert found[1]["layer"] > found[0]["layer"] and found[5]["layer"] > found[4]["layer"]  # half against less
+
+
 def test_a_table_begins_with_the_machine_and_ends_with_the_slope() -> None:
     lines = ran("surgery.py", "--sizes", "1M", "20M", "--layouts", "llama", "--dtypes", "float32", *FEW).splitlines()
     assert lines[0] == "Surgery" and "torch" in lines[1]

@@ -9,9 +9,10 @@ Rules, in order:
    or all of them.
 4. So units are removed from a site in chunks: lowest score first, ties broken by the unit's index. With
    `multiple_of: 1` a chunk is one unit.
-5. The chunks of all sites are removed in ascending order of their mean score (ties: the site's place in the model),
-   until floor(ratio x units) units are removed or the next chunk would exceed that number.
-6. `scope: layer` ranks each site alone. `counts: equal` also removes the same number of units from every site.
+5. Each site is ranked alone (`scope: layer`), or all of a kind together (`scope: global`; `normalize: layer` first
+   divides the scores of a site by their mean). Chunks go in ascending order of their mean score (ties: the site's place
+   in the model), until floor(ratio x units) units are removed or the next chunk would exceed that number.
+6. `counts: equal` ranks each site alone and removes the same number of units from every site.
 7. `within_groups` removes query heads instead of KV groups: each step removes the lowest head of each group of a site.
 8. Sites whose name does not match the glob `sites` lose nothing and are not counted.
 
@@ -38,8 +39,8 @@ from slimheads.pruning.scores import Scores, SiteScores
 def select(
     scores: Scores,
     ratio: float,
-    scope: Scope = "global",
-    normalize: Normalize = "none",
+    scope: Scope = "layer",
+    normalize: Normalize = "layer",
     keep_at_least: int = 1,
     multiple_of: int = 1,
     counts: Counts = "any",
@@ -54,8 +55,8 @@ def select(
     Args:
         scores: one score per unit; the lowest are removed first.
         ratio: share of all heads (or KV groups) to remove, 0 <= ratio < 1; floor(ratio x units) are removed.
-        scope: rank all units of a kind together, or the units of each site alone.
-        normalize: "layer" divides a site's scores by their mean before ranking (no effect within one site).
+        scope: "layer" ranks the units of each site alone, "global" all units of a kind together.
+        normalize: "layer" divides a site's scores by their mean before a global ranking.
         keep_at_least: the fewest heads a site keeps.
         multiple_of: every attention site that loses heads keeps a multiple of this.
         counts: "equal" removes the same number from every site of a kind (all must have equally many).

@@ -114,8 +114,10 @@ class Select(Section):
         lt=1,
         description="fraction of heads to delete, from 0 to below 1; at least one head stays per site",
     )
-    scope: Scope = Field("global", description="global: rank all heads together; layer: the same ratio in each layer")
-    normalize: Normalize = Field("none", description="layer: divide scores by their layer's mean before ranking")
+    scope: Scope = Field("layer", description="layer: the same ratio in each layer; global: rank all layers together")
+    normalize: Normalize = Field(
+        "layer", description="scope global: layer divides scores by their layer's mean before ranking; none does not"
+    )
     keep_at_least: PositiveInt = Field(1, description="heads kept per layer, at least 1")
     multiple_of: Multiple = Field(
         1, description="kept heads per layer are a multiple of this; auto: chosen from measured latency"
@@ -130,8 +132,7 @@ class Select(Section):
     ffn_ratio: float = Field(0.0, ge=0, lt=1, description="fraction of feed-forward neurons to delete, as ratio")
     ffn_multiple_of: Multiple = Field(
         32,
-        description="kept neurons per feed-forward block are a multiple of this, and at least this many; auto: chosen "
-        "from measured latency",
+        description="kept neurons per block are a multiple of this, never fewer; auto: by latency",
     )
     drop_layers: NonNegativeInt = Field(0, description="whole layers to drop; takes a score.method that scores layers")
 

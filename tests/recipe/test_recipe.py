@@ -70,6 +70,9 @@ def test_the_contracts_defaults(written: Any) -> None:
             "counts": "any",
             "within_groups": False,
             "sites": "*",
+            "ffn_ratio": 0.0,
+            "ffn_multiple_of": 32,
+            "drop_layers": 0,
         },
         "recover": {"method": "none"},
         "export": {

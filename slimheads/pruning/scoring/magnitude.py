@@ -89,12 +89,14 @@ def _squared_norms(module: torch.nn.Module, projection: Projection, runs: int) -
     """Squared Euclidean norm of each run of features of the divided axis, float64 [runs].
 
     torch computes norms fastest along the last axis and into the tensor's own dtype; across rows, or into a wider
-    dtype, it is 10 to 20 times slower. So divided columns are reshaped to runs within each row, and half precision is
-    converted in blocks that fit the processor's cache.
+    dtype, it is 10 to 20 times slower. So divided columns are reshaped to runs within each row, those of single
+    neurons are added up row by row, and half precision is converted in blocks that fit the processor's cache.
     """
     weight = cast(torch.Tensor, module.weight).detach()
     if isinstance(module, Conv1D) == projection.divides_inputs:  # [features, others]
         squares = _last_axis_norms(weight).double().square().reshape(runs, -1).sum(1)
+    elif runs == weight.shape[1]:  # [others, neurons]
+        squares = _column_squares(weight)
     else:  # [others, features]
         squares = _last_axis_norms(weight.reshape(len(weight), runs, -1)).double().square().sum(0)
     per_run: np.ndarray = squares.cpu().numpy()
@@ -105,6 +107,18 @@ def _squared_norms(module: torch.nn.Module, projection: Projection, runs: int) -
             hint="the checkpoint is damaged: fetch or train it again",
         )
     return per_run
+
+
+def _column_squares(weight: torch.Tensor) -> torch.Tensor:
+    """The squared norm of each column, float64 [columns]: a block of rows is added up in float32, blocks in float64."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    rows = max(1, CACHED * torch.get_num_threads() // weight.shape[1])
+    widened = torch.empty((rows, weight.shape[1]), dtype=wide, device=weight.device)
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    for start in range(0, len(weight), rows):
+        block = weight[start : start + rows]
+        total += widened[: len(block)].copy_(block).square_().sum(0)
+    return total
 
 
 def _last_axis_norms(weight: torch.Tensor) -> torch.Tensor:
