@@ -62,7 +62,9 @@ def what_stock_rebuilds(model: PreTrainedModel, variety: str, ragged: Plans, equ
     """Plans over every kind after which the configuration's own keys say what is left."""
     model_type = type_of(variety)
     layers = ragged(model, kinds=("layer",))
-    heads = [("equal", equal(model, 2))] if RELOAD[model_type] else [("dense", Plan(()))]
+    # Stock Phi makes norms of heads as wide as hidden_size / num_attention_heads, whatever their width is.
+    rebuilds_heads = RELOAD[model_type] is not None and variety != "phi-norms"
+    heads = [("equal", equal(model, 2))] if rebuilds_heads else [("dense", Plan(()))]
     if RELOAD[model_type] == "pruned_heads":
         heads.append(("ragged", ragged(model, kinds=("attention",))))
     widths = Plan(()) if model_type in WITHOUT_WIDTH else equal(model, None, 20)

@@ -39,12 +39,13 @@ IMMOVABLE: dict[str, set[str] | None] = {
     "modernbert": GLOBAL,
     "modernbert-biased": GLOBAL,
     "mt5": POSITION_BIASES,
-    "qwen3_moe-sparse": None,  # which layers have experts goes by number
+    "qwen3_moe-sparse": {"model.layers.0", "model.layers.1"},  # the second alone has no experts, by its number
     "swin": WINDOWS,
     "swin-windows": WINDOWS,
     "t5": POSITION_BIASES,
     "wavlm": {"encoder.layers.0"},
     "wavlm-stable": {"encoder.layers.0"},
+    "yolos": None,  # it adds positions of its own after each layer
 }
 
 
