@@ -36,7 +36,7 @@ LATE: list[tuple[str, str, dict[str, str], str]] = [
     ("select.counts", "equal", {}, "swin-windows"),
     ("select.within_groups", "true", {}, "bert"),
     ("select.sites", "nothing.*", {}, "bert"),
-    ("select.sites", "*attention", {"select.ffn_ratio": "0.2"}, "bert"),
+    ("select.sites", '"*attention"', {"select.ffn_ratio": "0.2"}, "bert"),
     ("select.ffn_ratio", "0.9", {}, "bert"),
     ("select.ffn_ratio", "0.01", {"select.scope": "layer"}, "bert"),
     ("select.ffn_multiple_of", "64", {"select.ffn_ratio": "0.5"}, "bert"),
