@@ -16,6 +16,7 @@ from slimheads.pruning.scores import Scores, SiteScores
 from slimheads.pruning.select import select
 
 LAYERS, HEADS = 4, 8
+TOGETHER: dict[str, Any] = {"scope": "global", "normalize": "none"}  # so that layers keep different counts
 
 
 def ascending(*starts: float) -> Scores:
@@ -31,7 +32,7 @@ def choose_step(scores: Scores, rules: dict[str, Any], tables: Sequence[LatencyT
 
 # 4 + 3 + 1 + 0 of 32 heads go at a quarter: two layers are left with an odd count.
 SCORES = ascending(0.0, 1.5, 3.1, 9.0)
-RULES: dict[str, Any] = {"ratio": 0.25}
+RULES: dict[str, Any] = {"ratio": 0.25, **TOGETHER}
 
 
 def table(share: Callable[[int, int], float], **more: Any) -> LatencyTable:
@@ -43,7 +44,7 @@ def linear(_: int, kept: int) -> float:
 
 
 def test_the_plan_to_be_snapped_has_odd_counts() -> None:
-    assert [len(site.kept) for site in select(SCORES, 0.25).sites] == [4, 5, 7, 8]
+    assert [len(site.kept) for site in select(SCORES, **RULES).sites] == [4, 5, 7, 8]
 
 
 @pytest.mark.parametrize("threads", [2, 4])
@@ -52,8 +53,8 @@ def test_stairs_are_snapped_to_and_as_many_heads_go(threads: int) -> None:
     plan, found = choose_step(SCORES, RULES, [steps])
     assert found.multiple_of == threads and found.asked == "auto" and found.reason is None
     assert all(len(site.kept) % threads == 0 for site in plan.sites)
-    assert plan == select(SCORES, 0.25, multiple_of=threads)
-    plain = select(SCORES, 0.25)
+    assert plan == select(SCORES, **RULES, multiple_of=threads)
+    plain = select(SCORES, **RULES)
     assert plan.removed == plain.removed == 8 and found.kept_more == 0
     # the gain, from two predictions of whole plans
     gain = predict(steps, plain).slim_ms / predict(steps, plan).slim_ms
@@ -63,14 +64,14 @@ def test_stairs_are_snapped_to_and_as_many_heads_go(threads: int) -> None:
 
 def test_where_every_head_costs_the_same_nothing_is_snapped() -> None:
     plan, found = choose_step(SCORES, RULES, [table(linear)])
-    assert (plan, found.multiple_of, found.predicted_gain) == (select(SCORES, 0.25), 1, None)
+    assert (plan, found.multiple_of, found.predicted_gain) == (select(SCORES, **RULES), 1, None)
     assert "noise" in str(found.reason)
     assert [candidate.multiple_of for candidate in found.candidates] == [1, 2, 4]
 
 
 def test_of_steps_that_are_as_good_the_smallest_is_taken() -> None:
     even = ascending(0.0, 0.5, 9.0, 9.5)  # step 4 makes the same plan as step 2
-    rules = {"ratio": 0.25}
+    rules = RULES
     assert select(even, **rules, multiple_of=4) == select(even, **rules, multiple_of=2) == select(even, **rules)
     _, found = choose_step(even, rules, [table(stairs(HEADS, 2, 0.03))])
     assert found.multiple_of == 1
@@ -89,7 +90,7 @@ def test_a_gain_within_the_noise_of_the_table_is_none(margin: float, step: int) 
 
 def test_a_step_that_deletes_fewer_does_not_win_by_that_alone() -> None:
     # 7 of 32 are wanted: in fours only 4 can go. A head costs the same everywhere.
-    rules = {"ratio": 0.22}
+    rules = RULES | {"ratio": 0.22}
     assert select(SCORES, **rules).removed == 7 and select(SCORES, **rules, multiple_of=4).removed == 4
     for scale in (0.5, 1.0, 2.0):
         _, found = choose_step(SCORES, rules, [table(lambda _, kept, s=scale: 1 - 0.03 * s * (HEADS - kept))])
@@ -102,7 +103,7 @@ def test_a_step_that_deletes_fewer_does_not_win_by_that_alone() -> None:
 
 def test_a_step_that_runs_slower_than_no_step_is_not_taken_for_its_worth_a_head() -> None:
     # The first two heads of a layer save much, later ones little: in twos each head saves more, but far fewer go.
-    scores, rules = ascending(0.0, 0.1, 0.2, 0.3), {"ratio": 0.49, "scope": "layer"}
+    scores, rules = ascending(0.0, 0.1, 0.2, 0.3), RULES | {"ratio": 0.49, "scope": "layer"}
     saved = {8: 0.0, 7: 0.05, 6: 0.20, 5: 0.22, 4: 0.24, 3: 0.25, 2: 0.26, 1: 0.27}
     _, found = choose_step(scores, rules, [table(lambda _, kept: 1 - saved[kept])])
     one, two = found.candidates
@@ -114,27 +115,27 @@ def test_shapes_count_alike() -> None:
     flat, steep = table(linear), table(stairs(HEADS, 2, 0.03), shape=(1, 128))
     plan, found = choose_step(SCORES, RULES, [flat, steep])
     assert found.multiple_of == 2
-    plain = select(SCORES, 0.25)
+    plain = select(SCORES, **RULES)
     shares = [[predict(t, p).slim_ms / 10 for t in (flat, steep)] for p in (plain, plan)]
     assert found.predicted_gain is not None
     assert found.predicted_gain.estimate == pytest.approx(sum(shares[0]) / sum(shares[1]))
 
 
 def test_steps_that_the_floors_forbid_are_left_out() -> None:
-    _, found = choose_step(SCORES, {"ratio": 0.25, "keep_at_least": 5}, [table(linear, threads=4)])
+    _, found = choose_step(SCORES, RULES | {"keep_at_least": 5}, [table(linear, threads=4)])
     assert [candidate.multiple_of for candidate in found.candidates] == [1, 2, 3]
 
 
 def test_ratio_zero_and_impossible_ratios_are_as_in_select() -> None:
-    plan, found = choose_step(SCORES, {"ratio": 0}, [table(linear)])
+    plan, found = choose_step(SCORES, RULES | {"ratio": 0}, [table(linear)])
     assert (plan.removed, found.multiple_of, found.reason) == (0, 1, "nothing is deleted")
     with pytest.raises(UsageError, match="the floors allow the removal of only"):
-        choose_step(SCORES, {"ratio": 0.95}, [table(linear)])
+        choose_step(SCORES, RULES | {"ratio": 0.95}, [table(linear)])
 
 
 def test_select_itself_takes_numbers_only() -> None:
     with pytest.raises(UsageError, match="needs a latency table"):
-        select(SCORES, 0.25, multiple_of="auto")  # type: ignore[arg-type]
+        select(SCORES, **RULES, multiple_of="auto")  # type: ignore[arg-type]
 
 
 # Neurons
@@ -160,7 +161,7 @@ def in_steps(step: int) -> Callable[[int], float]:
     return lambda kept: 1 - 0.5 * (NEURONS - -(-kept // step) * step) / NEURONS
 
 
-JOINT = {"ratio": 0.25, "ffn_ratio": 0.40625, "ffn_multiple_of": "auto"}
+JOINT = RULES | {"ffn_ratio": 0.40625, "ffn_multiple_of": "auto"}
 
 
 def widths(plan: Plan) -> list[int]:

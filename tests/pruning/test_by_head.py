@@ -225,9 +225,9 @@ TWO_SITES = grouped_scores([[4, 1, 2, 3], [8, 7, 6, 5]], [[10, 20, 30, 40], [11,
 @pytest.mark.parametrize(
     "ratio,options,kept",
     [
-        (0.25, {}, [(0, 3, 4, 5), tuple(range(8))]),  # 1 and 5, then 2 and 6
+        (0.25, {"scope": "global", "normalize": "none"}, [(0, 3, 4, 5), tuple(range(8))]),  # 1 and 5, then 2 and 6
         (0.25, {"scope": "layer"}, [(0, 2, 3, 4, 5, 6), (1, 2, 3, 5, 6, 7)]),
-        (0.5, {"normalize": "layer"}, [(0, 3, 4, 5), (2, 3, 6, 7)]),
+        (0.5, {"scope": "global", "normalize": "layer"}, [(0, 3, 4, 5), (2, 3, 6, 7)]),
         (0.5, {"multiple_of": 4}, [(0, 3, 4, 5), (2, 3, 6, 7)]),
         (0.75, {"counts": "equal"}, [(0, 4), (3, 7)]),
         (0.2, {"sites": "layer.1", "scope": "layer", "ratio": 0.3}, [tuple(range(8)), (1, 2, 3, 5, 6, 7)]),
@@ -242,10 +242,10 @@ def test_the_weakest_head_of_each_group_goes_first(
 
 
 def test_each_group_keeps_a_head() -> None:
-    plan = select(TWO_SITES, 0.75, within_groups=True)
+    plan = select(TWO_SITES, 0.75, "global", within_groups=True)
     assert [len(site.kept) for site in plan.sites] == [2, 2]
     with pytest.raises(UsageError, match=r"the removal of only 12; use a ratio of at most 0\.75"):
-        select(TWO_SITES, 0.9, within_groups=True)
+        select(TWO_SITES, 0.9, "global", within_groups=True)
 
 
 def test_within_groups_is_refused_where_there_are_none(tiny: Tiny) -> None:

@@ -21,37 +21,39 @@ def kept(plan: Plan) -> list[tuple[int, ...]]:
     return [site.kept for site in plan.sites]
 
 
-def select_of_all(scores: Scores, ratio: float, **rules: Any) -> Plan:
-    return select(scores, ratio, scope="global", normalize="none", **rules)
-
-
 WEAK_FIRST_LAYER = scores_of([1, 2, 3, 4], [8, 7, 6, 5], [9, 10, 11, 12])
 
 
+def weakest(ratio: float, **rules: Any) -> Plan:
+    """Of all layers together, by the scores as they are."""
+    return select(WEAK_FIRST_LAYER, ratio, scope="global", normalize="none", **rules)
+
+
 def test_global_takes_the_weakest_of_all() -> None:
-    assert kept(select_of_all(WEAK_FIRST_LAYER, 0.25)) == [(3,), (0, 1, 2, 3), (0, 1, 2, 3)]
-    assert kept(select_of_all(WEAK_FIRST_LAYER, 0.5)) == [(3,), (0,), (0, 1, 2, 3)]
+    assert kept(weakest(0.25)) == [(3,), (0, 1, 2, 3), (0, 1, 2, 3)]
+    assert kept(weakest(0.5)) == [(3,), (0,), (0, 1, 2, 3)]
 
 
-def test_the_weakest_of_each_is_the_default() -> None:
+def test_layer_is_the_default() -> None:
     assert select(WEAK_FIRST_LAYER, 0.5) == select(WEAK_FIRST_LAYER, 0.5, scope="layer")
+    assert kept(select(WEAK_FIRST_LAYER, 0.5)) == [(2, 3), (0, 1), (2, 3)]
 
 
 def test_layer_takes_the_weakest_of_each() -> None:
     assert kept(select(WEAK_FIRST_LAYER, 0.25, scope="layer")) == [(1, 2, 3), (0, 1, 2), (1, 2, 3)]
 
 
-def test_normalize_compares_each_with_its_own_layer() -> None:
+def test_normalize_compares_each_with_its_own_layer_and_is_the_default() -> None:
     # Divided by their means 2.5, 6.5 and 10.5 the weakest are 0.4 and 0.8 of the first layer and 0.77 of the second.
-    assert kept(select(WEAK_FIRST_LAYER, 0.25, scope="global", normalize="layer")) == [(2, 3), (0, 1, 2), (0, 1, 2, 3)]
+    assert kept(select(WEAK_FIRST_LAYER, 0.25, scope="global")) == [(2, 3), (0, 1, 2), (0, 1, 2, 3)]
 
 
 def test_keep_at_least() -> None:
-    assert kept(select(WEAK_FIRST_LAYER, 0.25, keep_at_least=3)) == [(1, 2, 3), (0, 1, 2), (1, 2, 3)]
+    assert kept(weakest(0.25, keep_at_least=3)) == [(1, 2, 3), (0, 1, 2), (1, 2, 3)]
 
 
 def test_multiple_of_goes_in_chunks() -> None:
-    assert kept(select_of_all(WEAK_FIRST_LAYER, 0.4, multiple_of=2)) == [(2, 3), (0, 1), (0, 1, 2, 3)]
+    assert kept(weakest(0.4, multiple_of=2)) == [(2, 3), (0, 1), (0, 1, 2, 3)]
 
 
 def test_a_site_that_is_no_multiple_first_falls_to_one() -> None:
@@ -69,16 +71,16 @@ def test_equal_counts_need_equal_sites() -> None:
 
 def test_one_head_too_many_says_what_can_go() -> None:
     with pytest.raises(UsageError, match=r"means 10 of 12 units.*only 9") as refused:
-        select_of_all(WEAK_FIRST_LAYER, 0.9)
+        weakest(0.9)
     assert "0.75" in refused.value.hint
-    assert select_of_all(WEAK_FIRST_LAYER, 0.75).removed == 9
+    assert weakest(0.75).removed == 9
 
 
 def test_a_ratio_below_one_head_says_what_is_enough() -> None:
     with pytest.raises(UsageError, match="removes nothing") as refused:
-        select_of_all(WEAK_FIRST_LAYER, 0.05)
+        weakest(0.05)
     assert "0.0834" in refused.value.hint
-    assert select_of_all(WEAK_FIRST_LAYER, 0.0834).removed == 1
+    assert weakest(0.0834).removed == 1
 
 
 def test_floors_that_let_nothing_go_say_so() -> None:
@@ -104,13 +106,10 @@ def test_options_out_of_range_are_usage_errors(options: dict[str, Any]) -> None:
 
 
 def test_a_plan_survives_json() -> None:
-    plan = select_of_all(WEAK_FIRST_LAYER, 0.25)
+    plan = weakest(0.25)
     data = json.loads(json.dumps(plan.to_json()))
     assert Plan.from_json(data) == plan
-    assert data["sites"][0] == {
-        **{"site": "layer.0", "kind": "attention", "unit": "head"},
-        **{"total": 4, "kept": [3]},
-    }
+    assert data["sites"][0] == {"site": "layer.0", "kind": "attention", "unit": "head", "total": 4, "kept": [3]}
 
 
 @pytest.mark.parametrize("kept_units", [(), (1, 0), (0, 0), (-1,), (4,)])

@@ -63,8 +63,8 @@ def test_the_contracts_defaults(written: Any) -> None:
         "score": {"method": "magnitude"},
         "select": {
             "ratio": 0.25,
-            "scope": "global",
-            "normalize": "none",
+            "scope": "layer",
+            "normalize": "layer",
             "keep_at_least": 1,
             "multiple_of": 1,
             "counts": "any",
