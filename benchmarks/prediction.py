@@ -30,9 +30,10 @@ from slimheads.exporting.artifacts import file_name
 from slimheads.latency.kinds import Kind
 from slimheads.latency.profile import profile
 from slimheads.latency.table import LatencyTable, predict
-from slimheads.latency.table_store import ALL_KINDS, Setting
+from slimheads.latency.table_store import Setting
 from slimheads.models.checkpoint import find
 from slimheads.models.loading import load
+from slimheads.names import ALL_KINDS
 from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.surgery import prune
 

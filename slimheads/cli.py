@@ -9,14 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slimheads import __version__
 from slimheads.errors import EnvironmentLackError, UsageError
 from slimheads.exits import complain, exit_code, handle_signals, raise_if_interrupted, silence_libraries
-from slimheads.names import SiteKind
+from slimheads.names import ALL_KINDS, SiteKind
 from slimheads.notices import collected
 from slimheads.streams import SteadyConsole, flush_standard_streams, open_standard_streams
 
@@ -324,11 +324,10 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _kinds(text: str) -> tuple[SiteKind, ...]:
-    known: tuple[SiteKind, ...] = get_args(SiteKind)
     named = text.split(",")
-    if not set(named) <= set(known):
-        raise UsageError(f"'{text}' are no kinds of sites", where="--kinds", hint=f"name some of {','.join(known)}")
-    return tuple(kind for kind in known if kind in named)
+    if not set(named) <= set(ALL_KINDS):
+        raise UsageError(f"'{text}' are no kinds of sites", where="--kinds", hint=f"name some of {','.join(ALL_KINDS)}")
+    return tuple(kind for kind in ALL_KINDS if kind in named)
 
 
 def _show(as_json: bool, data: Any, for_people: Callable[[], object]) -> None:

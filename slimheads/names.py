@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 Task = Literal[
     "auto",
@@ -22,6 +22,7 @@ Task = Literal[
     "automatic-speech-recognition",
 ]
 SiteKind = Literal["attention", "feed_forward", "layer"]
+ALL_KINDS: tuple[SiteKind, ...] = get_args(SiteKind)
 Unit = Literal["head", "kv_group", "neuron", "layer"]  # what can be deleted alone
 ScoreMethod = Literal["magnitude"]
 Scope = Literal["global", "layer"]  # among which units a score is ranked

@@ -23,10 +23,10 @@ from slimheads.latency.bench import bench
 from slimheads.latency.kinds import Kind, kinds_of
 from slimheads.latency.records import Interval, Latency
 from slimheads.latency.table import LatencyTable, Measurement
-from slimheads.latency.table_store import ALL_KINDS, Setting, folder, made_for, path_of, store, stored, writable
+from slimheads.latency.table_store import Setting, folder, made_for, path_of, store, stored, writable
 from slimheads.models.checkpoint import Source, read_config
 from slimheads.models.loading import load
-from slimheads.names import Shape
+from slimheads.names import ALL_KINDS, Shape
 from slimheads.pruning.surgery import prune
 
 MIN_SECONDS = 1.0  # per point

@@ -22,7 +22,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 from pydantic import JsonValue
 
@@ -31,13 +30,12 @@ from slimheads.errors import EnvironmentLackError, one_line
 from slimheads.files import remove, write
 from slimheads.latency.table import FORMAT, LatencyTable
 from slimheads.models.checkpoint import Source
-from slimheads.names import Shape, SiteKind
+from slimheads.names import ALL_KINDS, Shape, SiteKind
 from slimheads.runtime.environment import environment
 from slimheads.runtime.sessions import session_options_record
 
 log = logging.getLogger(__name__)
 
-ALL_KINDS: tuple[SiteKind, ...] = get_args(SiteKind)
 _ABOUT_THE_SOURCE = ("_name_or_path", "transformers_version")  # keys of config.json that do not describe the model
 
 

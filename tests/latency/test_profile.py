@@ -24,12 +24,13 @@ from slimheads.latency.profile import profile, table_shapes
 from slimheads.latency.records import Interval, Latency
 from slimheads.latency.table_store import Setting, stored
 from slimheads.models.checkpoint import find
+from slimheads.names import ALL_KINDS
 from slimheads.pipeline.latency_tables import RecipeTables
 from slimheads.recipe.recipe import Recipe
 
 SHAPES: tuple[tuple[int, ...], ...] = ((1, 8), (2, 16))
 ONE = Setting("cpu", 1)
-ALL = Setting("cpu", 1, kinds=table_store.ALL_KINDS)
+ALL = Setting("cpu", 1, kinds=ALL_KINDS)
 NOISY = Interval(estimate=1.1, low=1.05, high=1.15)
 
 

@@ -18,8 +18,8 @@ from slimheads.families.config_facts import measured_shapes
 from slimheads.latency.kinds import alignment, kinds_of, measured_heads, measured_layers, measured_widths
 from slimheads.latency.records import Interval
 from slimheads.latency.table import LatencyTable, predict
-from slimheads.latency.table_store import ALL_KINDS
 from slimheads.models.flops import flops
+from slimheads.names import ALL_KINDS
 from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.surgery import prune
 
