@@ -139,7 +139,7 @@ def tiny() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture(scope="session")
 def ragged() -> Callable[..., Plan]:
-    """`ragged(model, seed=0, kinds=ALL_KINDS)`: a random plan with another count in every site (`plans.ragged_plan`)."""
+    """`ragged(model, seed=0, kinds=ALL_KINDS)`: a random plan, another count in every site (`plans.ragged_plan`)."""
     return ragged_plan
 
 

@@ -143,11 +143,9 @@ def _reload(found: TypeEvidence) -> str:
     """Which libraries rebuild a slim model, and stock transformers which ones."""
     stock = [proof for proof in found.reload if proof.tier == "stock"]
     counts = {kind: {proof.counts for proof in stock if proof.kind == kind} for kind in UNITS}
-    words = [
-        f"{'any' if 'ragged' in counts[kind] else 'equal'} {what}"
-        for kind, what in (("attention", "head counts"), ("feed_forward", "widths"))
-        if counts[kind]
-    ] + ["fewer layers"] * bool(counts["layer"])
+    sizes: dict[SiteKind, str] = {"attention": "head counts", "feed_forward": "widths"}
+    words = [f"{'any' if 'ragged' in counts[kind] else 'equal'} {sizes[kind]}" for kind in sizes if counts[kind]]
+    words += ["fewer layers"] * bool(counts["layer"])
     return f"stock with {', '.join(words)}; slimheads" if words else "slimheads"
 
 

@@ -75,7 +75,7 @@ def attention_of(path: Path) -> list[int]:
 
 @pytest.fixture
 def made_of(shipped: Callable[..., Shipped], tmp_path: Path) -> Callable[[str], Shipped]:
-    """`made_of(model_type)`: dense and slim graphs, with another number of heads in every site; free to be changed."""
+    """`made_of(model_type)`: dense and slim graphs, pruned by a plan over all kinds; free to be changed."""
     return lambda model_type: shipped(model_type).copied(tmp_path / "run")
 
 
@@ -112,18 +112,18 @@ def test_every_form_of_a_graph_is_built_and_holds(model_type: str, made_of: Call
     ],
 )
 def test_attention_is_fused_with_each_layers_own_head_count(
-    model_type: str, name: GraphForm, made_of: Callable[[str], Shipped]
+    model_type: str, name: GraphForm, shipped: Callable[..., Shipped], tmp_path: Path
 ) -> None:
-    made = made_of(model_type)
+    made = shipped(model_type, kinds=("attention", "feed_forward")).copied(tmp_path / "run")
     build(made, name)
     paths = {side: made.root / "candidates" / name / side / "onnx" / "model.onnx" for side in ("dense", "slim")}
     counts = {side: attention_of(path) for side, path in paths.items()}
     norms = {node.op_type for node in nodes_of(onnx.load(str(paths["slim"])).graph) if "LayerNorm" in node.op_type}
     assert ("SkipLayerNormalization" in norms) == (name == "fused") and norms
     assert set(counts["dense"]) == {4}
-    kept = [len(site.kept) for site in made.plan.of_kind("attention").sites]
-    assert len(counts["slim"]) <= len(kept) < len(counts["dense"])  # one layer is gone
-    assert set(counts["slim"]) <= set(kept) and len(set(counts["slim"])) > 1
+    assert len(counts["dense"]) == len(counts["slim"])
+    kept = {len(site.kept) for site in made.plan.of_kind("attention").sites}
+    assert set(counts["slim"]) <= kept and len(set(counts["slim"])) > 1
 
 
 @pytest.mark.parametrize("model_type,name", BROKEN)

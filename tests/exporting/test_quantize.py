@@ -35,7 +35,7 @@ PRODUCTS += [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "o
 
 @pytest.fixture
 def gpt2(shipped: Callable[..., Shipped]) -> Shipped:
-    return shipped("gpt2", precisions=("fp32", "q4"))
+    return shipped("gpt2", precisions=("fp32", "q4"), kinds=("attention",))
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:

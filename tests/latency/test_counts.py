@@ -16,6 +16,7 @@ from slimheads.pruning.scores import Scores, SiteScores
 from slimheads.pruning.select import select
 
 LAYERS, HEADS = 4, 8
+TOGETHER: dict[str, Any] = {"scope": "global", "normalize": "none"}  # so that layers keep different counts
 
 
 def ascending(*starts: float) -> Scores:
@@ -31,8 +32,7 @@ def choose_step(scores: Scores, rules: dict[str, Any], tables: Sequence[LatencyT
 
 # 4 + 3 + 1 + 0 of 32 heads go at a quarter: two layers are left with an odd count.
 SCORES = ascending(0.0, 1.5, 3.1, 9.0)
-RANKING = {"scope": "global", "normalize": "none"}
-RULES: dict[str, Any] = {"ratio": 0.25, **RANKING}
+RULES: dict[str, Any] = {"ratio": 0.25, **TOGETHER}
 
 
 def table(share: Callable[[int, int], float], **more: Any) -> LatencyTable:
@@ -71,8 +71,9 @@ def test_where_every_head_costs_the_same_nothing_is_snapped() -> None:
 
 def test_of_steps_that_are_as_good_the_smallest_is_taken() -> None:
     even = ascending(0.0, 0.5, 9.0, 9.5)  # step 4 makes the same plan as step 2
-    assert select(even, **RULES, multiple_of=4) == select(even, **RULES, multiple_of=2) == select(even, **RULES)
-    _, found = choose_step(even, RULES, [table(stairs(HEADS, 2, 0.03))])
+    rules = RULES
+    assert select(even, **rules, multiple_of=4) == select(even, **rules, multiple_of=2) == select(even, **rules)
+    _, found = choose_step(even, rules, [table(stairs(HEADS, 2, 0.03))])
     assert found.multiple_of == 1
     _, found = choose_step(SCORES, RULES, [table(stairs(HEADS, 2, 0.03))])
     worth = {c.multiple_of: c.saved for c in found.candidates}
@@ -102,7 +103,7 @@ def test_a_step_that_deletes_fewer_does_not_win_by_that_alone() -> None:
 
 def test_a_step_that_runs_slower_than_no_step_is_not_taken_for_its_worth_a_head() -> None:
     # The first two heads of a layer save much, later ones little: in twos each head saves more, but far fewer go.
-    scores, rules = ascending(0.0, 0.1, 0.2, 0.3), {"ratio": 0.49, "scope": "layer"}
+    scores, rules = ascending(0.0, 0.1, 0.2, 0.3), RULES | {"ratio": 0.49, "scope": "layer"}
     saved = {8: 0.0, 7: 0.05, 6: 0.20, 5: 0.22, 4: 0.24, 3: 0.25, 2: 0.26, 1: 0.27}
     _, found = choose_step(scores, rules, [table(lambda _, kept: 1 - saved[kept])])
     one, two = found.candidates
@@ -121,12 +122,12 @@ def test_shapes_count_alike() -> None:
 
 
 def test_steps_that_the_floors_forbid_are_left_out() -> None:
-    _, found = choose_step(SCORES, {"ratio": 0.25, "keep_at_least": 5}, [table(linear, threads=4)])
+    _, found = choose_step(SCORES, RULES | {"keep_at_least": 5}, [table(linear, threads=4)])
     assert [candidate.multiple_of for candidate in found.candidates] == [1, 2, 3]
 
 
 def test_ratio_zero_and_impossible_ratios_are_as_in_select() -> None:
-    plan, found = choose_step(SCORES, {"ratio": 0}, [table(linear)])
+    plan, found = choose_step(SCORES, RULES | {"ratio": 0}, [table(linear)])
     assert (plan.removed, found.multiple_of, found.reason) == (0, 1, "nothing is deleted")
     with pytest.raises(UsageError, match="the floors allow the removal of only"):
         choose_step(SCORES, RULES | {"ratio": 0.95}, [table(linear)])
@@ -134,7 +135,7 @@ def test_ratio_zero_and_impossible_ratios_are_as_in_select() -> None:
 
 def test_select_itself_takes_numbers_only() -> None:
     with pytest.raises(UsageError, match="needs a latency table"):
-        select(SCORES, 0.25, multiple_of="auto")  # type: ignore[arg-type]
+        select(SCORES, **RULES, multiple_of="auto")  # type: ignore[arg-type]
 
 
 # Neurons

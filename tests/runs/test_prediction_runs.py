@@ -42,8 +42,8 @@ def never(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe_of(home: Path, multiple_of: int | str = "auto", model: str = "bert", **more: Any) -> Path:
-    ranking = {"scope": "global", "normalize": "none"}  # odd numbers of heads in some layers, which a step changes
-    select = {"ratio": 0.5, "multiple_of": multiple_of} | ranking | more.pop("select", {})
+    together = {"scope": "global", "normalize": "none"}  # so that layers keep different counts
+    select = {"ratio": 0.5, "multiple_of": multiple_of, **together} | more.pop("select", {})
     bench = {"shapes": [list(SHAPE)], "threads": 2, "min_seconds": 0.05}
     return write_recipe(home / "r.yaml", checkpoint(model), select=select, bench=bench, **more)
 
