@@ -57,5 +57,5 @@ def test_it_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_ratio_that_the_floors_forbid_names_its_line(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"model: {checkpoint()}\nselect:\n  keep_at_least: 3\n  ratio: 0.5\n")
-    with pytest.raises(UsageError, match=r"r\.yaml:4:10: ratio 0\.5 means 6 of 12"):
+    with pytest.raises(UsageError, match=r"r\.yaml:4:10: ratio 0\.5 means 2 of 4 units of encoder\.layer\.0"):
         preview(Recipe.read(recipe))

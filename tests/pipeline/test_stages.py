@@ -15,7 +15,7 @@ from transformers import AutoModel
 from whole_runs import checkpoint, report_of, slimheads, steady, write_recipe
 
 from slimheads.errors import UsageError
-from slimheads.families.sites import find_sites
+from slimheads.families.sites import find_sites, of_kind
 from slimheads.latency import bench as measuring
 from slimheads.latency.bench import bench
 from slimheads.models.checkpoint import find
@@ -161,5 +161,5 @@ def test_slim_reloads_as_the_plan_says(tmp_path: Path) -> None:
     out = tmp_path / "out"
     ended_well(write_recipe(tmp_path / "r.yaml", checkpoint("gpt2")), out)
     plan = Plan.from_json(json.loads((out / "plan.json").read_text()))
-    sites = find_sites(load(out / "slim"))
+    sites = of_kind(find_sites(load(out / "slim")), "attention")
     assert [(site.name, site.total) for site in sites] == [(site.site, len(site.kept)) for site in plan.sites]

@@ -82,7 +82,7 @@ def write_recipe(path: Path, model: Path | str | None = None, **sections: Any) -
     path.parent.mkdir(parents=True, exist_ok=True)
     data: dict[str, Any] = {
         "model": str(model or checkpoint()),
-        "select": {"ratio": 0.5},
+        "select": {"ratio": 0.5, "scope": "global", "normalize": "none"},  # another number of heads in every layer
         "bench": {"shapes": [[1, 8]], "min_seconds": 0.05, "threads": 1},
     }
     data |= sections
