@@ -31,6 +31,7 @@ from slimheads.pruning.scores import Scores
 from slimheads.pruning.select import select
 
 SLACK = 0.01  # of the dense latency
+FEWEST_NEURONS = 32  # that a block keeps where the step is auto: cutting a block to almost nothing costs too much
 _KEYS: Mapping[SiteKind, str] = {"attention": "multiple_of", "feed_forward": "ffn_multiple_of"}
 _EXACT = 1e-9  # rounding error of a tie
 
@@ -58,9 +59,13 @@ class Selection(BaseModel):
 
     @property
     def steps(self) -> dict[str, int]:
-        """The steps by their keys in a recipe."""
-        own = {"multiple_of": self.multiple_of}
-        return own | {"ffn_multiple_of": self.feed_forward.multiple_of} if self.feed_forward else own
+        """The steps, and the floor that goes with one chosen here, as arguments of `select`."""
+        found, neurons = {"multiple_of": self.multiple_of}, self.feed_forward
+        if neurons:
+            found["ffn_multiple_of"] = neurons.multiple_of
+            if neurons.asked == "auto":
+                found["ffn_keep_at_least"] = FEWEST_NEURONS
+        return found
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ def choose_steps(scores: Scores, rules: Mapping[str, Any], tables: Sequence[Late
         select(scores, **rules)  # refuses auto
     rules = {"multiple_of": 1, "ffn_ratio": 0.0, "ffn_multiple_of": 32, **rules}
     settled = {**rules, **{key: 1 for key in _KEYS.values() if rules[key] == "auto"}}
+    if rules["ffn_multiple_of"] == "auto":
+        settled["ffn_keep_at_least"] = FEWEST_NEURONS
     found: dict[SiteKind, Selection] = {}
     for kind, key in _KEYS.items():
         asked = rules[key]

@@ -49,6 +49,7 @@ def select(
     ffn_ratio: float = 0.0,
     ffn_multiple_of: int = 32,
     drop_layers: int = 0,
+    ffn_keep_at_least: int | None = None,
 ) -> Plan:
     """Chooses the units to keep. The plan names every attention site, and those of other kinds that it touches.
 
@@ -65,6 +66,7 @@ def select(
         ffn_ratio: share of all feed-forward neurons to remove, as `ratio`.
         ffn_multiple_of: every feed-forward block that loses neurons keeps a multiple of this, and at least this many.
         drop_layers: how many layers to remove.
+        ffn_keep_at_least: the fewest neurons that a block keeps; `ffn_multiple_of` unless given.
 
     Raises:
         UsageError: a ratio cannot be reached with these floors, or is above 0 and would remove nothing; no site
@@ -77,8 +79,10 @@ def select(
     floors = ("select.keep_at_least", "select.multiple_of")
     floors = floors if keep_at_least >= multiple_of else floors[::-1]
     heads = rules(ratio, "select.ratio", keep_at_least=keep_at_least, multiple_of=multiple_of, floor_keys=floors)
-    step, ffn_floors = ffn_multiple_of, ("select.ffn_multiple_of",)
-    neurons = rules(ffn_ratio, "select.ffn_ratio", keep_at_least=step, multiple_of=step, floor_keys=ffn_floors)
+    ffn_floor, ffn_floors = ffn_keep_at_least or ffn_multiple_of, ("select.ffn_multiple_of",)
+    neurons = rules(
+        ffn_ratio, "select.ffn_ratio", keep_at_least=ffn_floor, multiple_of=ffn_multiple_of, floor_keys=ffn_floors
+    )
     if within_groups and not any(site.query_heads for site in scores.sites):
         hint = "remove within_groups: single heads are deleted in this model"
         what = "within_groups has no effect: no site has KV groups of several query heads"

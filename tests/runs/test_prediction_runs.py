@@ -110,12 +110,13 @@ def test_both_steps_are_chosen_by_one_table_and_controls_are_under_both(
     monkeypatch.setattr(verify_stage, "random_plan", spy)
     setting, steps = Setting("cpu", 2, kinds=("attention", "feed_forward")), (stairs(4, 2, 0.05), stairs(48, 16, 0.005))
     keep_table(checkpoint(), lambda kind, count: steps[kind](kind, count), SHAPE, setting)
-    recipe = recipe_of(tmp_path, select={"ffn_ratio": 0.5, "ffn_multiple_of": "auto"})
+    recipe = recipe_of(tmp_path, select={"ffn_ratio": 0.25, "ffn_multiple_of": "auto"})
     report = ran(recipe, tmp_path / "out")
     found = report["selection"]
     assert (found["multiple_of"], found["feed_forward"]["multiple_of"]) == (2, 16)
     assert {(given["multiple_of"], given["ffn_multiple_of"]) for given in rules} == {(2, 16)} and len(rules) == 3
-    assert all(count % 16 == 0 for count in kept(tmp_path / "out")[3:])
+    assert {given["ffn_keep_at_least"] for given in rules} == {32}
+    assert min(kept(tmp_path / "out")[3:]) == 32 and all(count % 16 == 0 for count in kept(tmp_path / "out")[3:])
     assert report["predictions"][0]["source"] == "table"
     page = (tmp_path / "out" / "report.md").read_text()
     assert "ffn_multiple_of: auto chose 16" in page and " multiple_of: auto chose 2" in page
