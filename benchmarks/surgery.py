@@ -30,7 +30,7 @@ def measure(
 ) -> dict[str, object]:
     """One row of the table."""
     model = model_of(layout, size, DTYPES[dtype])
-    plan = select(score(model), ratio=ratios[0], ffn_ratio=ratios[1])
+    plan = select(score(model), ratio=ratios[0], ffn_ratio=ratios[1], scope="global")  # small layers have few groups
     kept = block_weights(prune(same_weights(model), plan))
     stretches = [dense.flatten()[: slim.numel()] for dense, slim in zip(block_weights(model), kept, strict=True)]
     kept_bytes, parameters = bytes_of(kept), sum(p.numel() for p in model.parameters())
