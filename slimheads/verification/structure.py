@@ -20,6 +20,7 @@ from slimheads.pruning.plan import Plan, match_plan
 from slimheads.runtime.onnx_signature import nodes_of
 from slimheads.verification.onnx_files import TensorShape, read_graph, sizes_text
 
+_AGAIN = re.compile(r"_\d+(?=\.)")  # what the exporter adds to the name of a module that is called again
 _HEAD_COUNTS = ("num_heads", "kv_num_heads")
 # Operators between a fused node and the projection that reads it.
 _MOVES = {"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
@@ -155,17 +156,20 @@ class _Graph:
     def shapes_outside(self, modules: Sequence[str], within: str | None = None) -> Counter[TensorShape]:
         """Shapes of the tensors that some node outside these modules reads, each once a reader.
 
+        A module that is called again reads once: BEiT's shared table is read for every layer that there is.
+
         Args:
             within: count only the readers inside this module.
         """
         scopes = [self._scope(module) for module in modules]
         around = self._scope(within) if within else re.compile("")
-        return Counter(
-            self.shapes[name]
+        found = {
+            (name, _AGAIN.sub("", user))
             for name, users in self.users.items()
             for user in users
             if around.match(user) and not any(scope.match(user) for scope in scopes)
-        )
+        }
+        return Counter(self.shapes[name] for name, _ in found)
 
     def feeds(self, node: onnx.NodeProto, module: str) -> bool:
         """Whether a node of the module reads this node's first output, perhaps through reshapes and the like."""
