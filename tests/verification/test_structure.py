@@ -202,11 +202,16 @@ def stack(*widths: int, first: int = 0) -> dict[str, np.ndarray]:
     return tensors
 
 
-def test_a_dropped_layer_is_gone_and_those_after_it_move_up(tmp_path: Path) -> None:
+def three_layers() -> tuple[list[Site], Plan]:
+    """The second goes, and neurons of the third."""
     sites = [gated_block(f"h.{i}.mlp") for i in range(3)]
     sites += [Site(f"h.{i}", "layer", ROW, "layer", 1) for i in range(3)]
     kept = SitePlan("h.2.mlp", "neuron", NEURONS, (0, 1, 2), "feed_forward")
-    plan = Plan((kept, SitePlan("h.1", "layer", 1, (), "layer")))
+    return sites, Plan((kept, SitePlan("h.1", "layer", 1, (), "layer")))
+
+
+def test_a_dropped_layer_is_gone_and_those_after_it_move_up(tmp_path: Path) -> None:
+    sites, plan = three_layers()
     dense = write(tmp_path / "dense.onnx", stack(7, 7, 7))
 
     def found(tensors: dict[str, np.ndarray]) -> list[str]:
@@ -219,6 +224,18 @@ def test_a_dropped_layer_is_gone_and_those_after_it_move_up(tmp_path: Path) -> N
     norm = stack(7, 3)
     del norm["h/1/norm/Mul/w"]
     assert found(norm) == ["tensors outside the plan changed: 6 became none"]
+
+
+def test_a_module_outside_the_layers_that_each_of_them_calls_is_called_once_less(tmp_path: Path) -> None:
+    """As BEiT's table of positions that all layers share."""
+    shared = {"table": np.zeros((5, 5), np.float32)}
+
+    def written(widths: tuple[int, ...]) -> Path:
+        names = ["bias", "bias_1", "bias_2"][: len(widths)]
+        calls = [helper.make_node("Relu", ["table"], [f"{name} out"], f"/{name}/Gather") for name in names]
+        return write(tmp_path / f"{len(widths)}.onnx", stack(*widths) | shared, calls)
+
+    assert list(graph_faults(written((7, 7, 7)), written((7, 3)), *three_layers())) == []
 
 
 # -------------------------------------------------------------------------------------------------- fused nodes
