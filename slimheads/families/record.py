@@ -22,8 +22,8 @@ Range = int | list[int]  # a unit, or the first and the last of adjacent ones
 def in_ranges(units: Sequence[int]) -> list[Range]:
     """Ascending units with each run of adjacent ones as [first, last]."""
     at = np.array(units, np.int64)
-    starts = at[np.diff(at, prepend=-2) != 1].tolist()
-    ends = at[np.diff(at, append=-2) != 1].tolist()
+    starts = at[np.diff(at, prepend=at[:1] - 2) != 1].tolist()
+    ends = at[np.diff(at, append=at[-1:] + 2) != 1].tolist()
     return [first if first == last else [first, last] for first, last in zip(starts, ends, strict=True)]
 
 
