@@ -33,6 +33,15 @@ def drop_layers(model: torch.nn.Module, dropped: Sequence[Site]) -> None:
                 for name in POSITIONS:
                     if getattr(module, name, None) == old:
                         setattr(module, name, new)
+        _tell_own_config(model, stack, len(kept))
+
+
+def _tell_own_config(model: torch.nn.Module, stack: str, layers: int) -> None:
+    """T5's encoder and decoder have copies of the configuration, by which they size the cache."""
+    whole: Any = getattr(model, "config", None)
+    own: Any = getattr(model.get_submodule(stack.rpartition(".")[0]), "config", None)
+    if own is not whole and type(own) is type(whole):
+        own.num_hidden_layers = layers
 
 
 def smaller_config(config: PretrainedConfig, family: Family, dropped: Sequence[Site]) -> dict[str, Any]:

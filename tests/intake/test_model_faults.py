@@ -28,7 +28,7 @@ Checkpoint = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A dense BERT, a slim BERT, a slim Llama and a sharded GPT-2, saved once."""
+    """A dense BERT, a slim BERT, one slim in neurons and layers, a slim Llama and a sharded GPT-2, saved once."""
     root = tmp_path_factory.mktemp("originals")
     save(tiny_model("bert"), root / "bert")
     for model_type in ("bert", "llama"):
@@ -36,6 +36,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         heads = of_kind(find_sites(model), "attention")
         plan = Plan(tuple(SitePlan(s.name, s.unit, s.total, (0, 2)) for s in heads))
         save(prune(model, plan), root / f"slim {model_type}")
+    model = tiny_model("bert")
+    neurons = SitePlan("encoder.layer.0", "neuron", 48, tuple(range(40)), "feed_forward")
+    save(prune(model, Plan((neurons, SitePlan("encoder.layer.1", "layer", 1, (), "layer")))), root / "slim in kinds")
     save(tiny_model("llama"), root / "llama")
     tiny_model("gpt2").save_pretrained(root / "sharded", max_shard_size="20KB")
     return {path.name: path for path in root.iterdir()}
@@ -325,6 +328,48 @@ def test_a_damaged_plan_record_is_refused(checkpoint: Checkpoint, record: Any) -
         whole["sites"][0] |= change.pop("site 0", {})
         record = whole | change if record != {"format": 1} else record
     (folder / "config.json").write_text(json.dumps(config | {"slimheads": record}))
+    refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {0: {"kept": [[0, 48]]}},
+        {0: {"kept": [[0, 39], 39]}},
+        {0: {"kept": [[0, 40]]}},  # one more than there are
+        {0: {"kept": [[1, 39]]}},
+        {0: {"total": 47}},
+        {0: {"kind": "attention"}},
+        {0: {"kind": "layer"}},
+        {0: {"site": "encoder.layer.1"}},  # it is in the layer that goes
+        {0: {"site": "encoder.layer.2"}},
+        {1: {"kept": [0]}},
+        {1: {"site": "encoder.layer.3"}},
+        {1: {"site": "encoder.layer"}},
+        {1: {"site": "encoder"}},
+        {1: {"site": ""}},
+        {1: {"unit": "neuron"}},
+        {1: {"total": 2}},
+        {"dense": {}},
+        {"dense": {"num_hidden_layers": 2}},
+        {"dense": {"num_hidden_layers": "3"}},
+        {"dense": {"num_hidden_layers": -3}},
+        {"dense": {"num_hidden_layers": 3, "hidden_size": 64}},
+        {"dense": {"num_hidden_layers": 3, "intermediate_size": 40}},
+    ],
+    ids=str,
+)
+def test_a_damaged_record_of_neurons_or_layers_is_refused(checkpoint: Checkpoint, changes: dict[Any, Any]) -> None:
+    folder = checkpoint("slim in kinds")
+    load(folder)
+    config = json.loads((folder / "config.json").read_text())
+    record = config["slimheads"]
+    for place, change in changes.items():
+        if place == "dense":
+            record["dense"] = change
+        else:
+            record["sites"][place] |= change
+    (folder / "config.json").write_text(json.dumps(config))
     refusal(folder)
 
 

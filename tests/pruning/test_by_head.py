@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from layouts import kv_heads, unit_tensors
+from plans import renamed
 from shipped import ship
 from tiny import DECODERS, config_of, spread, type_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -84,10 +85,13 @@ def assert_deleted_equals_gated(
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("model_type", GROUPED)
 def test_deleted_equals_gated_within_groups(
-    wide: Tiny, batches: Any, answers: Any, model_type: str, implementation: str
+    wide: Tiny, ragged: Any, batches: Any, answers: Any, model_type: str, implementation: str
 ) -> None:
+    """With neurons and a layer deleted beside them."""
     model = wide(model_type, attn_implementation=implementation)
-    assert_deleted_equals_gated(model, within(model), batches(model), answers, 1e-5)
+    others = ragged(model, kinds=("feed_forward", "layer"))
+    heads = (site for site in within(model).sites if renamed(site.site, others))
+    assert_deleted_equals_gated(model, Plan((*heads, *others.sites)), batches(model), answers, 1e-5)
     if implementation == "sdpa":
         model = wide(model_type, attn_implementation=implementation).double()
         assert_deleted_equals_gated(model, within(model, 1), batches(model), answers, 1e-12)

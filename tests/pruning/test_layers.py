@@ -145,6 +145,17 @@ def test_the_layers_that_stay_are_the_same_objects_under_new_names(tiny: Tiny, r
                     assert number == int(layer.rpartition(".")[2]), name
 
 
+def test_the_cache_of_an_encoder_decoder_has_a_place_for_each_layer_that_stays(
+    tiny: Tiny, ragged: Ragged, batches: Batches, seq2seq_type: str
+) -> None:
+    model = tiny(seq2seq_type)
+    layers = prune(model, ragged(model)).get_decoder()
+    with torch.no_grad():
+        cache = model(**batches(model)["one"], use_cache=True).past_key_values.to_legacy_cache()
+    stack = layers.block if seq2seq_type in {"mt5", "t5"} else layers.layers
+    assert len(cache) == len(stack) and all(torch.is_tensor(part) for layer in cache for part in layer)
+
+
 def test_what_is_in_a_dropped_layer_cannot_be_planned(tiny: Tiny, model_type: str) -> None:
     model = tiny(model_type)
     layers = [site for site in of_kind(find_sites(model), "layer") if not site.stays]

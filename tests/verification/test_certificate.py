@@ -313,38 +313,30 @@ def test_the_graph_of_another_plan_with_the_same_counts_elsewhere_fails_links_2_
     assert failed(made.certificate()) == [2, 4]
 
 
-def test_a_head_that_was_masked_instead_of_deleted_fails_link_4_alone(bert: Shipped, tmp_path: Path) -> None:
-    """Numbers cannot tell: the head is there and adds nothing."""
+@pytest.mark.parametrize(
+    "kind,width,module",
+    [("attention", 8, "self.query"), ("feed_forward", 1, "intermediate.dense")],
+    ids=["head", "neuron"],
+)
+def test_a_unit_that_was_masked_instead_of_deleted_fails_link_4_alone(
+    bert: Shipped, kind: str, width: int, module: str, tmp_path: Path
+) -> None:
+    """Numbers cannot tell: the unit is there and adds nothing."""
     made = bert.copied(tmp_path)
-    index = site_of(made.plan, 2)
-    planned = made.plan.sites[index]
+    index, planned = next(
+        (i, site) for i, site in enumerate(made.plan.sites) if site.kind == kind and 1 < len(site.kept) < site.total
+    )
     extra = planned.removed[0]
     wide = tuple(sorted((*planned.kept, extra)))
     masked = prune(copy.deepcopy(made.dense), with_plan(made.plan, index, wide))
-    place = wide.index(extra) * 8
+    place = wide.index(extra) * width
     with torch.no_grad():
-        masked.get_submodule(planned.site).output.dense.weight[:, place : place + 8] = 0
+        masked.get_submodule(planned.site).output.dense.weight[:, place : place + width] = 0
     export(masked, made.folder / "onnx", task=made.task)
     found = made.certificate()
     assert failed(found) == [4]
-    said = report(found)
-    assert f"{planned.site}.self.query: tensors 24, 32x24 where the plan says 16, 32x16" in said
-
-
-def test_a_neuron_that_was_masked_instead_of_deleted_fails_link_4_alone(bert: Shipped, tmp_path: Path) -> None:
-    made = bert.copied(tmp_path)
-    index = next(i for i, site in enumerate(made.plan.sites) if site.kind == "feed_forward")
-    planned = made.plan.sites[index]
-    extra = planned.removed[0]
-    wide = tuple(sorted((*planned.kept, extra)))
-    masked = prune(copy.deepcopy(made.dense), with_plan(made.plan, index, wide))
-    with torch.no_grad():
-        masked.get_submodule(planned.site).output.dense.weight[:, wide.index(extra)] = 0
-    export(masked, made.folder / "onnx", task=made.task)
-    found = made.certificate()
-    assert failed(found) == [4]
-    one, more = len(planned.kept), len(wide)
-    said = f"{planned.site}.intermediate.dense: tensors {more}, 32x{more} where the plan says {one}, 32x{one}"
+    one, more = (width * len(kept) for kept in (planned.kept, wide))
+    said = f"{planned.site}.{module}: tensors {more}, 32x{more} where the plan says {one}, 32x{one}"
     assert said in report(found)
 
 
