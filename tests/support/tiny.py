@@ -168,8 +168,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": _GROUPED,
     "qwen3": _WIDE_HEADS,
     "gemma": _WIDE_HEADS,
-    "gemma2": _WIDE_HEADS | _WINDOWS | {"query_pre_attn_scalar": 6},
-    "gemma3_text": _WIDE_HEADS | _WINDOWS | {"query_pre_attn_scalar": 6},
+    # A norm follows each block too: with little left in a block, it would enlarge what rounding does to the rest.
+    "gemma2": _WIDE_HEADS | _WINDOWS | {"query_pre_attn_scalar": 6, "rms_norm_eps": 0.01},
+    "gemma3_text": _WIDE_HEADS | _WINDOWS | {"query_pre_attn_scalar": 6, "rms_norm_eps": 0.01},
     "granite": _GROUPED | {"attention_multiplier": 0.5, "residual_multiplier": 0.7, "logits_scaling": 2.0},
     "cohere": _GROUPED,
     "smollm3": _GROUPED | {"no_rope_layers": [1, 0, 1], "pad_token_id": 1},
