@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from transformers import PretrainedConfig
 
 from slimheads.families.family import PLAN_KEY
@@ -21,11 +21,10 @@ Range = int | list[int]  # a unit, or the first and the last of adjacent ones
 
 def in_ranges(units: Sequence[int]) -> list[Range]:
     """Ascending units with each run of adjacent ones as [first, last]."""
-    if not units:
-        return []
-    breaks = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(units)) if b != a + 1), len(units)]
-    runs = (units[start:end] for start, end in pairwise(breaks))
-    return [run[0] if len(run) == 1 else [run[0], run[-1]] for run in runs]
+    at = np.array(units, np.int64)
+    starts = at[np.diff(at, prepend=at[:1] - 2) != 1].tolist()
+    ends = at[np.diff(at, append=at[-1:] + 2) != 1].tolist()
+    return [first if first == last else [first, last] for first, last in zip(starts, ends, strict=True)]
 
 
 def out_of_ranges(ranges: Iterable[Any], total: int) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
@@ -40,7 +41,7 @@ class SitePlan:
     @field_validator("kept", mode="before")
     @classmethod
     def _without_ranges(cls, kept: Any, info: ValidationInfo) -> Any:
-        if not isinstance(kept, list | tuple) or not any(isinstance(item, list | tuple) for item in kept):
+        if not isinstance(kept, list) or all(type(item) is int for item in kept):  # a tuple was made in memory
             return kept
         return tuple(out_of_ranges(kept, info.data.get("total", 0)))
 
@@ -49,7 +50,7 @@ class SitePlan:
             what = f"a site of kind {self.kind} has no units of {self.unit}"
             raise UsageError(what, where=self.site, hint=f"its units are {' or '.join(UNITS[self.kind])}s")
         in_range = not self.kept or (self.kept[0] >= 0 and self.kept[-1] < self.total)
-        ascending = all(a < b for a, b in zip(self.kept, self.kept[1:], strict=False))
+        ascending = all(map(operator.lt, self.kept, self.kept[1:]))
         if not (ascending and in_range) or not (self.kept or self.kind == "layer"):
             raise UsageError(
                 f"kept {in_ranges(self.kept)} of {self.total} units",

@@ -37,7 +37,8 @@ def record_plan(config: PretrainedConfig, family: Family, sites: Sequence[Site],
     if layers:
         restage(config)  # or a backbone would not accept its other values
     for counts in (heads, widths):
-        values |= counts if _accepts(config, values | counts) else {}
+        if counts and _accepts(config, values | counts):
+            values |= counts
     _assign(config, values)
     setattr(config, PLAN_KEY, {**record.to_json(), "dense": dense})
     if family.reload == "pruned_heads":
