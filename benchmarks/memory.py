@@ -37,7 +37,7 @@ def child(folder: str, ratio: float) -> None:
     model = load(folder)
     loaded = memory.megabytes() - before
     size, largest = bytes_of(model.parameters()), max(bytes_of([p]) for p in model.parameters())
-    prune(model, select(score(model), ratio=ratio))
+    prune(model, select(score(model), ratio=ratio, scope="global"))
     measured = {"loading": loaded, "all": memory.megabytes() - before, "kept": _resident_mb() - before}
     print(json.dumps(measured | {"size": size / 2**20, "largest": largest / 2**20}))
 

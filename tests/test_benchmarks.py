@@ -57,13 +57,15 @@ def test_scoring_is_measured_in_every_layout_and_dtype() -> None:
     for wide, half in zip(found[:4], found[4:], strict=True):
         assert wide["scored MB"] == pytest.approx(2 * half["scored MB"])
         assert wide["score rate / plain"].keys() == {"estimate", "low", "high"}
-    # Two layers of width 64: queries and outputs of 64 x 64, keys and values of half as many, in float32.
-    assert found[0]["scored MB"] * 1e6 == pytest.approx(2 * 3 * 64 * 64 * 4)
+    # Two layers of width 64: queries and outputs of 64 x 64, keys and values of half as many, and three feed-forward
+    # matrices of 64 x 256, in float32.
+    assert found[0]["scored MB"] * 1e6 == pytest.approx(2 * (3 * 64 * 64 + 3 * 64 * 256) * 4)
 
 
 @pytest.mark.slow
 def test_surgery_is_compared_with_a_copy_of_what_it_keeps() -> None:
-    half, whole = (rows("surgery.py", "--sizes", "1M", *FEW, "--ratio", ratio) for ratio in ("0.5", "0"))
+    ratios = (("--ratio", ratio, "--ffn_ratio", ratio) for ratio in ("0.5", "0"))
+    half, whole = (rows("surgery.py", "--sizes", "1M", *FEW, *both) for both in ratios)
     assert [r["layout"] for r in half] == ["llama", "gpt2", "bert", "gpt_neox"] * 2
     for cut, uncut in zip(half, whole, strict=True):
         assert cut["kept MB"] == pytest.approx(uncut["kept MB"] / 2)

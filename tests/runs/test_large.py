@@ -21,7 +21,7 @@ from slimheads.exporting.artifacts import file_name, parts_of
 from slimheads.exporting.export import export
 from slimheads.exporting.precisions import PRECISIONS
 from slimheads.exporting.quantize import to_fp16, to_int8
-from slimheads.families.sites import find_sites
+from slimheads.families.sites import find_sites, of_kind
 from slimheads.models.checkpoint import read_config
 from slimheads.models.loading import load
 from slimheads.names import Precision
@@ -122,7 +122,7 @@ def test_a_checkpoint_in_shards_stays_in_shards(
     assert {path.stat().st_mode for path in shards} == {(out / "slim" / "config.json").stat().st_mode}
     assert report_of(out)["files"].keys() >= {f"slim/{path.name}" for path in shards}
     once = load(out / "slim")
-    assert sum(site.total for site in find_sites(once)) == 6
+    assert sum(site.total for site in of_kind(find_sites(once), "attention")) == 6
     stock = AutoModel.from_pretrained(out / "slim").state_dict()
     assert all(torch.equal(stock[name], tensor) for name, tensor in once.state_dict().items())
 

@@ -267,6 +267,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "electra-relative": ("electra", {"position_embedding_type": "relative_key_query"}),
     "albert-one-layer": ("albert", {"num_hidden_groups": 1, "inner_group_num": 1}),
     "albert-relative": ("albert", {"position_embedding_type": "relative_key_query"}),
+    "yolos-plain": ("yolos", {"use_mid_position_embeddings": False}),  # its layers can go
     "beit-shared": ("beit", {"use_shared_relative_position_bias": True}),
     "beit-absolute": ("beit", {"use_relative_position_bias": False}),
     "data2vec-vision-shared": (
