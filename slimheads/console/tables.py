@@ -137,7 +137,7 @@ def print_families(rows: Sequence[FamilySupport]) -> None:
     """One row per model type: what is deleted, and how many tests there are of it, or why it is not proven."""
     console = stdout()
     table = Table("model type", "family", "unit", "evidence", box=None, pad_edge=False)
-    for column in table.columns[:3]:
+    for column in table.columns[:2]:
         column.no_wrap = True
     for row in rows:
         for model_type in row.model_types:
