@@ -151,7 +151,7 @@ class SiteRow(_Strict):
 
     @property
     def layer_keys(self) -> tuple[str, ...]:
-        """The config keys that hold the number of these layers; none where it is in a list or a product."""
+        """The config keys that hold the number of these layers, in all or by stage; none where it is a product."""
         return (self.count, *self.same) if self.count and " * " not in self.count else ()
 
 
@@ -309,17 +309,21 @@ def dense_value(config: PretrainedConfig, key: str | int) -> Any:
 
 def holds(config: PretrainedConfig, conditions: Conditions) -> bool:
     """Whether a configuration has these values; a missing or empty key counts as false."""
-    found = {key: getattr(config, key, None) for key in conditions}
+    found = {key: lookup(config, key, optional=True) for key in conditions}
     return all(
         bool((bool(found[key]) if isinstance(value, bool) else found[key]) == value)
         for key, value in conditions.items()
     )
 
 
-def lookup(config: Any, key: str) -> Any:
-    """The value of a config key, which may be dotted."""
+def lookup(config: Any, key: str, *, optional: bool = False) -> Any:
+    """The value of a config key, which may be dotted; None for a missing one that is optional.
+
+    Raises:
+        AttributeError: the key is missing and not optional.
+    """
     for part in key.split("."):
-        config = getattr(config, part)
+        config = getattr(config, part, None) if optional else getattr(config, part)
     return config
 
 

@@ -40,6 +40,11 @@ def out_of_ranges(ranges: Iterable[Any], total: int) -> Iterator[int]:
         yield from range(first, last + 1)
 
 
+def stack_of(layer: str) -> str:
+    """The qualified name of the list that a layer is in."""
+    return layer.rpartition(".")[0]
+
+
 @dataclass(frozen=True)
 class Renumbering:
     """How layers are renumbered when some of them go. `dropped` has the indices that go, by the name of their list."""

@@ -16,10 +16,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import lru_cache
 from typing import Any, cast
 
-import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -37,44 +35,11 @@ from slimheads.families.family import (
     site_count,
     site_pattern,
 )
-from slimheads.families.layout import OUTPUTS, Block
-from slimheads.families.record import kind_of, out_of_ranges, recorded_renumbering, recorded_sites
+from slimheads.families.projections import Projection, neurons, units
+from slimheads.families.record import kind_of, out_of_ranges, recorded_renumbering, recorded_sites, stack_of
 from slimheads.names import SiteKind, Unit
 
-_Labels = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # the last four fields of a Projection
 SiteKey = tuple[SiteKind, str]  # a site's kind and name: a feed-forward block may be the layer itself
-
-
-@dataclass(frozen=True, eq=False)
-class Projection:
-    """A linear module of a site. Feature i of the divided axis belongs to `span[i]` units, starting at `unit_of[i]`.
-
-    `member_of[i]` is the index of its query head in the group, or -1 if the group's heads share the feature.
-    """
-
-    module: str  # qualified name in the model
-    unit_of: np.ndarray  # int64 [features]
-    member_of: np.ndarray  # int64 [features]
-    role_of: np.ndarray  # str [features]
-    span: np.ndarray  # int64 [features]; above 1 only for keys and values when units are query heads
-
-    @property
-    def divides_inputs(self) -> bool:
-        """Whether this is the output projection, whose input features are divided and whose bias is not."""
-        return bool(self.role_of[0] in OUTPUTS)
-
-    def kept_features(self, kept: tuple[int, ...]) -> np.ndarray:
-        """Indices (int64, ascending) of the features that are kept when the units `kept` are."""
-        stays = np.zeros(int((self.unit_of + self.span).max()), np.int64)
-        stays[list(kept)] = 1
-        before = np.concatenate([[0], stays.cumsum()])
-        return np.flatnonzero(before[self.unit_of + self.span] > before[self.unit_of])
-
-    def by_head(self, members: int) -> Projection:
-        """The same with query heads as units, `members` per group."""
-        own = self.member_of >= 0
-        unit_of = self.unit_of * members + np.where(own, self.member_of, 0)
-        return replace(self, unit_of=unit_of, span=np.where(own, 1, members))
 
 
 @dataclass(frozen=True)
@@ -117,7 +82,7 @@ class Site:
     @property
     def stack(self) -> str:
         """The qualified name of the list of layers that a layer is in."""
-        return self.name.rpartition(".")[0]
+        return stack_of(self.name)
 
     @property
     def output(self) -> Projection:
@@ -261,7 +226,7 @@ def _read_feed_forward(row: SiteRow, modules: Mapping[str, torch.nn.Module], nam
     for projection in present:
         qualified = f"{name}.{projection.module}"
         features = linear_features(_linear(modules, qualified))[0 if projection.divides_inputs else 1]
-        labelled = Projection(qualified, *_neuron_labels(projection.blocks, width))
+        labelled = neurons(qualified, projection.blocks, width)
         if len(labelled.unit_of) != features:
             raise ModelRefusedError(
                 f"{features} features cannot be {projection.layout} of {width} neurons",
@@ -299,7 +264,7 @@ def _read_projection(
     qualified = f"{site}.{projection.module}"
     features = linear_features(_linear(modules, qualified))[0 if projection.divides_inputs else 1]
     # head_dim comes from the first projection and must fit all others.
-    per_dim = len(_labelled(qualified, projection.blocks, {**sizes, "dim": 1}, left).unit_of)
+    per_dim = len(units(qualified, projection.blocks, {**sizes, "dim": 1}, left).unit_of)
     sizes.setdefault("dim", features // per_dim)
     if per_dim * sizes["dim"] != features:
         raise ModelRefusedError(
@@ -307,50 +272,7 @@ def _read_projection(
             where=f"{qualified}.weight",
             hint="use the config.json that was saved with these weights",
         )
-    return _labelled(qualified, projection.blocks, sizes, left)
-
-
-def _labelled(module: str, blocks: tuple[Block, ...], sizes: Mapping[str, int], left: tuple[int, ...]) -> Projection:
-    return Projection(module, *_labels(blocks, sizes["unit"], sizes["member"], sizes["dim"], left))
-
-
-@lru_cache(maxsize=64)  # most layers of a model have the same labels
-def _labels(blocks: tuple[Block, ...], units: int, members: int, dim: int, left: tuple[int, ...]) -> _Labels:
-    """Labels of the features that are left of the dense model's, with units and members renumbered."""
-    unit_of, member_of, role_of = _of_blocks(blocks, {"unit": units, "member": members, "dim": dim})
-    dense = Projection("", unit_of, member_of, role_of, np.ones_like(unit_of))
-    groups = sorted({head // members for head in left})
-    here = dense.by_head(members).kept_features(left)
-    unit_of, member_of = unit_of[here], member_of[here]
-    place = np.searchsorted(left, unit_of * members + member_of) % (len(left) // len(groups))
-    labels = (
-        np.searchsorted(groups, unit_of),
-        np.where(member_of < 0, -1, place),
-        role_of[here],
-        np.ones_like(unit_of),
-    )
-    return _shared(labels)
-
-
-@lru_cache(maxsize=64)
-def _neuron_labels(blocks: tuple[Block, ...], width: int) -> _Labels:
-    """Labels of `width` neurons. Neurons are all alike, so those that are left of the dense model's count from 0."""
-    unit_of, member_of, role_of = _of_blocks(blocks, {"unit": width, "member": 1, "dim": 1})
-    return _shared((unit_of, member_of, role_of, np.ones_like(unit_of)))
-
-
-def _of_blocks(blocks: tuple[Block, ...], sizes: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    unit_of, member_of, role_of = (
-        np.concatenate(parts) for parts in zip(*(b.labels(sizes) for b in blocks), strict=True)
-    )
-    return unit_of, member_of, role_of
-
-
-def _shared(labels: _Labels) -> _Labels:
-    """Read-only, because every projection of a layout has the same arrays."""
-    for array in labels:
-        array.flags.writeable = False
-    return labels
+    return units(qualified, projection.blocks, sizes, left)
 
 
 def _read_tables(

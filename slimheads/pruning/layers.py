@@ -66,7 +66,7 @@ def _fewer(count: Any, row: SiteRow, gone: Sequence[str]) -> Any:
 
 def _shorter_lists(config: PretrainedConfig, row: SiteRow, gone: set[int]) -> Iterator[tuple[str, Any]]:
     for key, form in row.per_layer.items():
-        value = getattr(config, key, None)
+        value = lookup(config, key, optional=True)
         if not value:
             continue
         entries = value if form == "list" else chain(*chain(*(repeat(part, times) for part, times in value)))

@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from slimheads.families.adapters import ADAPTERS
 from slimheads.families.family import family_of
-from slimheads.families.sites import Projection, Site, Table, find_sites
+from slimheads.families.projections import Projection
+from slimheads.families.sites import Site, Table, find_sites
 from slimheads.pruning.layers import drop_layers, require_same_layers
 from slimheads.pruning.plan import Plan, match_plan
 from slimheads.pruning.plan_record import record_plan

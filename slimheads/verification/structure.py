@@ -15,7 +15,8 @@ from pathlib import Path
 
 import onnx
 
-from slimheads.families.sites import Projection, Site
+from slimheads.families.projections import Projection
+from slimheads.families.sites import Site
 from slimheads.pruning.plan import Plan, match_plan
 from slimheads.runtime.onnx_signature import nodes_of
 from slimheads.verification.onnx_files import TensorShape, read_graph, sizes_text

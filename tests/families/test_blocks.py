@@ -11,7 +11,8 @@ from blocks import neuron_tensors, stacks_of
 from transformers import PreTrainedModel
 
 from slimheads.errors import ModelRefusedError
-from slimheads.families.sites import Projection, find_sites, linear_features, of_kind
+from slimheads.families.projections import Projection
+from slimheads.families.sites import find_sites, linear_features, of_kind
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.surgery import prune
 

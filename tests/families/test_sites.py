@@ -20,7 +20,8 @@ from slimheads.errors import ModelRefusedError, UsageError
 from slimheads.families import family as family_files
 from slimheads.families.family import Family, ProjectionRow, SiteRow, families, family_of, refused_types
 from slimheads.families.layout import blocks_of
-from slimheads.families.sites import Projection, Site, find_sites, linear_features, of_kind
+from slimheads.families.projections import Projection
+from slimheads.families.sites import Site, find_sites, linear_features, of_kind
 from slimheads.pruning.plan import Plan
 from slimheads.pruning.scoring.score import score
 from slimheads.pruning.select import select

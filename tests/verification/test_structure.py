@@ -13,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from slimheads.errors import UsageError
 from slimheads.families.family import families
-from slimheads.families.sites import Projection, Site, Table
+from slimheads.families.projections import Projection
+from slimheads.families.sites import Site, Table
 from slimheads.names import Unit
 from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.verification import quantized_weights

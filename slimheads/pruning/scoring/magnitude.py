@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from slimheads.errors import ModelRefusedError
-from slimheads.families.sites import Projection, Site, find_sites
+from slimheads.families.projections import Projection
+from slimheads.families.sites import Site, find_sites
 from slimheads.pruning.scores import SiteScores
 
 ROLES = ("query", "key", "value", "output", "expand", "gate", "contract")
