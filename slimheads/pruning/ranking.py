@@ -26,7 +26,14 @@ class Rules:
     counts: Counts
     keep_at_least: int
     multiple_of: int
-    floor_keys: tuple[str, ...]  # the stricter one first
+    floor_keys: tuple[str, str]  # of keep_at_least and of multiple_of
+
+    @property
+    def floors(self) -> tuple[str, ...]:
+        """The keys of the floors, the stricter one first."""
+        return tuple(
+            dict.fromkeys(self.floor_keys if self.keep_at_least >= self.multiple_of else self.floor_keys[::-1])
+        )
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,7 @@ def _removed(ranking: _Ranking, rules: Rules, rankings: Sequence[_Ranking]) -> s
         allowed = f"the floors allow the removal of only {ranking.removable}"
         raise UsageError(
             f"{_name(rules)} {rules.ratio} means {target} of {units}, but {allowed}",
-            keys=(rules.ratio_key, *rules.floor_keys) if works else rules.floor_keys,
+            keys=(rules.ratio_key, *rules.floors) if works else rules.floors,
             hint=f"use a ratio of at most {works[-1]}, or lower {_floors(rules)}" if works else _floors_too_high(rules),
         )
     removed: set[tuple[str, int]] = set()
@@ -150,7 +157,7 @@ def _removes_nothing(sites: Sequence[Removable], rules: Rules, rankings: Sequenc
     hint = "every block has one unit, which is kept: use ratio 0" if one_each else _floors_too_high(rules)
     return UsageError(
         f"{_name(rules)} {rules.ratio} removes nothing here",
-        keys=(rules.ratio_key, *rules.floor_keys) if works or one_each else rules.floor_keys,
+        keys=(rules.ratio_key, *rules.floors) if works or one_each else rules.floors,
         hint=f"the smallest ratio that removes a unit is {works[0]}; use 0 to change nothing" if works else hint,
     )
 
@@ -160,12 +167,12 @@ def _name(rules: Rules) -> str:
 
 
 def _floors_too_high(rules: Rules) -> str:
-    verb = "allow" if len(rules.floor_keys) > 1 else "allows"
+    verb = "allow" if len(rules.floors) > 1 else "allows"
     return f"lower {_floors(rules)}, which {verb} no removal at any ratio, or use {_name(rules)} 0"
 
 
 def _floors(rules: Rules) -> str:
-    return " or ".join(sorted(key.rpartition(".")[2] for key in rules.floor_keys))
+    return " or ".join(sorted(key.rpartition(".")[2] for key in rules.floors))
 
 
 def _working_ratios(rankings: Sequence[_Ranking]) -> list[float]:

@@ -29,7 +29,7 @@ from functools import partial
 from typing import Any, get_args
 
 from slimheads.errors import UsageError, require_known
-from slimheads.families.record import Renumbering
+from slimheads.families.record import Renumbering, stack_of
 from slimheads.names import Counts, Normalize, Scope, SiteKind
 from slimheads.pruning.plan import Plan, SitePlan
 from slimheads.pruning.ranking import Removable, Rules, removed_units
@@ -75,23 +75,27 @@ def select(
     _require_rules(ratio, scope, normalize, counts, drop_layers, ffn_ratio, keep_at_least, multiple_of, ffn_multiple_of)
     layers = _layer_plans(scores, drop_layers, sites)
     gone = Renumbering.without(layer.site for layer in layers if not layer.kept)
+    staying = [site for site in scores.sites if not gone.drops(site.site)]
+    if within_groups:
+        _require_groups(scores)
     rules = partial(Rules, scope=scope, normalize=normalize, counts=counts)
     floors = ("select.keep_at_least", "select.multiple_of")
-    floors = floors if keep_at_least >= multiple_of else floors[::-1]
     heads = rules(ratio, "select.ratio", keep_at_least=keep_at_least, multiple_of=multiple_of, floor_keys=floors)
-    ffn_floor, ffn_floors = ffn_keep_at_least or ffn_multiple_of, ("select.ffn_multiple_of",)
-    neurons = rules(
-        ffn_ratio, "select.ffn_ratio", keep_at_least=ffn_floor, multiple_of=ffn_multiple_of, floor_keys=ffn_floors
-    )
-    if within_groups and not any(site.query_heads for site in scores.sites):
+    plans = _plans(staying, "attention", heads, sites, within_groups)
+    if ffn_ratio > 0:
+        floor, floors = ffn_keep_at_least or ffn_multiple_of, ("select.ffn_multiple_of",) * 2
+        neurons = rules(
+            ffn_ratio, "select.ffn_ratio", keep_at_least=floor, multiple_of=ffn_multiple_of, floor_keys=floors
+        )
+        plans += _plans(staying, "feed_forward", neurons, sites)
+    return Plan((*plans, *layers))
+
+
+def _require_groups(scores: Scores) -> None:
+    if not any(site.query_heads for site in scores.sites):
         hint = "remove within_groups: single heads are deleted in this model"
         what = "within_groups has no effect: no site has KV groups of several query heads"
         raise UsageError(what, keys=("select.within_groups",), hint=hint)
-    staying = [site for site in scores.sites if not gone.drops(site.site)]
-    plans = _plans(staying, "attention", heads, sites, within_groups)
-    if ffn_ratio > 0:
-        plans += _plans(staying, "feed_forward", neurons, sites)
-    return Plan((*plans, *layers))
 
 
 def _require_rules(
@@ -157,17 +161,13 @@ def _layer_plans(scores: Scores, count: int, sites: str) -> list[SitePlan]:
         )
     dropped: set[str] = set()
     for layer in sorted(_matching(layers, sites, "layer"), key=lambda site: site.scores):
-        alike = {other.site for other in layers if _stack(other) == _stack(layer)}
+        alike = {other.site for other in layers if stack_of(other.site) == stack_of(layer.site)}
         if len(dropped) < count and len(alike - dropped) > 1:
             dropped.add(layer.site)
     if len(dropped) < count:
         what = f"drop_layers {count}, but only {len(dropped)} can go: one of each stack stays"
         raise UsageError(what, keys=("select.drop_layers",), hint=f"use at most {len(dropped)}")
     return [SitePlan(s.site, "layer", 1, () if s.site in dropped else (0,), "layer") for s in layers]
-
-
-def _stack(layer: SiteScores) -> str:
-    return layer.site.rpartition(".")[0]
 
 
 def random_plan(scores: Scores, seed: int, ratio: float, **rules: Any) -> Plan:

@@ -31,19 +31,8 @@ def _covered_row(row: FamilySupport) -> tuple[str, ...]:
     types = ", ".join(f"`{t}`" for t in row.model_types)
     tasks, reload = ", ".join(row.tasks) or NOT_PROVEN, row.reload or NOT_PROVEN
     heads = ", ".join(dict.fromkeys(site.unit for site in row.sites if site.kind == "attention"))
-    blocks = (_blocks(row, kind) for kind in ("feed_forward", "layer"))
-    return (
-        row.title,
-        types,
-        _blocks(row, "attention"),
-        row.layout,
-        heads,
-        *blocks,
-        row.inputs,
-        tasks,
-        reload,
-        variants,
-    )
+    attention, neurons, layers = (_blocks(row, kind) for kind in ("attention", "feed_forward", "layer"))
+    return (row.title, types, attention, row.layout, heads, neurons, layers, row.inputs, tasks, reload, variants)
 
 
 def _blocks(row: FamilySupport, kind: SiteKind) -> str:
