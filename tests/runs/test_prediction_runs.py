@@ -41,6 +41,20 @@ def never(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "bench", bench)
 
 
+@pytest.fixture
+def rules(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The rules of every random control, as it is made."""
+    found: list[dict[str, Any]] = []
+
+    def spy(scores: Any, seed: int, **given: Any) -> Plan:
+        found.append(given)
+        return real(scores, seed, **given)
+
+    real = verify_stage.random_plan
+    monkeypatch.setattr(verify_stage, "random_plan", spy)
+    return found
+
+
 def recipe_of(home: Path, multiple_of: int | str = "auto", model: str = "bert", **more: Any) -> Path:
     together = {"scope": "global", "normalize": "none"}  # so that layers keep different counts
     select = {"ratio": 0.5, "multiple_of": multiple_of, **together} | more.pop("select", {})
@@ -82,32 +96,16 @@ def test_auto_snaps_by_the_stored_table_and_every_stage_is_reused(tmp_path: Path
 
 
 def test_random_controls_are_under_the_step_that_was_chosen(
-    tmp_path: Path, never: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, never: None, rules: list[dict[str, Any]]
 ) -> None:
-    rules: list[dict[str, Any]] = []
-
-    def spy(scores: Any, seed: int, **given: Any) -> Plan:
-        rules.append(given)
-        return real(scores, seed, **given)
-
-    real = verify_stage.random_plan
-    monkeypatch.setattr(verify_stage, "random_plan", spy)
     keep_table(checkpoint(), stairs(4, 2, 0.1), SHAPE, TWO)
     ran(recipe_of(tmp_path), tmp_path / "out")
     assert len(rules) == 3 and {given["multiple_of"] for given in rules} == {2}
 
 
 def test_both_steps_are_chosen_by_one_table_and_controls_are_under_both(
-    tmp_path: Path, never: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, never: None, rules: list[dict[str, Any]]
 ) -> None:
-    rules: list[dict[str, Any]] = []
-
-    def spy(scores: Any, seed: int, **given: Any) -> Plan:
-        rules.append(given)
-        return real(scores, seed, **given)
-
-    real = verify_stage.random_plan
-    monkeypatch.setattr(verify_stage, "random_plan", spy)
     setting, steps = Setting("cpu", 2, kinds=("attention", "feed_forward")), (stairs(4, 2, 0.05), stairs(48, 16, 0.005))
     keep_table(checkpoint(), lambda kind, count: steps[kind](kind, count), SHAPE, setting)
     recipe = recipe_of(tmp_path, select={"ffn_ratio": 0.25, "ffn_multiple_of": "auto"})
