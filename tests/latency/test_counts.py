@@ -143,9 +143,9 @@ def test_select_itself_takes_numbers_only() -> None:
 NEURONS = 512
 
 
-def of_both_kinds() -> Scores:
+def of_both_kinds(second: float = 77.7) -> Scores:
     """Heads as above, and two blocks whose neurons rise by one; the second block's start higher."""
-    rows = (tuple(start + 1.01 * neuron for neuron in range(NEURONS)) for start in (0.0, 77.7))
+    rows = (tuple(start + 1.01 * neuron for neuron in range(NEURONS)) for start in (0.0, second))
     blocks = (SiteScores(f"mlp.{i}", "neuron", row, kind="feed_forward") for i, row in enumerate(rows))
     return Scores("magnitude", (*SCORES.sites, *blocks))
 
@@ -188,6 +188,14 @@ def test_widths_that_all_cost_alike_or_within_the_noise_are_not_snapped(margin: 
     assert found.feed_forward is not None
     assert found.feed_forward.multiple_of == 1 and "noise" in str(found.feed_forward.reason)
     assert plan == select(of_both_kinds(), **JOINT | {"ffn_multiple_of": 1})
+
+
+def test_a_block_keeps_32_neurons_where_single_ones_may_go() -> None:
+    scores, rules = of_both_kinds(second=1e6), JOINT | {"ffn_ratio": 0.495}  # 506 of 1,024, nearly all of one block
+    assert widths(select(scores, **rules | {"ffn_multiple_of": 1})) == [NEURONS - 506, NEURONS]
+    plan, found = choose_steps(scores, rules, [of_widths(in_steps(1))])
+    assert found.feed_forward is not None and found.feed_forward.multiple_of == 1
+    assert widths(plan) == [32, NEURONS - (506 - (NEURONS - 32))]
 
 
 def test_both_steps_may_be_left_open_and_neither_depends_on_the_other() -> None:

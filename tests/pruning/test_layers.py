@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from plans import renamed
 from tiny import InFloat64Throughout, default_dtype
 from transformers import PreTrainedModel
 
-from slimheads.errors import UsageError
+from slimheads.errors import ModelRefusedError, UsageError
 from slimheads.families.sites import find_sites, of_kind
 from slimheads.models.loading import load, save
 from slimheads.pruning.gates import gated
@@ -215,3 +217,15 @@ def test_prunings_of_all_kinds_compose(
     fed = batches(at_once)["one"]
     for name, value in answers(step_by_step, fed).items():
         assert torch.equal(value, answers(at_once, fed)[name])
+
+
+def test_a_record_with_more_layers_than_were_dropped_is_refused_before_they_are_built(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    save(prune(tiny("bert"), without("encoder.layer.1")), tmp_path / "slim")
+    path = tmp_path / "slim" / "config.json"
+    config = json.loads(path.read_text())
+    config["slimheads"]["dense"]["num_hidden_layers"] = 4  # one more; with a billion of them nothing would end
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelRefusedError, match="num_hidden_layers was 4, and is 2 without 1 layers"):
+        load(tmp_path / "slim")
